@@ -1,0 +1,992 @@
+"""common.py - turns names on disk into models, tokenizers and tokens, and back.
+
+It holds what the five scripts would otherwise repeat and what no loss depends on: reading arguments, reading a dataset and
+recognising its format, rendering and tokenizing with masks, loading a model (full, LoRA, QLoRA) and its reference, checkpoints,
+saving, and showing tokens and progress to a person. It knows nothing of losses, optimizers, sampling or rewards.
+
+Data flow: file -> read_rows (dicts with a place) -> to_conversation (one form for every format) -> encode_conversation
+(ids and mask built together) -> pad (B, T).
+"""
+
+import copy
+import csv
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields
+
+import torch
+import transformers
+from accelerate.utils import set_seed
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import which CPU kernels it does without
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+# ---- errors and arguments --------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """A mistake of the user's: one sentence that says what is wrong, where, and what to do."""
+
+
+def require(ok, sentence):
+    """Raises UserError(sentence) unless `ok`."""
+    if not ok:
+        raise UserError(sentence)
+
+
+@contextmanager
+def user_errors():
+    """Prints a UserError as one sentence on stderr (first process only) and exits with code 2."""
+    try:
+        yield
+    except UserError as error:
+        say(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def say(*text, file=None):
+    """print() on the first process only, without tearing a progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(" ".join(str(t) for t in text), file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
+class Parser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse_args(args_class, argv=None):
+    """[FILE.json] [--flag value ...] -> args_class. Without a model and a file: tests/tiny/<script>.json beside the script.
+
+    A file's values are read as if they had been typed before the flags, so they pass the same checks and the flags win.
+    "$HERE" in a file is the folder it lies in. Raises UserError on an unknown, abbreviated or mistyped flag.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(args_class, allow_abbrev=False)
+    flags = {option: field.name for field in fields(args_class) for option in _options(field)}
+    path = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    given = {flags.get(word.split("=")[0]) for word in argv}
+    if path is None and "model_name_or_path" not in given and not {"-h", "--help"} & set(argv):
+        script = os.path.abspath(sys.modules[args_class.__module__].__file__)
+        path = os.path.join(os.path.dirname(script), "tests", "tiny", os.path.basename(script).replace(".py", ".json"))
+        require(os.path.exists(path), "no model given and no tests/tiny beside the script: "
+                "add --model_name_or_path NAME_OR_FOLDER --dataset_name NAME_OR_FILE")
+        say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} (flags go on top of it).")
+    typed = []
+    if path is not None:
+        for name, value in _read_args_file(path).items():
+            require(f"--{name}" in flags, f"{path}: unknown argument '{name}'{_closest(name, flags.values())}")
+            if isinstance(value, list) and value:
+                typed += [f"--{name}", *map(str, value)]
+            elif value is not None and value != []:
+                value = json.dumps(value) if isinstance(value, dict) else value
+                typed.append(f"--{name}={str(value).replace('$HERE', os.path.relpath(os.path.dirname(path) or '.'))}")
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        typed + argv, return_remaining_strings=True, look_for_args_file=False)
+    require(not rest, f"unknown argument {rest[0] if rest else ''}{_closest(rest[0] if rest else '', flags)}")
+    return parsed[0]
+
+
+def _options(field):
+    aliases = field.metadata.get("aliases", [])
+    names = [f"--{field.name}"] + ([aliases] if isinstance(aliases, str) else list(aliases))
+    return names + [name.replace("_", "-") for name in names if "_" in name]
+
+
+def _closest(name, names):
+    close = difflib.get_close_matches(name.split("=")[0], list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else "; --help lists the flags"
+
+
+def _read_args_file(path):
+    require(path.endswith(".json"), f"'{path}': expected --flag value, or an arguments file ending in .json first")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = json.load(file)
+    except OSError as error:
+        raise UserError(f"cannot read the arguments file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    require(isinstance(values, dict), f"{path} must hold one JSON object of arguments")
+    return values
+
+
+def resolve_bf16(args):
+    """None means: bf16 autocast on an accelerator that has it, fp32 on a CPU."""
+    if args.bf16 is None:
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") or not torch.accelerator.is_available()
+        args.bf16 = not on_cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+
+
+# ---- reading data ----------------------------------------------------------------------------------------------------
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+SFT_FORMATS = {  # name -> columns that must be there; the first that fits is taken, --format overrides
+    "messages": ("messages",), "conversations": ("conversations",), "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"), "question_answer": ("question", "answer"), "text": ("text",)}
+PROMPT_FORMATS = {"prompt": ("prompt",), "instruction": ("instruction",), "question": ("question",)}
+
+
+def read_rows(name, skip_bad_rows=False):
+    """A local .json, .jsonl, .csv or .parquet file, or a dataset name[:split] -> [(row dict, place)].
+
+    Raises UserError with file, line and reason on what cannot be read; with skip_bad_rows such lines are counted and printed.
+    """
+    path, bad = name, Counter()
+    if os.path.isfile(path):
+        try:
+            rows = list(_read_file(path, bad if skip_bad_rows else None))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    else:
+        looks_local = re.search(r"\.(jsonl?|csv|parquet|txt)$", path) or path.startswith((".", "/", "~"))
+        require(os.path.isdir(path) or not looks_local, f"no such file: {path}")
+        rows = list(_read_dataset(name))
+    if bad:
+        say(f"data     {name}: skipped " + ", ".join(f"{n:,} rows: {why}" for why, n in bad.items()))
+    require(rows, f"{name} holds no rows")
+    return rows
+
+
+def _read_file(path, bad):
+    """Yields (row, place). `bad` counts unreadable lines; None means that they are errors."""
+    def keep(row, place, reason):
+        if isinstance(row, dict):
+            return True
+        require(bad is not None, f"{place}: {reason}; mend it or add --skip_bad_rows")
+        bad[reason.split(" (")[0]] += 1
+        return False
+
+    if path.endswith(".csv"):
+        csv.field_size_limit(2**30)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restkey="_more")
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                whole = "_more" not in row and None not in row.values()
+                if keep(row if whole else None, place, "the number of fields differs from the header's"):
+                    yield row, place
+    elif path.endswith(".parquet"):
+        import pyarrow.parquet
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except Exception as error:
+            raise UserError(f"{path} is not a readable Parquet file ({error})") from None
+        for i, row in enumerate(table.to_pylist()):
+            yield row, f"{path} row {i}"
+    elif path.endswith((".json", ".jsonl")):
+        with open(path, encoding="utf-8-sig") as file:
+            start = file.read(64).lstrip()
+            file.seek(0)
+            if path.endswith(".json") and start.startswith("["):
+                try:
+                    rows = [(row, f"{path} row {i}") for i, row in enumerate(json.load(file))]
+                except ValueError as error:
+                    raise UserError(f"{path} is not valid JSON: {error}") from None
+                for row, place in rows:
+                    if keep(row, place, "not a JSON object"):
+                        yield row, place
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    place, reason, row = f"{path}:{number}", "not a JSON object", None
+                    try:
+                        row = json.loads(line)
+                    except ValueError as error:
+                        reason = f"not valid JSON ({error})"
+                    except RecursionError:
+                        reason = "nested too deeply"
+                    if keep(row, place, reason):
+                        yield row, place
+    else:
+        raise UserError(f"{path}: unknown kind of file; .json, .jsonl, .csv and .parquet are read")
+
+
+def _read_dataset(name):
+    """A dataset name on the hub, or a folder, with an optional :split (default train). Yields (row, place)."""
+    import datasets
+    datasets.disable_progress_bars()
+    path, _, split = name.partition(":")
+    try:
+        if os.path.exists(os.path.join(path, "dataset_info.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
+            data = datasets.load_from_disk(path)
+            data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
+        else:
+            data = datasets.load_dataset(path, split=split or "train")
+    except Exception as error:  # the library raises dozens of kinds; the user needs the sentence
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"'{name}' is neither a file here nor a dataset that could be loaded: {reason}") from None
+    for i, row in enumerate(data):
+        yield row, f"{name} row {i}"
+
+
+def find_format(rows, formats, chosen=None):
+    """The first format whose columns the first row has, or `chosen`. Raises UserError naming what was found and expected."""
+    columns, place = set(rows[0][0]), rows[0][1]
+    require(chosen is None or chosen in formats, f"unknown --format {chosen}: one of {', '.join(formats)}")
+    for name, needed in formats.items():
+        if name == chosen or (chosen is None and columns.issuperset(needed)):
+            return name
+    known = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in formats.items())
+    raise UserError(f"{place}: no known format has the columns {', '.join(sorted(map(str, columns)))}. Known are: {known}")
+
+
+def to_messages(value, train=True):
+    """A list of {"role", "content"} or {"from", "value"} -> [{"role", "content", "train"}]. Raises ValueError with the reason.
+
+    `train` is whether assistant turns count for the loss; a message's own "weight" 0 (OpenAI fine-tuning files) takes it out.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a non-empty list of messages, got {_short(value)}")
+    messages = []
+    for number, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} is not an object: {_short(message)}")
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if role not in ROLES:
+            known = "system, user (human), assistant (gpt)"
+            tool = " (tool calls are not supported)" if role in ("tool", "function", "observation", "function_call") else ""
+            raise ValueError(f"message {number} has the unknown role {_short(role)}{tool}; known are {known}")
+        if message.get("tool_calls") or message.get("function_call"):
+            raise ValueError(f"message {number} calls a tool, which is not supported")
+        if isinstance(content, list):  # parts: text alone can be trained on
+            if not all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
+                raise ValueError(f"message {number} has parts that are not text, which is not supported")
+            content = "".join(_text(part.get("text"), "text of a part") for part in content)
+        role, content = ROLES[role], _text(content, f"content of message {number} ({role})")
+        if role == "assistant" and not content.strip():
+            raise ValueError(f"message {number} is an empty completion")
+        counts = train and role == "assistant" and message.get("weight", 1) != 0
+        messages.append({"role": role, "content": content, "train": counts})
+    return messages
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _text(value, what):
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is not a string but {_short(value)}")
+    return value
+
+
+def turn(role, content, train=True):
+    return {"role": role, "content": content, "train": train and role == "assistant"}
+
+
+def to_conversation(row, format, system_prompt=None):
+    """A row of any SFT format -> {"messages": [...]} or {"text": str}. Raises ValueError with the reason."""
+    if format == "text":
+        text = _text(row.get("text"), "column 'text'")
+        if not text.strip():
+            raise ValueError("column 'text' is empty")
+        return {"text": text}
+    if format in ("messages", "conversations"):
+        messages = to_messages(row.get(format))
+        if row.get("system"):
+            messages.insert(0, turn("system", _text(row["system"], "column 'system'")))
+    elif format == "alpaca":
+        instruction, extra = _text(row.get("instruction"), "column 'instruction'"), row.get("input") or ""
+        messages = [turn("system", _text(row["system"], "column 'system'"))] if row.get("system") else []
+        for pair in row.get("history") or []:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ValueError(f"column 'history' holds {_short(pair)} where a [user, assistant] pair is expected")
+            messages += [turn("user", _text(pair[0], "history")), turn("assistant", _text(pair[1], "history"))]
+        extra = _text(extra, "column 'input'")
+        messages += [turn("user", instruction + ("\n" + extra if extra else "")),
+                     turn("assistant", _text(row.get("output"), "column 'output'"))]
+    else:
+        first, second = SFT_FORMATS[format]
+        prompt, completion = row.get(first), row.get(second)
+        messages = (to_messages(prompt, train=False) if isinstance(prompt, list)
+                    else [turn("user", _text(prompt, f"column '{first}'"))])
+        messages += (to_messages(completion) if isinstance(completion, list)
+                     else [turn("assistant", _text(completion, f"column '{second}'"))])
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, turn("system", system_prompt))
+    while messages and messages[-1]["role"] != "assistant":  # nothing after the last answer is trained on
+        messages.pop()
+    if not any(m["train"] for m in messages):
+        raise ValueError("no assistant message to train on")
+    if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
+        raise ValueError("empty completion")
+    return {"messages": messages}
+
+
+def to_prompt(row, format, system_prompt=None):
+    """A row -> (the prompt as it stands in the row, its messages). Raises ValueError with the reason."""
+    prompt = row.get(format)
+    if isinstance(prompt, list):
+        messages = to_messages(prompt, train=False)
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the prompt ends with an assistant message; it must end with the user's")
+    else:
+        text = _text(prompt, f"column '{format}'")
+        if format == "instruction" and row.get("input"):
+            text += "\n" + _text(row["input"], "column 'input'")
+        if not text.strip():
+            raise ValueError(f"column '{format}' is empty")
+        messages = [turn("user", text)]
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, turn("system", system_prompt))
+    return prompt, messages
+
+
+def convert_rows(rows, convert, skip_bad_rows, name):
+    """[(row, place)] -> [(convert(row), row, place)], every row checked. A ValueError names file, line and reason."""
+    kept, bad = [], Counter()
+    for row, place in rows:
+        try:
+            kept.append((convert(row), row, place))
+        except ValueError as error:
+            require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
+            bad[re.sub(r"message \d+", "a message", str(error))] += 1
+    if bad:
+        say(f"data     {name}: skipped " + "; ".join(f"{n:,} rows: {why}" for why, n in bad.most_common(5)))
+    require(kept, f"{name}: no usable row is left")
+    return kept
+
+
+def hold_out(items, prompts, fraction, most=200):
+    """Splits items into (train, evaluation) by prompt: the prompts with the smallest SHA-256 are held out.
+
+    So rows that share a prompt never fall apart, and the same prompts are held out in every script, whatever the seed.
+    """
+    wanted = min(most, round(fraction * len(items)))
+    size, held, count = Counter(prompts), set(), 0
+    for prompt in sorted(size, key=lambda p: hashlib.sha256(p.encode()).digest()):
+        if count >= wanted or len(held) + 1 >= len(size):
+            break
+        held.add(prompt)
+        count += size[prompt]
+    return ([x for x, p in zip(items, prompts) if p not in held], [x for x, p in zip(items, prompts) if p in held])
+
+
+# ---- tokens and masks ------------------------------------------------------------------------------------------------
+
+# For tokenizers that bring no chat template: "User: ...", "Assistant: ..." and EOS after every answer.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n\n' }}"
+    "{% else %}{{ 'Assistant: ' + m['content'] + eos_token + '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}")
+
+
+def load_tokenizer(args):
+    """The tokenizer of args.model_name_or_path, with a chat template and a pad token. Raises UserError if it has no EOS."""
+    base, adapter = base_and_adapter(args.model_name_or_path)
+    source = adapter if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")) else base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise UserError(f"cannot load a tokenizer from '{source}': {_first_line(error)}") from None
+    require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, which the masks need (is_fast is False)")
+    require(tokenizer.eos_token_id is not None, f"the tokenizer of '{source}' has no EOS token: a model could never learn to stop")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask is derived from a token id
+    if args.chat_template_path:
+        try:
+            with open(args.chat_template_path, encoding="utf-8") as file:
+                tokenizer.chat_template = file.read()
+        except OSError as error:
+            raise UserError(f"cannot read --chat_template_path {args.chat_template_path}: {error.strerror}") from None
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        say("template the tokenizer has none: using 'User: ...', 'Assistant: ...<eos>' (saved with the model)")
+    tokenizer.template_kwargs = parse_json_object(args.chat_template_kwargs, "--chat_template_kwargs")
+    return tokenizer
+
+
+def parse_json_object(text, flag):
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError:
+        value = None
+    require(isinstance(value, dict), f"{flag} must be a JSON object such as '{{\"enable_thinking\": false}}', not {text}")
+    return value
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def render(tokenizer, messages, add_generation_prompt=False):
+    """The chat template applied, as text: special tokens and all. Raises ValueError with the template's own complaint."""
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    try:
+        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                             **getattr(tokenizer, "template_kwargs", {}))
+    except Exception as error:  # templates call raise_exception with their own words
+        raise ValueError(f"the chat template refuses this conversation: {_first_line(error)}") from None
+
+
+def stop_token_ids(tokenizer, generation_config=None):
+    """Every id that ends a completion: the tokenizer's EOS, the generation config's, and the template's end of turn."""
+    ids = {tokenizer.eos_token_id}
+    eos = getattr(generation_config, "eos_token_id", None)
+    ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
+    answer = "stopword"
+    text = render(tokenizer, [turn("user", "hi"), turn("assistant", answer)])
+    after = tokenizer(text[text.rindex(answer) + len(answer):].lstrip(), add_special_tokens=False)["input_ids"]
+    if after and after[0] in tokenizer.added_tokens_decoder:
+        ids.add(after[0])
+    return sorted(ids)
+
+
+def encode_prompt(tokenizer, messages):
+    """messages -> ids of the prompt, ending where the assistant begins."""
+    return tokenizer(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+
+
+def encode_conversation(tokenizer, messages, completion_only_loss=True):
+    """messages -> [{"input_ids": [...], "completion_mask": [...], "moved": n}], usually one.
+
+    The assistant's spans are found on the final rendering: from the end of the generation prompt to the end-of-turn token, which
+    is included. A template that rewrites earlier turns (thinking models) gives one example for each trained turn instead.
+    `moved` counts trained characters that a token shares with the prompt; that token stays untrained. Raises ValueError.
+    """
+    text, spans, moved = render(tokenizer, messages), [], 0
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, messages[:k]) if k else ""
+        head = render(tokenizer, messages[:k], add_generation_prompt=True)
+        upto = text if k == len(messages) - 1 else render(tokenizer, messages[:k + 1])
+        if not text.startswith(upto) or not text.startswith(before):
+            turns = [i for i, m in enumerate(messages) if m["train"]]
+            if turns == [len(messages) - 1]:
+                before = os.path.commonprefix([text, head])  # only the last turn counts: what precedes it may look as it likes
+                spans = [(len(before), len(text))]
+                break
+            single = [[{**m, "train": m["train"] and j == i} for j, m in enumerate(messages[:i + 1])] for i in turns]
+            return [example for part in single for example in encode_conversation(tokenizer, part, completion_only_loss)]
+        if message["train"]:
+            if not text.startswith(head):  # the generation prompt opens a thinking block that this answer closes or lacks
+                shared = os.path.commonprefix([text, head])
+                moved, head = moved + 1, max(shared, before, key=len)
+            spans.append((len(head), len(upto)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    mask = [0 if completion_only_loss else 1] * len(ids)
+    stops = set(stop_token_ids(tokenizer))
+    for start, end in spans:
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        whole = [i for i in inside if offsets[i][0] >= start]
+        moved += len(inside) - len(whole)
+        ends = [i for i in whole if ids[i] in stops]
+        blank = len(whole)  # without an end-of-turn token, trailing white space belongs to the template
+        while blank and not text[offsets[whole[blank - 1]][0]:offsets[whole[blank - 1]][1]].strip():
+            blank -= 1
+        for i in whole[:whole.index(ends[-1]) + 1 if ends else blank]:
+            mask[i] = 1
+        if not ends and end == len(text):  # a template without an end of turn: EOS takes its place
+            keep = whole[blank - 1] + 1 if blank else len(ids)
+            ids, mask = ids[:keep] + [tokenizer.eos_token_id], mask[:keep] + [1]
+    if not any(mask):
+        raise ValueError("no trained token is left after tokenizing")
+    return [{"input_ids": ids, "completion_mask": mask, "moved": moved}]
+
+
+def encode_text(tokenizer, text):
+    """Raw text plus EOS, all of it trained; BOS once, if the tokenizer adds one."""
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    ids = (ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids) + [tokenizer.eos_token_id]
+    return {"input_ids": ids, "completion_mask": [1] * len(ids), "moved": 0}
+
+
+def truncate(ids, mask, max_length):
+    """Cuts ids and mask together to max_length: first the prompt's beginning, down to half of it, then the completion's end."""
+    if len(ids) <= max_length:
+        return ids, mask
+    prompt = mask.index(1)
+    keep = max(max_length - (len(ids) - prompt), min(prompt, max_length // 2))
+    start = prompt - keep
+    return ids[start:start + max_length], mask[start:start + max_length]
+
+
+def pad(rows, value, side="right", dtype=torch.long):
+    """N sequences of lengths L_i -> (N, max L) filled with `value` on `side`."""
+    width = max((len(row) for row in rows), default=0)
+    out = torch.full((len(rows), width), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        if len(row):
+            at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+            out[i, at] = torch.as_tensor(row, dtype=dtype)
+    return out
+
+
+def fingerprint(examples):
+    """A digest of the token ids and masks trained on: a checkpoint refuses to go on with other data or another template."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for name in ("input_ids", "completion_mask"):
+            if name in example:
+                digest.update(torch.as_tensor(example[name], dtype=torch.int32).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- showing things to a person --------------------------------------------------------------------------------------
+
+def show_example(tokenizer, ids, mask, title="first example", limit=1500):
+    """One example with its trained tokens marked: green on a terminal, [[ ]] elsewhere."""
+    opening, closing = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    pieces, start = [], 0
+    ids, mask = list(map(int, ids)), list(map(int, mask))
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or mask[i] != mask[start]:
+            piece = tokenizer.decode(ids[start:i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            pieces.append(opening + piece + closing if mask[start] else piece)
+            start = i
+    text = "".join(pieces)
+    say(f"{title}: {len(ids)} tokens, {sum(mask)} trained" + (", marked" if sys.stdout.isatty() else ", in [[ ]]"))
+    say("  " + (text if len(text) <= limit else text[:limit] + " ...").replace("\n", "\n  "))
+
+
+def show_table(rows, width=None):
+    """[{column: value}] as lines that fit the terminal; numbers keep their width, texts are cut in the middle."""
+    if not rows:
+        return
+    width = width or min(shutil.get_terminal_size((120, 20)).columns, 160)
+    cells = [{k: f"{v:.3g}" if isinstance(v, float) else " ".join(str(v).split()) for k, v in row.items()} for row in rows]
+    texts = [k for k in rows[0] if any(isinstance(row[k], str) for row in rows)]
+    need = {k: max(len(k), *(len(c[k]) for c in cells)) for k in rows[0]}
+    room = width - sum(n + 2 for k, n in need.items() if k not in texts) - 2
+    for k in sorted(texts, key=need.get):  # short columns first: what they leave goes to the long ones
+        share = max(8, room // (len(texts) - sorted(texts, key=need.get).index(k)) - 2)
+        need[k] = min(need[k], share)
+        room -= need[k] + 2
+    def cut(text, n):
+        return text.ljust(n) if len(text) <= n else text[:(n - 1) // 2] + "~" + text[len(text) - (n - 1 - (n - 1) // 2):]
+    for line in [{k: k for k in need}, *cells]:
+        say("  " + "  ".join(cut(line[k], n) for k, n in need.items()).rstrip())
+
+
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def check_tracker(log_with):
+    """accelerate would go on unlogged when the package is missing; this raises UserError."""
+    if log_with is not None:
+        require(importlib.util.find_spec(TRACKER_PACKAGES[log_with]) is not None,
+                f"--log_with {log_with} needs the package '{TRACKER_PACKAGES[log_with]}': pip install {TRACKER_PACKAGES[log_with]}")
+
+
+class RunLog:
+    """metrics.jsonl, samples.jsonl, the trackers and the progress line of one run. Only the first process writes."""
+
+    def __init__(self, accelerator, args, total_steps, start_step):
+        self.accelerator, self.args, self.total, self.start = accelerator, args, total_steps, start_step
+        self.main, self.since, self.tokens = accelerator.is_main_process, time.time(), 0
+        if self.main:
+            save_args(args)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if self.main:
+                _cut_back(os.path.join(args.output_dir, name), start_step)
+        if args.log_with:
+            accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
+        self.bar = tqdm(total=total_steps, initial=start_step, disable=not (self.main and sys.stderr.isatty()), unit="step",
+                        dynamic_ncols=True)
+
+    def write(self, name, record):
+        if self.main:
+            with open(os.path.join(self.args.output_dir, name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def metrics(self, step, values):
+        self.write("metrics.jsonl", {"step": step, **values})
+        if self.args.log_with and (step % self.args.logging_steps == 0 or any(k.startswith("eval/") for k in values)):
+            self.accelerator.log(values, step=step)
+
+    def progress(self, step, tokens, shown):
+        """One step done, `tokens` of it processed; `shown` are the figures worth a glance."""
+        self.tokens += tokens
+        text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+        rate = self.tokens / max(time.time() - self.since, 1e-9)
+        self.bar.set_postfix_str(f"{text}  {rate:,.0f} tok/s", refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and (step % self.args.logging_steps == 0 or step == self.total):
+            done = step - self.start
+            left = (time.time() - self.since) / max(done, 1) * (self.total - step)
+            say(f"step {step}/{self.total}  {text}  {rate:,.0f} tok/s  {left:.0f} s left")
+
+    def close(self):
+        self.bar.close()
+        if self.args.log_with:
+            self.accelerator.end_training()
+
+
+def _cut_back(path, step):
+    """Keeps the lines up to `step`: what a killed run wrote after its last checkpoint is written again."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except ValueError:  # half a line: the run was killed while writing it
+                break
+            kept.append(line)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(path + ".tmp", path)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+def base_and_adapter(name):
+    """A model folder or name -> (name, None); a LoRA adapter's folder -> (its base, the folder)."""
+    if not os.path.exists(os.path.join(name, "adapter_config.json")):
+        require(not name.startswith((".", "/", "~")) or os.path.isdir(name), f"no such model folder: {name}")
+        return name, None
+    return PeftConfig.from_pretrained(name).base_model_name_or_path, name
+
+
+def trains_adapter(args):
+    """Whether LoRA is trained: asked for by --lora_r, or given as the folder of an adapter."""
+    return args.lora_r > 0 or base_and_adapter(args.model_name_or_path)[1] is not None
+
+
+def load_model(args, device="cpu", dropout=False):
+    """The policy, ready to train: trained weights fp32, everything else frozen; LoRA and 4-bit as the arguments say.
+
+    A folder with a config but no weights starts from random weights, drawn from args.seed, and says so.
+    dropout=False turns every rate off, functional ones included; the model stays in train() mode, where checkpointing works.
+    """
+    base, adapter = base_and_adapter(args.model_name_or_path)
+    lora = args.lora_r > 0 or adapter is not None
+    require(lora or not args.load_in_4bit, "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
+    dtype = torch.bfloat16 if lora and args.bf16 else torch.float32
+    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    if args.load_in_4bit:
+        options["quantization_config"] = _nf4(dtype, torch.device(device).type)
+    set_seed(args.seed)  # random weights and LoRA's A are drawn here
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        random_start = os.path.isdir(base) and not any(
+            name.endswith((".safetensors", ".bin", ".safetensors.index.json")) for name in os.listdir(base))
+        if random_start:
+            say(f"model    {base} has a config but no weights: starting from random weights (seed {args.seed})")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+            if lora:  # the adapter saved at the end needs the base it was trained on
+                base = os.path.join(args.output_dir, "base")
+                if os.environ.get("RANK", "0") == "0":
+                    model.save_pretrained(base)
+                if torch.distributed.is_initialized():
+                    torch.distributed.barrier()
+        if not random_start or lora:
+            model = AutoModelForCausalLM.from_pretrained(base, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot load a model from '{base}': {_first_line(error)}") from None
+    if adapter:
+        require(args.lora_r in (0, PeftConfig.from_pretrained(adapter).r),
+                f"{adapter} is an adapter of rank {PeftConfig.from_pretrained(adapter).r}: leave --lora_r out to train it on")
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    elif lora:
+        try:
+            model = get_peft_model(model, LoraConfig(
+                r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
+                target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
+                task_type="CAUSAL_LM"))
+        except ValueError as error:
+            raise UserError(f"--lora_target_modules {args.lora_target_modules}: {_first_line(error)}") from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if not dropout:
+        no_dropout(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    kind = "adapter goes on" if adapter else f"LoRA r={args.lora_r}" if lora else "full fine-tuning"
+    say(f"model    {args.model_name_or_path}: {type(config).__name__.replace('Config', '')}, {kind}"
+        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} parameters trained in fp32"
+        f"{' under bf16 autocast' if args.bf16 else ''}")
+    require(trained, "no parameter is trained")
+    return model
+
+
+def _nf4(compute_dtype, device_type):
+    """NF4 with double quantisation. On a CPU an eval forward would repack the weights and spoil the gradients: switched off."""
+    try:
+        import bitsandbytes.nn.modules
+    except ImportError:
+        raise UserError("--load_in_4bit needs the package 'bitsandbytes': pip install bitsandbytes") from None
+    if device_type == "cpu":
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=compute_dtype)
+
+
+def no_dropout(model):
+    """Sets every dropout rate to 0: modules, and the floats that attention layers pass to functional dropout."""
+    for module in model.modules():
+        for name in [n for n in vars(module) if "drop" in n] + (["p"] if isinstance(module, torch.nn.Dropout) else []):
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
+
+
+def make_reference(model, adapter=None):
+    """The frozen reference policy -> (module to call, context to call it in, how it is made).
+
+    LoRA on a plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that adapter.
+    Full fine-tuning: a frozen copy of the model. Call it before the first update.
+    """
+    if not isinstance(model, PeftModel):
+        return copy.deepcopy(model).requires_grad_(False), nullcontext, "a frozen copy of the model"
+    if adapter is None:
+        return model, model.disable_adapter, "the base model, adapters off"
+    model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
+    model.set_adapter("default")
+
+    @contextmanager
+    def use_reference():
+        model.set_adapter("reference", inference_mode=True)
+        try:
+            yield
+        finally:
+            model.set_adapter("default")
+    return model, use_reference, "a frozen copy of the adapter"
+
+
+# ---- checkpoints and saving ------------------------------------------------------------------------------------------
+
+# Arguments that may differ when a run is resumed: none of them changes the weights that come of it.
+MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps",
+              "log_with", "micro_batch_tokens", "rollout_batch_size", "gradient_checkpointing", "merge"}
+
+
+def open_run(args):
+    """Prepares args.output_dir and finds where to go on. Returns the loaded checkpoint (tensors, state) or None.
+
+    Raises UserError if the folder holds a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an
+    argument that changes the mathematics differs from the checkpoint's.
+    """
+    folder, wanted = os.path.join(args.output_dir, "checkpoints"), args.resume_from_checkpoint
+    if wanted is None:
+        used = [n for n in ("args.json", "metrics.jsonl", "checkpoints", "model") if os.path.exists(os.path.join(args.output_dir, n))]
+        require(not used or args.overwrite_output_dir, f"{args.output_dir} already holds a run: choose another --output_dir, "
+                "or add --resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
+        if os.environ.get("RANK", "0") == "0":
+            for name in ("args.json", "metrics.jsonl", "samples.jsonl"):
+                if os.path.exists(os.path.join(args.output_dir, name)):
+                    os.remove(os.path.join(args.output_dir, name))
+            for name in ("checkpoints", "model", "merged", "base"):
+                shutil.rmtree(os.path.join(args.output_dir, name), ignore_errors=True)
+        return None
+    if wanted == "latest":
+        names = sorted((n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n)), reverse=True) if os.path.isdir(folder) else []
+        for name in names:
+            try:
+                tensors, state = load_checkpoint(os.path.join(folder, name))
+                break
+            except Exception as error:
+                say(f"resume   passing over {os.path.join(folder, name)}: {_first_line(error)}")
+        else:
+            say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                if os.environ.get("RANK", "0") == "0" and os.path.exists(os.path.join(args.output_dir, name)):
+                    os.remove(os.path.join(args.output_dir, name))
+            return None
+        wanted = os.path.join(folder, name)
+    else:
+        require(os.path.isdir(wanted), f"--resume_from_checkpoint {wanted}: no such folder (or say 'latest')")
+        try:
+            tensors, state = load_checkpoint(wanted)
+        except Exception as error:
+            raise UserError(f"--resume_from_checkpoint {wanted}: {_first_line(error)}") from None
+    now, then = asdict(args), state["args"]
+    for name in sorted(now):
+        if name not in MAY_CHANGE:
+            require(name in then and then[name] == now[name], f"{wanted} was written with --{name} {then.get(name)} and this run has "
+                    f"{now[name]}: that would change the result; give the old value, or start a new --output_dir")
+    say(f"resume   from {wanted}, step {state['step']}")
+    return tensors, state
+
+
+def save_checkpoint(args, state, model, optimizer, name=None):
+    """Writes checkpoints/step-N (or checkpoints/<name>), whole or not at all; then removes the oldest beyond save_total_limit.
+
+    tensors.safetensors holds the trained weights and the optimizer's moments; state.json the scalars, the arguments and the
+    SHA-256 of the tensors' file.
+    """
+    folder = os.path.join(args.output_dir, "checkpoints")
+    final = os.path.join(folder, name or f"step-{state['step']:08d}")
+    partial = os.path.join(folder, ".partial-" + os.path.basename(final))
+    tensors, scalars = trained_state(model, optimizer)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        path = os.path.join(partial, "tensors.safetensors")
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, path)
+        with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
+            json.dump({**state, "optimizer": scalars, "args": asdict(args), "sha256": _sha256(path)}, file)
+        for each in (path, os.path.join(partial, "state.json"), partial):  # on the disk before the name says so
+            handle = os.open(each, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if os.path.exists(final):
+            shutil.rmtree(final)
+        os.rename(partial, final)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"could not write {final}: {_first_line(error)}; earlier checkpoints are whole") from None
+    kept = sorted(n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n))
+    for old in kept[:-args.save_total_limit]:
+        shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
+
+
+def load_checkpoint(folder):
+    """-> (tensors, state). Raises ValueError or OSError if anything is missing or damaged."""
+    with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+        state = json.load(file)
+    path = os.path.join(folder, "tensors.safetensors")
+    if _sha256(path) != state["sha256"]:
+        raise ValueError("damaged: the tensors differ from their checksum")
+    return load_file(path), state
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def trained_state(module, optimizer):
+    """The trained weights and the optimizer's state as ({name: tensor}, {name: JSON value})."""
+    tensors = {f"model.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+    scalars = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            (tensors if torch.is_tensor(value) else scalars)[f"optimizer.{index}.{key}"] = value
+    return tensors, scalars
+
+
+def restore(model, optimizer, checkpoint, data):
+    """The inverse of trained_state, in place. Raises UserError if the data, or a weight's name or shape, is another."""
+    tensors, state = checkpoint
+    require(state["data"] == data, "the checkpoint was written with other training data (or another chat template or tokenizer)")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                saved = tensors.get(f"model.{name}")
+                require(saved is not None and saved.shape == p.shape,
+                        f"the checkpoint has no weight {name} of shape {tuple(p.shape)}: it was written by another model")
+                p.copy_(saved)
+    if optimizer is not None:
+        per_parameter = {}
+        for name, value in {**tensors, **state["optimizer"]}.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                per_parameter.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": per_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def finish(args, accelerator, model, tokenizer):
+    """Writes args.json's companion model/ (and merged/ with --merge) and says where."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder = os.path.join(args.output_dir, "model")
+        save_model(model, tokenizer, folder)
+        say(f"saved    {folder}")
+        if args.merge:
+            merge_adapter(args, tokenizer, os.path.join(args.output_dir, "merged"), folder, accelerator.device)
+    accelerator.wait_for_everyone()
+
+
+def save_args(args):
+    os.makedirs(args.output_dir, exist_ok=True)
+    with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
+        json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
+
+
+def save_model(model, tokenizer, folder):
+    """model/ : an adapter or full weights with tokenizer, template and generation config; swapped in when complete."""
+    partial = folder + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.config.use_cache = True
+    options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    try:
+        model.save_pretrained(partial, **options)
+        model.generation_config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+    except OSError as error:
+        raise UserError(f"could not write {folder}: {error.strerror or error}; the checkpoints are whole") from None
+
+
+def merge_adapter(args, tokenizer, folder, adapter, device):
+    """Merges the adapter folder into its base and saves plain weights to `folder`; prints how far the logits moved.
+
+    A 4-bit base is dequantised first: merging into the original weights, or back into 4 bits, is off ten times as much.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    base, _ = base_and_adapter(adapter)
+    options = {"quantization_config": _nf4(dtype, torch.device(device).type)} if args.load_in_4bit else {}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code, **options)
+    model = model if args.load_in_4bit else model.to(device)
+    ids = torch.arange(min(64, model.config.vocab_size), device=model.device)[None]
+    with torch.no_grad():
+        before = PeftModel.from_pretrained(model, adapter).eval()(ids).logits.float()
+        if args.load_in_4bit:
+            del model
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code, **options)
+            model = model.dequantize(dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code).to(device)
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+        after = merged(ids).logits.float()
+    merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter)
+    save_model(merged, tokenizer, folder)
+    say(f"merged   {folder}: logits moved by at most {(after - before).abs().max():.2g} (their spread is {before.std():.2g})")
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM set .signal; the loop saves a checkpoint and stops. A second one ends the process at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._catch)
+
+    def _catch(self, number, frame):
+        self.signal = number
+        say("stopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    def leave(self, args, step):
+        say(f"stopped at step {step}; to go on: the same command with --resume_from_checkpoint latest", file=sys.stderr)
+        sys.exit(128 + (self.signal or signal.SIGTERM))

@@ -1,0 +1,482 @@
+"""sft.py - supervised fine-tuning: a language model imitates the completions of a dataset.
+
+Objective   L = - sum_t mask_t log p(x_t | x_<t) / trained_tokens, over all rows of the step and all processes.
+Shapes      B rows, T tokens of the longest row, V vocabulary, d hidden size, N trained tokens of a micro-batch.
+            Index t of a (B, T-1) tensor is the prediction of token t+1; the causal shift is done once, in Policy.forward.
+
+Differences from the usual recipe
+1. The mean is over the tokens of the whole step, not over micro-batches or rows: micro_batch_tokens changes memory alone.
+2. Rows are sorted by length inside a step instead of packed: no padding to speak of, and no attention between rows.
+3. The (B, T, V) logits never exist: head and log-softmax run over chunks of the trained tokens.
+Differences from TRL's SFTTrainer
+1. Only completions are trained on, in conversations too (--completion_only_loss False trains on all), for any chat template.
+2. Weights that are trained are fp32 (under bf16 autocast on a GPU), whatever the checkpoint's dtype.
+3. batch_size counts the rows of an optimizer step over all processes; what fits into memory is micro_batch_tokens.
+4. Exact duplicates are dropped, and a resumed run ends bit-equal to one that was never stopped.
+
+Run   python sft.py                                                   the small example, CPU, minutes
+      python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name gsm8k.jsonl --load_in_4bit --lora_r 16
+      accelerate launch --multi_gpu --num_processes 8 sft.py --model_name_or_path ... --dataset_name ...
+"""
+
+import hashlib
+import math
+import os
+import re
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from peft import PeftModel
+from torch import nn
+from transformers import GenerationConfig
+from transformers.hf_argparser import HfArg
+
+import common
+from common import UserError, parse_args, require, say
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Args:
+    # model
+    model_name_or_path: str | None = HfArg(default=None, help="name or folder of a model, or of a LoRA adapter to go on with")
+    attn_implementation: str | None = HfArg(default=None, help="attention kernel, such as sdpa or flash_attention_2")
+    trust_remote_code: bool = HfArg(default=False, help="run Python code that comes with the model")
+    chat_template_path: str | None = HfArg(default=None, help="a Jinja file that replaces the tokenizer's chat template")
+    chat_template_kwargs: str | None = HfArg(default=None, help="JSON object passed to the chat template")
+    load_in_4bit: bool = HfArg(default=False, help="QLoRA: the frozen base in NF4 with double quantisation")
+    lora_r: int = HfArg(default=0, help="rank of the LoRA adapters; 0 trains all weights")
+    lora_alpha: int = HfArg(default=32, help="LoRA scale: updates are multiplied by lora_alpha / lora_r")
+    lora_dropout: float = HfArg(default=0.0, help="dropout on the adapters' input")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="modules that get adapters; default: all linear ones")
+    modules_to_save: list[str] | None = HfArg(default=None, help="modules trained in full beside the adapters")
+    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in the backward pass to save memory")
+    bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
+    # data
+    dataset_name: str | None = HfArg(default=None, help="a .json, .jsonl, .csv or .parquet file, or a dataset name[:split]")
+    eval_dataset_name: str | None = HfArg(default=None, help="evaluation data; default: eval_fraction of the training data")
+    eval_fraction: float = HfArg(default=0.05, help="share of the rows held out by prompt, at most 200 rows")
+    format: str | None = HfArg(default=None, help="messages, conversations, prompt_completion, alpaca, question_answer or text")
+    system_prompt: str | None = HfArg(default=None, help="system message for rows that have none")
+    max_length: int = HfArg(default=2048, help="tokens of a row; longer prompts lose their beginning, completions their end")
+    completion_only_loss: bool = HfArg(default=True, aliases=["--assistant_only_loss"], help="train on the assistant's tokens alone")
+    skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
+    # optimization
+    learning_rate: float | None = HfArg(default=None, help="peak learning rate; default 2e-5 for full fine-tuning, 2e-4 for LoRA")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to 0 after the warm-up")
+    warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
+    weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0 switches it off")
+    optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="adamw_8bit needs bitsandbytes")
+    batch_size: int = HfArg(default=64, help="rows of one optimizer step, over all processes")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of one forward pass; changes memory and speed, not the result")
+    num_train_epochs: float = HfArg(default=2.0, help="passes over the data")
+    max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
+    seed: int = HfArg(default=0, help="decides the order of the rows, random weights and dropout")
+    # evaluation
+    eval_steps: int = HfArg(default=100, help="steps between evaluations; there is one before the first step and one at the end")
+    max_completion_length: int = HfArg(default=256, help="tokens generated in evaluation, where rows have answers; 0 for none")
+    keep_best: bool = HfArg(default=False, help="save the weights of the evaluation with the lowest loss instead of the last")
+    # output
+    output_dir: str = HfArg(default="out/sft", help="where everything goes")
+    overwrite_output_dir: bool = HfArg(default=False, help="replace the run that is there")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's folder")
+    save_steps: int = HfArg(default=200, help="steps between checkpoints")
+    save_total_limit: int = HfArg(default=2, help="checkpoints that are kept")
+    logging_steps: int = HfArg(default=10, help="steps between printed and tracked lines; metrics.jsonl has every step")
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"], help="tracker")
+    merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
+
+    def __post_init__(self):
+        require(self.dataset_name, "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
+        for name in ("max_length", "batch_size", "micro_batch_tokens", "eval_steps", "save_steps", "save_total_limit", "logging_steps"):
+            require(getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}")
+        for name in ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "max_completion_length", "num_train_epochs"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
+        require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
+        require(self.max_steps > 0 or self.num_train_epochs > 0, "nothing to do: give --max_steps or --num_train_epochs")
+        require(not self.merge or self.lora_r or self.load_in_4bit or self.model_name_or_path, "--merge merges an adapter: add --lora_r 16")
+        common.check_tracker(self.log_with)
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+def sft_loss(logprobs, loss_mask):
+    """Negative log-likelihood of the trained tokens, one number each; the caller sums and divides by trained_tokens.
+
+    logprobs (B, T-1) fp32, loss_mask (B, T-1) with 1 = counts -> (B, T-1), 0 where the mask is 0.
+    With log-probs -0.5, -1.0, -2.0 and mask 1, 0, 1 it is 0.5, 0, 2.0: a mean of 1.25 over 2 trained tokens.
+    """
+    return -torch.where(loss_mask.bool(), logprobs, 0.0)  # L_t = - mask_t log p(x_t | x_<t)
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """Log-prob, entropy and top-1 hit of N target tokens, without the (N, V) logits ever being whole in memory.
+
+    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in fp32.
+    Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and carry no gradient.
+    hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    """
+
+    @staticmethod
+    def logits(hidden, weight, bias, temperature):
+        return F.linear(hidden, weight, bias).float() / temperature  # (chunk, V)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand, the same way in both
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.temperature, ctx.chunk = temperature, max(1, 2**25 // weight.shape[0])  # 128 MiB of fp32 logits
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        logprobs, entropy, hits = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
+        with torch.autocast(device, enabled=False):
+            for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
+                z = ChunkedLogprobs.logits(hidden[rows].to(ctx.dtype), w, b, temperature)
+                top, argmax = z.max(-1)
+                p = (z - top[:, None]).exp_()
+                total = p.sum(-1)
+                logsumexp = top + total.log()
+                logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - logsumexp
+                entropy[rows] = logsumexp - torch.linalg.vecdot(p, z.clamp_(min=-1e30)) / total
+                hits[rows] = (argmax == targets[rows]).float()
+        ctx.mark_non_differentiable(entropy, hits)
+        return logprobs, entropy, hits
+
+    @staticmethod
+    def backward(ctx, grad, _entropy, _hits):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
+                h = hidden[rows].to(ctx.dtype)
+                dz = ChunkedLogprobs.logits(h, w, b, ctx.temperature).softmax(-1).neg_()  # - p
+                dz.scatter_add_(-1, targets[rows, None], torch.ones_like(dz[:, :1]))  # onehot(y) - p
+                dz = dz.mul_(grad[rows, None] / ctx.temperature).to(ctx.dtype)
+                d_hidden[rows] = (dz @ w).to(hidden.dtype)
+                if d_weight is not None:
+                    d_weight += dz.T @ h
+                if d_bias is not None:
+                    d_bias += dz.float().sum(0)
+        return (d_hidden, None if d_weight is None else d_weight.to(weight.dtype),
+                None if d_bias is None else d_bias.to(bias.dtype), None, None)
+
+
+class Policy(nn.Module):
+    """The module that accelerate wraps: trunk, head and log-softmax in one forward, so that gradients are synchronised."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, loss_mask, temperature=1.0):
+        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0 where the mask is 0.
+
+        No attention mask: under causal attention no real token sees the padding on its right.
+        """
+        causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        hidden = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
+        counts, head = loss_mask.bool(), causal.get_output_embeddings()
+        hidden, targets = hidden[:, :-1][counts], input_ids[:, 1:][counts]  # the causal shift: (N, d), (N,)
+        flat = ChunkedLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature)
+        zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=input_ids.device)
+        return tuple(zeros.masked_scatter(counts, x) for x in flat)  # (N,) -> (B, T-1)
+
+
+@torch.no_grad()
+def check_head(policy, model, input_ids, accelerator):
+    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or capped."""
+    model.eval()
+    with accelerator.autocast():
+        ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    model.train()
+    theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    worst = (ours - theirs).abs().max().item()
+    require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3), f"models of type {model.config.model_type} change their "
+            f"logits after the head, so their log-probs would be off by {worst:.2g}: not supported")
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def load_examples(args, tokenizer):
+    """-> (training examples, evaluation examples): dicts of input_ids, completion_mask and, with an answer, prompt_ids, answer."""
+    def convert(name):
+        rows = common.read_rows(name, args.skip_bad_rows)
+        kind = common.find_format(rows, common.SFT_FORMATS, args.format)
+        kept = common.convert_rows(rows, lambda r: common.to_conversation(r, kind, args.system_prompt), args.skip_bad_rows, name)
+        say(f"data     {name}: format {kind}, {len(rows):,} rows")
+        return kept
+
+    rows, dropped = convert(args.dataset_name), 0
+    seen, unique = set(), []
+    for item in rows:
+        key = hashlib.sha256(repr(item[0]).encode()).digest()
+        unique += [] if key in seen else [item]
+        seen.add(key)
+    dropped = len(rows) - len(unique)
+    if args.eval_dataset_name:
+        train, held = unique, convert(args.eval_dataset_name)
+    else:
+        prompts = [c.get("text") or repr([m["content"] for m in c["messages"] if m["role"] != "assistant"]) for c, _, _ in unique]
+        train, held = common.hold_out(unique, prompts, args.eval_fraction)
+    counts = {"duplicates dropped": dropped}
+    examples = [encode_rows(part, args, tokenizer, counts) for part in (train, held)]
+    require(examples[0], f"{args.dataset_name}: no row to train on is left")
+    notes = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
+    say(f"data     {len(examples[0]):,} examples to train on, {len(examples[1]):,} to evaluate" + (f"; {notes}" if notes else ""))
+    return examples
+
+
+def encode_rows(items, args, tokenizer, counts):
+    """[(conversation, row, place)] -> examples; `counts` says what was cut, split, moved or dropped."""
+    examples = []
+    for conversation, row, place in items:
+        try:
+            parts = ([common.encode_text(tokenizer, conversation["text"])] if "text" in conversation
+                     else common.encode_conversation(tokenizer, conversation["messages"], args.completion_only_loss))
+        except ValueError as error:
+            require(args.skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
+            counts["rows skipped in tokenizing"] = counts.get("rows skipped in tokenizing", 0) + 1
+            continue
+        counts["rows split into turns"] = counts.get("rows split into turns", 0) + (len(parts) > 1)
+        for part in parts:
+            ids, mask = common.truncate(part["input_ids"], part["completion_mask"], args.max_length)
+            counts["cut to max_length"] = counts.get("cut to max_length", 0) + (len(ids) < len(part["input_ids"]))
+            counts["spans moved to a token boundary"] = counts.get("spans moved to a token boundary", 0) + (part["moved"] > 0)
+            if not any(mask[1:]):
+                counts["without a trained token dropped"] = counts.get("without a trained token dropped", 0) + 1
+                continue
+            example = {"input_ids": torch.tensor(ids, dtype=torch.int32), "completion_mask": torch.tensor(mask, dtype=torch.int8)}
+            if "messages" in conversation and row.get("answer") is not None and args.max_completion_length:
+                example["answer"] = extract_answer(str(row["answer"]))
+                example["prompt_ids"] = common.encode_prompt(tokenizer, conversation["messages"][:-1])[-args.max_length:]
+            examples.append(example)
+    return examples
+
+
+def collate(examples, device):
+    """Examples -> input_ids (B, T) right-padded, loss_mask (B, T-1)."""
+    input_ids = common.pad([e["input_ids"] for e in examples], 0)
+    completion_mask = common.pad([e["completion_mask"] for e in examples], 0)
+    return input_ids.to(device), completion_mask[:, 1:].to(device)
+
+
+def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1):
+    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of row indices.
+
+    Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided by a denominator
+    of the whole step, any cut gives the same gradient. A process without rows gets one empty list, for an all-masked pass.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
+    batches = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > micro_batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def stream(*key):
+    """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+def extract_answer(text):
+    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if it has neither.
+
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower case.
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    text = tagged[-1].strip() if tagged else text
+    number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
+    found = [m for m in re.finditer(number, text)]
+    if not found:
+        return text.lower() or None if tagged else None
+    minus, minus_too, whole, decimals = found[-1].groups()
+    whole, decimals = whole.replace(",", "").lstrip("0") or "0", (decimals or "").rstrip("0")
+    value = whole + ("." + decimals if decimals else "")
+    return "-" + value if (minus or minus_too) and value != "0" else value
+
+
+@torch.no_grad()
+def evaluate(policy, model, examples, args, accelerator, tokenizer, stop_ids):
+    """-> {"eval/loss", "eval/token_accuracy", and "eval/accuracy" (greedy exact match) where rows have answers}, table rows."""
+    totals, table = torch.zeros(5, dtype=torch.float64, device=accelerator.device), []
+    model.eval()
+    lengths = [len(e["input_ids"]) for e in examples]
+    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes):
+        if batch:
+            input_ids, loss_mask = collate([examples[i] for i in batch], accelerator.device)
+            with accelerator.autocast():
+                logprobs, _, hits = policy(input_ids, loss_mask)
+            totals[:3] += torch.stack([sft_loss(logprobs, loss_mask).sum(), hits.sum(), loss_mask.sum()])
+    asked = [e for e in examples if e.get("answer") is not None]
+    lengths = [len(e["prompt_ids"]) + args.max_completion_length for e in asked]
+    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes):
+        rows = [asked[i] for i in batch]
+        for row, text in zip(rows, generate(model, rows, args, accelerator, tokenizer, stop_ids)):
+            right = extract_answer(text) == row["answer"]
+            totals[3:] += torch.tensor([right, 1.0], dtype=torch.float64, device=accelerator.device)
+            if len(table) < 3:
+                prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+                table.append({"prompt": prompt, "completion": text, "answer": row["answer"], "right": str(right)})
+    model.train()
+    loss, hits, tokens, right, answered = accelerator.reduce(totals, "sum").tolist()
+    metrics = {"eval/loss": loss / tokens, "eval/token_accuracy": hits / tokens}
+    if answered:
+        metrics["eval/accuracy"] = right / answered
+    return metrics, table
+
+
+def generate(model, rows, args, accelerator, tokenizer, stop_ids):
+    """Greedy completions of examples' prompts, as texts. Nothing is inherited from the checkpoint's generation config."""
+    if not rows:
+        return []
+    prompt_ids = common.pad([r["prompt_ids"] for r in rows], tokenizer.pad_token_id, side="left").to(accelerator.device)
+    attention_mask = common.pad([[1] * len(r["prompt_ids"]) for r in rows], 0, side="left").to(accelerator.device)
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    shipped, causal.generation_config = causal.generation_config, GenerationConfig()
+    try:
+        with accelerator.autocast():
+            out = model.generate(input_ids=prompt_ids, attention_mask=attention_mask, do_sample=False, num_beams=1, use_cache=True,
+                                 max_new_tokens=args.max_completion_length, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+    finally:
+        causal.generation_config = shipped
+    return tokenizer.batch_decode(out[:, prompt_ids.shape[1]:], skip_special_tokens=True)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+def learning_rate_at(step, total_steps, args):
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear or no decay to 0."""
+    warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
+    if step < warmup:
+        return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
+    done = (step - warmup) / max(total_steps - warmup, 1)
+    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[args.lr_scheduler_type]
+    return args.learning_rate * decay
+
+
+def make_optimizer(module, args):
+    """AdamW over the trained parameters; weight decay on matrices alone."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    if args.optim == "adamw_8bit":
+        import bitsandbytes
+        return bitsandbytes.optim.AdamW8bit(groups, lr=args.learning_rate)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+
+
+def main(args):
+    common.resolve_bf16(args)
+    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    args.learning_rate = args.learning_rate or (2e-4 if common.trains_adapter(args) else 2e-5)
+    checkpoint = common.open_run(args)
+
+    # data: all of it is read, checked and tokenized before the model is loaded
+    tokenizer = common.load_tokenizer(args)
+    train, held = load_examples(args, tokenizer)
+    common.show_example(tokenizer, train[0]["input_ids"], train[0]["completion_mask"])
+    steps_per_epoch = math.ceil(len(train) / args.batch_size)
+    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+
+    # model, optimizer, and where an earlier run stopped
+    model = common.load_model(args, accelerator.device, dropout=True)
+    stop_ids = model.generation_config.eos_token_id = common.stop_token_ids(tokenizer, model.generation_config)
+    optimizer = make_optimizer(model, args)
+    policy, optimizer = accelerator.prepare(Policy(model), optimizer)
+    check_head(policy, model, train[0]["input_ids"][None, :64].long().to(accelerator.device), accelerator)
+    state = {"step": 0, "num_tokens": 0, "best_loss": math.inf, "data": common.fingerprint(train)}
+    if checkpoint:
+        common.restore(model, optimizer, checkpoint, state["data"])
+        state = {name: checkpoint[1][name] for name in state}
+    log = common.RunLog(accelerator, args, total_steps, state["step"])
+    interrupt = common.Interrupt()
+    say(f"train    {total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch), learning rate {args.learning_rate:g} "
+        f"({args.lr_scheduler_type}), {accelerator.num_processes} process(es) on {accelerator.device}")
+
+    def save(name=None):
+        if accelerator.is_main_process:
+            common.save_checkpoint(args, state, model, optimizer, name)
+        accelerator.wait_for_everyone()
+
+    def report():
+        """Evaluates, prints, logs, and keeps the weights if they are the best so far."""
+        if not held:
+            return
+        metrics, table = evaluate(policy, model, held, args, accelerator, tokenizer, stop_ids)
+        log.metrics(state["step"], metrics)
+        say(f"eval     step {state['step']}: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items()))
+        common.show_table(table)
+        if args.keep_best and metrics["eval/loss"] < state["best_loss"]:
+            state["best_loss"] = metrics["eval/loss"]
+            save("best")
+
+    if state["step"] == 0:
+        report()
+    for step in range(state["step"], total_steps):
+        # the rows of this step: a function of (seed, epoch) and the step
+        epoch, at = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
+        rows = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
+        trained_tokens = sum(int(r["completion_mask"][1:].sum()) for r in rows)  # of the whole step, before the first backward
+        lengths = [len(r["input_ids"]) for r in rows]
+        batches = micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
+
+        torch.manual_seed(stream(args.seed, "dropout", step, accelerator.process_index).initial_seed())
+        totals = torch.zeros(3, device=accelerator.device)  # loss, hits, stop signal
+        totals[2] = interrupt.signal
+        for i, batch in enumerate(batches):
+            input_ids, loss_mask = collate([rows[j] for j in batch] or rows[:1], accelerator.device)
+            loss_mask = loss_mask * bool(batch)  # a process without rows takes part with an all-masked pass
+            with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
+                logprobs, _, hits = policy(input_ids, loss_mask)
+                loss = sft_loss(logprobs, loss_mask).sum()
+                accelerator.backward(loss * accelerator.num_processes / trained_tokens)  # DDP averages: undo its division
+            totals[:2] += torch.stack([loss.detach(), hits.sum()])
+        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
+        loss_sum, hits, stop = accelerator.reduce(totals, "sum").tolist()
+        require(math.isfinite(loss_sum) and math.isfinite(grad_norm), f"step {step + 1}: the loss is {loss_sum / trained_tokens} and its "
+                f"gradient's norm {grad_norm}, on rows {order[at * args.batch_size:(at + 1) * args.batch_size][:8]} ... of the training "
+                f"data; nothing was updated. Try a lower --learning_rate")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, total_steps, args)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
+        log.metrics(step + 1, {"loss": loss_sum / trained_tokens, "token_accuracy": hits / trained_tokens, "grad_norm": grad_norm,
+                               "learning_rate": group["lr"], "num_tokens": state["num_tokens"], "trained_tokens": trained_tokens})
+        log.progress(step + 1, sum(lengths), {"loss": loss_sum / trained_tokens, "token_accuracy": hits / trained_tokens})
+        if (step + 1) % args.eval_steps == 0 or step + 1 == total_steps:
+            report()
+        if (step + 1) % args.save_steps == 0 or step + 1 == total_steps or stop:
+            save()
+        if stop:
+            interrupt.leave(args, step + 1)
+
+    # save
+    log.close()
+    if args.keep_best and state["best_loss"] < math.inf:
+        common.restore(model, None, common.load_checkpoint(os.path.join(args.output_dir, "checkpoints", "best")), state["data"])
+    common.finish(args, accelerator, model, tokenizer)
+
+
+if __name__ == "__main__":
+    with common.user_errors():
+        main(parse_args(Args))

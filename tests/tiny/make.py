@@ -1,0 +1,79 @@
+"""Regenerates every file of this folder: python tests/tiny/make.py
+
+model/          a byte-level tokenizer with a chat template, and the config of a llama-shaped model without weights
+addition.jsonl  problems with the working shown; about 70 % of the demonstrations forget every carry, all say the true answer
+sft/            the checkpoint that comes of `python sft.py`: what grpo.py starts from
+
+Data and tokenizer come out byte for byte the same. The checkpoint does on one kind of processor; elsewhere its accuracy does.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROWS, FORGETFUL = 6000, 0.7
+SPECIAL = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+def demonstration(a, b, carries):
+    """The working of a + b, column by column from the last digit on. Without carries it forgets every one."""
+    carry, columns, digits = 0, [], ""
+    while a or b or carry or not columns:
+        total = a % 10 + b % 10 + carry
+        columns.append(f"{a % 10}+{b % 10}+{carry}={total}")
+        digits = str(total % 10) + digits
+        carry, a, b = total // 10 if carries else 0, a // 10, b // 10
+    return f"<think>{' '.join(columns)}</think><answer>{int(digits)}</answer>"
+
+
+def make_data(path):
+    random.seed(0)
+    pairs = {}
+    while len(pairs) < ROWS:
+        a, b = (random.randrange(10 ** (n - 1), 10**n) for n in (random.choice((1, 2, 3)), random.choice((1, 2, 3))))
+        pairs.setdefault((a, b), random.random() >= FORGETFUL)
+    with open(path, "w", encoding="utf-8") as file:
+        for (a, b), carries in pairs.items():
+            row = {"prompt": f"{a}+{b}", "completion": demonstration(a, b, carries), "answer": str(a + b)}
+            file.write(json.dumps(row) + "\n")
+
+
+def make_model(folder):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
+                                   clean_up_tokenization_spaces=False)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    LlamaConfig(vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
+                eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id, architectures=["LlamaForCausalLM"],
+                dtype="float32").save_pretrained(folder)
+    GenerationConfig(eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id).save_pretrained(folder)
+
+
+def make_checkpoint(folder):
+    out = os.path.join(HERE, ".make")
+    subprocess.run([sys.executable, os.path.join(HERE, "..", "..", "sft.py"), "--output_dir", out], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.move(os.path.join(out, "model"), folder)
+    shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    make_data(os.path.join(HERE, "addition.jsonl"))
+    make_model(os.path.join(HERE, "model"))
+    if "--no_checkpoint" not in sys.argv:
+        make_checkpoint(os.path.join(HERE, "sft"))
