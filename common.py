@@ -1,11 +1,12 @@
 """common.py - turns names on disk into models, tokenizers and tokens, and back.
 
-It holds what the five scripts would otherwise repeat and what no loss depends on: reading arguments, reading a dataset and
-recognising its format, rendering and tokenizing with masks, loading a model (full, LoRA, QLoRA) and its reference, checkpoints,
-saving, and showing tokens and progress to a person. It knows nothing of losses, optimizers, sampling or rewards.
+It holds what the five scripts would otherwise repeat and what no loss depends on: reading arguments, reading
+a dataset and recognising its format, rendering and tokenizing with masks, loading a model (full, LoRA, QLoRA)
+and its reference, checkpoints, saving, and showing tokens and progress to a person. It knows nothing of
+losses, optimizers, sampling or rewards.
 
-Data flow: file -> read_rows (dicts with a place) -> to_conversation (one form for every format) -> encode_conversation
-(ids and mask built together) -> pad (B, T).
+Data flow: file -> read_rows (dicts with a place) -> to_conversation (one form for every format) ->
+encode_conversation (ids and mask built together) -> pad (B, T).
 """
 
 import copy
@@ -25,6 +26,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 
+import pandas
 import torch
 import transformers
 from accelerate.utils import set_seed
@@ -73,10 +75,12 @@ class Parser(HfArgumentParser):
 
 
 def parse_args(args_class, argv=None):
-    """[FILE.json] [--flag value ...] -> args_class. Without a model and a file: tests/tiny/<script>.json beside the script.
+    """[FILE.json] [--flag value ...] -> args_class. Without a model and a file: tests/tiny/<script>.json
+    beside the script.
 
-    A file's values are read as if they had been typed before the flags, so they pass the same checks and the flags win.
-    "$HERE" in a file is the folder it lies in. Raises UserError on an unknown, abbreviated or mistyped flag.
+    A file's values are read as if they had been typed before the flags, so they pass the same checks and the
+    flags win. "$HERE" in a file is the folder it lies in. Raises UserError on an unknown, abbreviated or
+    mistyped flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(args_class, allow_abbrev=False)
@@ -100,8 +104,21 @@ def parse_args(args_class, argv=None):
                 typed.append(f"--{name}={str(value).replace('$HERE', os.path.relpath(os.path.dirname(path) or '.'))}")
     *parsed, rest = parser.parse_args_into_dataclasses(
         typed + argv, return_remaining_strings=True, look_for_args_file=False)
-    require(not rest, f"unknown argument {rest[0] if rest else ''}{_closest(rest[0] if rest else '', flags)}")
+    if rest:
+        name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
+        raise UserError(f"unknown argument {rest[0]}" + (f": {INSTEAD[name]}" if name in INSTEAD else _closest(rest[0], flags)))
     return parsed[0]
+
+
+INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
+    "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step over all processes, --micro_batch_tokens what "
+                                   "one forward pass holds",
+    "gradient_accumulation_steps": "--batch_size is the whole step; --micro_batch_tokens cuts it to fit the memory",
+    "packing": "rows are sorted by length inside a step instead, which removes the padding",
+    "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
+    "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
+    "max_seq_length": "--max_length", "use_peft": "--lora_r 16", "fp16": "bf16 autocast or fp32 only: --bf16",
+    "per_device_eval_batch_size": "--micro_batch_tokens", "tools": "tool calls are not supported"}
 
 
 def _options(field):
@@ -148,7 +165,8 @@ PROMPT_FORMATS = {"prompt": ("prompt",), "instruction": ("instruction",), "quest
 def read_rows(name, skip_bad_rows=False):
     """A local .json, .jsonl, .csv or .parquet file, or a dataset name[:split] -> [(row dict, place)].
 
-    Raises UserError with file, line and reason on what cannot be read; with skip_bad_rows such lines are counted and printed.
+    Raises UserError with file, line and reason on what cannot be read; with skip_bad_rows such lines are
+    counted and printed.
     """
     path, bad = name, Counter()
     if os.path.isfile(path):
@@ -223,7 +241,8 @@ def _read_file(path, bad):
 
 
 def _read_dataset(name):
-    """A dataset name on the hub, or a folder, with an optional :split (default train). Yields (row, place)."""
+    """A dataset name on the hub, or a folder, with an optional :split (default train). Yields (row,
+    place)."""
     import datasets
     datasets.disable_progress_bars()
     path, _, split = name.partition(":")
@@ -241,7 +260,8 @@ def _read_dataset(name):
 
 
 def find_format(rows, formats, chosen=None):
-    """The first format whose columns the first row has, or `chosen`. Raises UserError naming what was found and expected."""
+    """The first format whose columns the first row has, or `chosen`. Raises UserError naming what was found
+    and expected."""
     columns, place = set(rows[0][0]), rows[0][1]
     require(chosen is None or chosen in formats, f"unknown --format {chosen}: one of {', '.join(formats)}")
     for name, needed in formats.items():
@@ -252,9 +272,11 @@ def find_format(rows, formats, chosen=None):
 
 
 def to_messages(value, train=True):
-    """A list of {"role", "content"} or {"from", "value"} -> [{"role", "content", "train"}]. Raises ValueError with the reason.
+    """A list of {"role", "content"} or {"from", "value"} -> [{"role", "content", "train"}]. Raises ValueError
+    with the reason.
 
-    `train` is whether assistant turns count for the loss; a message's own "weight" 0 (OpenAI fine-tuning files) takes it out.
+    `train` is whether assistant turns count for the loss; a message's own "weight" 0 (OpenAI fine-tuning
+    files) takes it out.
     """
     if not isinstance(value, list) or not value:
         raise ValueError(f"expected a non-empty list of messages, got {_short(value)}")
@@ -355,7 +377,8 @@ def to_prompt(row, format, system_prompt=None):
 
 
 def convert_rows(rows, convert, skip_bad_rows, name):
-    """[(row, place)] -> [(convert(row), row, place)], every row checked. A ValueError names file, line and reason."""
+    """[(row, place)] -> [(convert(row), row, place)], every row checked. A ValueError names file, line and
+    reason."""
     kept, bad = [], Counter()
     for row, place in rows:
         try:
@@ -372,7 +395,8 @@ def convert_rows(rows, convert, skip_bad_rows, name):
 def hold_out(items, prompts, fraction, most=200):
     """Splits items into (train, evaluation) by prompt: the prompts with the smallest SHA-256 are held out.
 
-    So rows that share a prompt never fall apart, and the same prompts are held out in every script, whatever the seed.
+    So rows that share a prompt never fall apart, and the same prompts are held out in every script, whatever
+    the seed.
     """
     wanted = min(most, round(fraction * len(items)))
     size, held, count = Counter(prompts), set(), 0
@@ -396,7 +420,8 @@ PLAIN_TEMPLATE = (
 
 
 def load_tokenizer(args):
-    """The tokenizer of args.model_name_or_path, with a chat template and a pad token. Raises UserError if it has no EOS."""
+    """The tokenizer of args.model_name_or_path, with a chat template and a pad token. Raises UserError if it
+    has no EOS."""
     base, adapter = base_and_adapter(args.model_name_or_path)
     source = adapter if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")) else base
     try:
@@ -434,7 +459,8 @@ def _first_line(error):
 
 
 def render(tokenizer, messages, add_generation_prompt=False):
-    """The chat template applied, as text: special tokens and all. Raises ValueError with the template's own complaint."""
+    """The chat template applied, as text: special tokens and all. Raises ValueError with the template's own
+    complaint."""
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     try:
         return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt,
@@ -444,7 +470,8 @@ def render(tokenizer, messages, add_generation_prompt=False):
 
 
 def stop_token_ids(tokenizer, generation_config=None):
-    """Every id that ends a completion: the tokenizer's EOS, the generation config's, and the template's end of turn."""
+    """Every id that ends a completion: the tokenizer's EOS, the generation config's, and the template's end
+    of turn."""
     ids = {tokenizer.eos_token_id}
     eos = getattr(generation_config, "eos_token_id", None)
     ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
@@ -464,9 +491,10 @@ def encode_prompt(tokenizer, messages):
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
     """messages -> [{"input_ids": [...], "completion_mask": [...], "moved": n}], usually one.
 
-    The assistant's spans are found on the final rendering: from the end of the generation prompt to the end-of-turn token, which
-    is included. A template that rewrites earlier turns (thinking models) gives one example for each trained turn instead.
-    `moved` counts trained characters that a token shares with the prompt; that token stays untrained. Raises ValueError.
+    The assistant's spans are found on the final rendering: from the end of the generation prompt to the
+    end-of-turn token, which is included. A template that rewrites earlier turns (thinking models) gives one
+    example for each trained turn instead. `moved` counts trained characters that a token shares with the
+    prompt; that token stays untrained. Raises ValueError.
     """
     text, spans, moved = render(tokenizer, messages), [], 0
     for k, message in enumerate(messages):
@@ -520,7 +548,8 @@ def encode_text(tokenizer, text):
 
 
 def truncate(ids, mask, max_length):
-    """Cuts ids and mask together to max_length: first the prompt's beginning, down to half of it, then the completion's end."""
+    """Cuts ids and mask together to max_length: first the prompt's beginning, down to half of it, then the
+    completion's end."""
     if len(ids) <= max_length:
         return ids, mask
     prompt = mask.index(1)
@@ -541,7 +570,8 @@ def pad(rows, value, side="right", dtype=torch.long):
 
 
 def fingerprint(examples):
-    """A digest of the token ids and masks trained on: a checkpoint refuses to go on with other data or another template."""
+    """A digest of the token ids and masks trained on: a checkpoint refuses to go on with other data or
+    another template."""
     digest = hashlib.sha256()
     for example in examples:
         for name in ("input_ids", "completion_mask"):
@@ -567,23 +597,12 @@ def show_example(tokenizer, ids, mask, title="first example", limit=1500):
     say("  " + (text if len(text) <= limit else text[:limit] + " ...").replace("\n", "\n  "))
 
 
-def show_table(rows, width=None):
-    """[{column: value}] as lines that fit the terminal; numbers keep their width, texts are cut in the middle."""
-    if not rows:
-        return
-    width = width or min(shutil.get_terminal_size((120, 20)).columns, 160)
-    cells = [{k: f"{v:.3g}" if isinstance(v, float) else " ".join(str(v).split()) for k, v in row.items()} for row in rows]
-    texts = [k for k in rows[0] if any(isinstance(row[k], str) for row in rows)]
-    need = {k: max(len(k), *(len(c[k]) for c in cells)) for k in rows[0]}
-    room = width - sum(n + 2 for k, n in need.items() if k not in texts) - 2
-    for k in sorted(texts, key=need.get):  # short columns first: what they leave goes to the long ones
-        share = max(8, room // (len(texts) - sorted(texts, key=need.get).index(k)) - 2)
-        need[k] = min(need[k], share)
-        room -= need[k] + 2
-    def cut(text, n):
-        return text.ljust(n) if len(text) <= n else text[:(n - 1) // 2] + "~" + text[len(text) - (n - 1 - (n - 1) // 2):]
-    for line in [{k: k for k in need}, *cells]:
-        say("  " + "  ".join(cut(line[k], n) for k, n in need.items()).rstrip())
+def show_table(rows):
+    """[{column: value}] as a table; long texts are cut."""
+    cells = [{k: " ".join(v.split()) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
+    cells = [{k: v[:27] + " ... " + v[-27:] if isinstance(v, str) and len(v) > 60 else v for k, v in row.items()} for row in cells]
+    if rows:
+        say("  " + pandas.DataFrame(cells).to_string(index=False, max_colwidth=60).replace("\n", "\n  "))
 
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -597,7 +616,8 @@ def check_tracker(log_with):
 
 
 class RunLog:
-    """metrics.jsonl, samples.jsonl, the trackers and the progress line of one run. Only the first process writes."""
+    """metrics.jsonl, samples.jsonl, the trackers and the progress line of one run. Only the first process
+    writes."""
 
     def __init__(self, accelerator, args, total_steps, start_step):
         self.accelerator, self.args, self.total, self.start = accelerator, args, total_steps, start_step
@@ -674,10 +694,12 @@ def trains_adapter(args):
 
 
 def load_model(args, device="cpu", dropout=False):
-    """The policy, ready to train: trained weights fp32, everything else frozen; LoRA and 4-bit as the arguments say.
+    """The policy, ready to train: trained weights fp32, everything else frozen; LoRA and 4-bit as the
+    arguments say.
 
     A folder with a config but no weights starts from random weights, drawn from args.seed, and says so.
-    dropout=False turns every rate off, functional ones included; the model stays in train() mode, where checkpointing works.
+    dropout=False turns every rate off, functional ones included; the model stays in train() mode, where
+    checkpointing works.
     """
     base, adapter = base_and_adapter(args.model_name_or_path)
     lora = args.lora_r > 0 or adapter is not None
@@ -691,6 +713,9 @@ def load_model(args, device="cpu", dropout=False):
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        require(not hasattr(config, "vision_config"), f"{base} is a vision-language model: images are not supported")
+        require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts auxiliary loss "
+                "(output_router_logits), which is not supported")
         random_start = os.path.isdir(base) and not any(
             name.endswith((".safetensors", ".bin", ".safetensors.index.json")) for name in os.listdir(base))
         if random_start:
@@ -739,7 +764,8 @@ def load_model(args, device="cpu", dropout=False):
 
 
 def _nf4(compute_dtype, device_type):
-    """NF4 with double quantisation. On a CPU an eval forward would repack the weights and spoil the gradients: switched off."""
+    """NF4 with double quantisation. On a CPU an eval forward would repack the weights and spoil the
+    gradients: switched off."""
     try:
         import bitsandbytes.nn.modules
     except ImportError:
@@ -751,7 +777,8 @@ def _nf4(compute_dtype, device_type):
 
 
 def no_dropout(model):
-    """Sets every dropout rate to 0: modules, and the floats that attention layers pass to functional dropout."""
+    """Sets every dropout rate to 0: modules, and the floats that attention layers pass to functional
+    dropout."""
     for module in model.modules():
         for name in [n for n in vars(module) if "drop" in n] + (["p"] if isinstance(module, torch.nn.Dropout) else []):
             if isinstance(getattr(module, name), float):
@@ -761,8 +788,8 @@ def no_dropout(model):
 def make_reference(model, adapter=None):
     """The frozen reference policy -> (module to call, context to call it in, how it is made).
 
-    LoRA on a plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that adapter.
-    Full fine-tuning: a frozen copy of the model. Call it before the first update.
+    LoRA on a plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that
+    adapter. Full fine-tuning: a frozen copy of the model. Call it before the first update.
     """
     if not isinstance(model, PeftModel):
         return copy.deepcopy(model).requires_grad_(False), nullcontext, "a frozen copy of the model"
@@ -789,10 +816,11 @@ MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "s
 
 
 def open_run(args):
-    """Prepares args.output_dir and finds where to go on. Returns the loaded checkpoint (tensors, state) or None.
+    """Prepares args.output_dir and finds where to go on. Returns the loaded checkpoint (tensors, state) or
+    None.
 
-    Raises UserError if the folder holds a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an
-    argument that changes the mathematics differs from the checkpoint's.
+    Raises UserError if the folder holds a run and neither --resume_from_checkpoint nor --overwrite_output_dir
+    is given, or if an argument that changes the mathematics differs from the checkpoint's.
     """
     folder, wanted = os.path.join(args.output_dir, "checkpoints"), args.resume_from_checkpoint
     if wanted is None:
@@ -837,10 +865,11 @@ def open_run(args):
 
 
 def save_checkpoint(args, state, model, optimizer, name=None):
-    """Writes checkpoints/step-N (or checkpoints/<name>), whole or not at all; then removes the oldest beyond save_total_limit.
+    """Writes checkpoints/step-N (or checkpoints/<name>), whole or not at all; then removes the oldest beyond
+    save_total_limit.
 
-    tensors.safetensors holds the trained weights and the optimizer's moments; state.json the scalars, the arguments and the
-    SHA-256 of the tensors' file.
+    tensors.safetensors holds the trained weights and the optimizer's moments; state.json the scalars, the
+    arguments and the SHA-256 of the tensors' file.
     """
     folder = os.path.join(args.output_dir, "checkpoints")
     final = os.path.join(folder, name or f"step-{state['step']:08d}")
@@ -894,7 +923,8 @@ def trained_state(module, optimizer):
 
 
 def restore(model, optimizer, checkpoint, data):
-    """The inverse of trained_state, in place. Raises UserError if the data, or a weight's name or shape, is another."""
+    """The inverse of trained_state, in place. Raises UserError if the data, or a weight's name or shape, is
+    another."""
     tensors, state = checkpoint
     require(state["data"] == data, "the checkpoint was written with other training data (or another chat template or tokenizer)")
     with torch.no_grad():
@@ -932,7 +962,8 @@ def save_args(args):
 
 
 def save_model(model, tokenizer, folder):
-    """model/ : an adapter or full weights with tokenizer, template and generation config; swapped in when complete."""
+    """model/ : an adapter or full weights with tokenizer, template and generation config; swapped in when
+    complete."""
     partial = folder + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.config.use_cache = True
@@ -948,9 +979,11 @@ def save_model(model, tokenizer, folder):
 
 
 def merge_adapter(args, tokenizer, folder, adapter, device):
-    """Merges the adapter folder into its base and saves plain weights to `folder`; prints how far the logits moved.
+    """Merges the adapter folder into its base and saves plain weights to `folder`; prints how far the logits
+    moved.
 
-    A 4-bit base is dequantised first: merging into the original weights, or back into 4 bits, is off ten times as much.
+    A 4-bit base is dequantised first: merging into the original weights, or back into 4 bits, is off ten
+    times as much.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     base, _ = base_and_adapter(adapter)
@@ -974,7 +1007,8 @@ def merge_adapter(args, tokenizer, folder, adapter, device):
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM set .signal; the loop saves a checkpoint and stops. A second one ends the process at once."""
+    """Ctrl-C and SIGTERM set .signal; the loop saves a checkpoint and stops. A second one ends the process at
+    once."""
 
     def __init__(self):
         self.signal = 0

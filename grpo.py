@@ -1,26 +1,36 @@
-"""grpo.py - reinforcement learning with group-relative advantages: a policy learns from rewards of its own samples.
+"""grpo.py - reinforcement learning with group-relative advantages: a policy learns from rewards of its own
+samples.
 
-Objective   J = mean_i,t [ min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) - kl_coef ratio k3 ], maximised, with
-            A_i = (r_i - mean of the group) / (std of the group + 1e-4), and the mean as --loss_type says.
-            Shao 2024, arXiv 2402.03300 (GRPO); Yu 2025, arXiv 2503.14476 (DAPO); Liu 2025, arXiv 2503.20783 (Dr. GRPO);
-            Zheng 2025, arXiv 2507.18071 (GSPO: --importance_sampling_level sequence).
-Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a prompt, B rows of a micro-batch, V vocabulary, d hidden
-            size, N trained tokens. Index t of a (B, T-1) tensor is the prediction of token t+1; the shift is in Policy.forward.
+Objective   J = mean_i,t [ min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) - kl_coef ratio k3 ],
+            maximised, with A_i = (r_i - mean of the group) / (std of the group + 1e-4), and the mean as
+            --loss_type says. Shao 2024, arXiv 2402.03300 (GRPO); Yu 2025, arXiv 2503.14476 (DAPO); Liu 2025,
+            arXiv 2503.20783 (Dr. GRPO); Zheng 2025, arXiv 2507.18071 (GSPO: --importance_sampling_level
+            sequence).
+Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a prompt, B rows of a micro-batch,
+            V vocabulary, d hidden size, N trained tokens. Index t of a (B, T-1) tensor is the prediction of
+            token t+1; the shift is in Policy.forward.
 
 Differences from the papers
-1. The KL term is ratio * k3 with both factors attached and unclipped, which has the gradient of the reverse KL at the visited
-   states, on and off policy. k3 alone, as in GRPO's equation 4, has another one. kl_coef is 0 by default, and then no reference exists.
+1. The KL term is ratio * k3 with both factors attached and unclipped, which has the gradient of the reverse
+KL at the visited
+   states, on and off policy. k3 alone, as in GRPO's equation 4, has another one. kl_coef is 0 by default, and
+   then no reference exists.
 2. A group whose rewards are all equal has advantage exactly 0; the share of such groups is logged.
 3. Every denominator is fixed for the whole step, over all processes, before the first micro-batch.
 Differences from TRL's GRPOTrainer
-1. batch_size counts the prompts of a rollout; num_minibatches splits it into updates and num_iterations repeats it.
-2. What is sampled is what is scored: the whole softmax at --temperature, nothing from the generation config (no top-k, no top-p).
-3. A completion depends on (seed, step, its index in the rollout) alone: not on batch mates, not on the number of processes.
-4. None from a reward function takes the completion out of that reward's statistics; None from all of them leaves it out altogether.
+1. batch_size counts the prompts of a rollout; num_minibatches splits it into updates and num_iterations
+repeats it.
+2. What is sampled is what is scored: the whole softmax at --temperature, nothing from the generation config
+(no top-k, no top-p).
+3. A completion depends on (seed, step, its index in the rollout) alone: not on batch mates, not on the number
+of processes.
+4. None from a reward function takes the completion out of that reward's statistics; None from all of them
+leaves it out altogether.
 
 Run   python grpo.py                                                  the small example, CPU, under a minute
-      python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name gsm8k.jsonl --load_in_4bit --lora_r 16
-      accelerate launch --multi_gpu --num_processes 8 grpo.py --model_name_or_path ... --dataset_name ... --reward_funcs my.py:reward
+      python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name gsm8k.jsonl --load_in_4bit
+      --lora_r 16 accelerate launch --multi_gpu --num_processes 8 grpo.py --model_name_or_path ...
+      --dataset_name ... --reward_funcs my.py:reward
 """
 
 import asyncio
@@ -35,6 +45,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
+import common  # first: it quiets the libraries below
+from common import UserError, parse_args, require, say
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -43,9 +56,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache
 from transformers.hf_argparser import HfArg
-
-import common
-from common import UserError, parse_args, require, say
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -135,10 +145,12 @@ class Args:
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 def group_advantages(scores, num_generations, scale_rewards="group"):
-    """A = (r - mean of its group) / (std + 1e-4), std with n - 1; of the group, of the batch, or (none) no division.
+    """A = (r - mean of its group) / (std + 1e-4), std with n - 1; of the group, of the batch, or (none) no
+    division.
 
-    scores (N*G,) fp32, a prompt's G completions side by side; NaN = not scored: left out of all statistics, advantage 0.
-    A group whose scores are all equal gets exactly 0. Scores 1, 0, 0, 1 give mean 0.5, std 0.5774, advantages +-0.8659.
+    scores (N*G,) fp32, a prompt's G completions side by side; NaN = not scored: left out of all statistics,
+    advantage 0. A group whose scores are all equal gets exactly 0. Scores 1, 0, 0, 1 give mean 0.5, std
+    0.5774, advantages +-0.8659.
     """
     groups = scores.view(-1, num_generations)  # (N, G)
     known = ~groups.isnan()
@@ -153,7 +165,8 @@ def group_advantages(scores, num_generations, scale_rewards="group"):
 
 
 def importance_ratio(logprobs, old_logprobs, loss_mask, importance_sampling_level="token"):
-    """pi / pi_old: token by token, or (GSPO eq. 7) its geometric mean over the sequence, at every token. All (B, T-1)."""
+    """pi / pi_old: token by token, or (GSPO eq. 7) its geometric mean over the sequence, at every token. All
+    (B, T-1)."""
     log_ratio = torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
     if importance_sampling_level == "sequence":
         mean = log_ratio.sum(-1, keepdim=True) / loss_mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -165,7 +178,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, epsilon=0.2, epsilo
     """The clipped surrogate, negated, token by token; the caller weighs (token_weights) and sums.
 
     logprobs, old_logprobs, loss_mask (B, T-1), advantages (B,) -> (B, T-1), 0 where the mask is 0.
-    With ratio 1.5, epsilon_high 0.2: -1.2 A for A > 0 (no gradient) and -1.5 A for A < 0. At ratio 1 the gradient is REINFORCE's.
+    With ratio 1.5, epsilon_high 0.2: -1.2 A for A > 0 (no gradient) and -1.5 A for A < 0. At ratio 1 the
+    gradient is REINFORCE's.
     """
     ratio = importance_ratio(logprobs, old_logprobs, loss_mask, importance_sampling_level)
     a = advantages[:, None]
@@ -174,7 +188,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, epsilon=0.2, epsilo
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """Schulman's k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs: non-negative, unbiased for KL(policy || ref). (B, T-1)
+    """Schulman's k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs: non-negative, unbiased for KL(policy
+    || ref). (B, T-1)
 
     Give it equal values where nothing counts: an infinite d would make NaN gradients even behind a mask.
     d = ln 2 gives 2 - 0.6931 - 1 = 0.3069.
@@ -184,7 +199,8 @@ def kl_k3(logprobs, ref_logprobs):
 
 
 def token_weights(lengths, loss_type, max_completion_length):
-    """What each row's tokens count for in the step's loss: the three denominators of --loss_type. lengths (N,) -> (N,)
+    """What each row's tokens count for in the step's loss: the three denominators of --loss_type. lengths
+    (N,) -> (N,)
 
     dapo     1 / tokens of the step                    with lengths 1, 3: 1/4, 1/4
     grpo     1 / (sequences * tokens of the sequence)  1/2, 1/6
@@ -198,11 +214,12 @@ def token_weights(lengths, loss_type, max_completion_length):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Log-prob, entropy and top-1 hit of N target tokens, without the (N, V) logits ever being whole in memory.
+    """Log-prob, entropy and top-1 hit of N target tokens, without the (N, V) logits ever being whole in
+    memory.
 
-    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in fp32.
-    Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and carry no gradient.
-    hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
+    fp32. Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and
+    carry no gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
 
     @staticmethod
@@ -252,14 +269,16 @@ class ChunkedLogprobs(torch.autograd.Function):
                 None if d_bias is None else d_bias.to(bias.dtype), None, None)
 
 class Policy(nn.Module):
-    """The module that accelerate wraps: trunk, head and log-softmax in one forward, so that gradients are synchronised."""
+    """The module that accelerate wraps: trunk, head and log-softmax in one forward, so that gradients are
+    synchronised."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids, loss_mask, temperature=1.0):
-        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0 where the mask is 0.
+        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0
+        where the mask is 0.
 
         No attention mask: under causal attention no real token sees the padding on its right.
         """
@@ -273,7 +292,8 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def check_head(policy, model, input_ids, accelerator):
-    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or capped."""
+    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or
+    capped."""
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
@@ -287,9 +307,11 @@ def check_head(policy, model, input_ids, accelerator):
 # ---- rewards ---------------------------------------------------------------------------------------------------------
 
 def extract_answer(text):
-    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if it has neither.
+    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
+    it has neither.
 
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower case.
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower
+    case.
     """
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
@@ -308,20 +330,21 @@ def text_of(completion):
 
 
 def accuracy(prompts, completions, **columns):
-    """1 if the completion ends with the answer of the row's `answer` column (or `solution`), 0 if not, None where there is none."""
+    """1 if the completion ends with the answer of the row's `answer` column (or `solution`), 0 if not, None
+    where there is none."""
     answers = [a if a is not None else s for a, s in zip(*(columns.get(name) or [None] * len(completions)
                                                            for name in ("answer", "solution")))]
     known = [None if a is None else extract_answer(str(a)) for a in answers]
     return [None if k is None else float(extract_answer(text_of(c)) == k) for c, k in zip(completions, known)]
 
 
-def format(prompts, completions, **columns):
+def format_reward(prompts, completions, **columns):
     """1 for <think>...</think><answer>...</answer> and nothing else, 0 otherwise."""
     shape = r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*"
     return [float(re.fullmatch(shape, text_of(c), re.DOTALL) is not None) for c in completions]
 
 
-BUILT_IN = {"accuracy": accuracy, "format": format}
+BUILT_IN = {"accuracy": accuracy, "format": format_reward}
 
 
 def load_rewards(args):
@@ -348,10 +371,12 @@ def load_rewards(args):
 
 
 def score(rewards, rows, texts, completion_ids, step, total_steps):
-    """Calls every reward function once on all completions -> (rewards (N, F) with NaN for None, {logged name: value}).
+    """Calls every reward function once on all completions -> (rewards (N, F) with NaN for None, {logged name:
+    value}).
 
-    rows: the prompt of each completion. The functions get TRL's arguments, by keyword: those they name, or all of them if they take
-    **kwargs. Raises UserError naming function, row and completion on an exception, a wrong length or type, or a non-finite number.
+    rows: the prompt of each completion. The functions get TRL's arguments, by keyword: those they name, or
+    all of them if they take **kwargs. Raises UserError naming function, row and completion on an exception, a
+    wrong length or type, or a non-finite number.
     """
     chat = [isinstance(row["prompt"], list) for row in rows]
     logged, out = {}, torch.full((len(rows), len(rewards)), math.nan)
@@ -389,7 +414,8 @@ def score(rewards, rows, texts, completion_ids, step, total_steps):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 def load_prompts(args, tokenizer):
-    """-> (prompts to train on, prompts to evaluate): dicts of prompt (as in the row), prompt_ids, columns and place."""
+    """-> (prompts to train on, prompts to evaluate): dicts of prompt (as in the row), prompt_ids, columns and
+    place."""
     def convert(name):
         rows = common.read_rows(name, args.skip_bad_rows)
         kind = common.find_format(rows, common.PROMPT_FORMATS, args.format)
@@ -429,10 +455,12 @@ def collate(examples, device):
     return input_ids.to(device), completion_mask[:, 1:].to(device)
 
 def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1):
-    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of row indices.
+    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of row
+    indices.
 
-    Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided by a denominator
-    of the whole step, any cut gives the same gradient. A process without rows gets one empty list, for an all-masked pass.
+    Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
+    by a denominator of the whole step, any cut gives the same gradient. A process without rows gets one empty
+    list, for an all-masked pass.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
     batches = [[]]
@@ -450,11 +478,13 @@ def stream(*key):
 
 @torch.no_grad()
 def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, temperature, stop_ids, num_generations=1):
-    """Samples num_generations completions a prompt from softmax(logits / temperature): the whole of it, and nothing else.
+    """Samples num_generations completions a prompt from softmax(logits / temperature): the whole of it, and
+    nothing else.
 
-    prompt_ids, attention_mask (N, P) left-padded; uniforms (N*G, C) in [0, 1), one line a completion, or None for the most likely token.
-    -> completion_ids (N*G, C), logprobs (N*G, C) of what was sampled, lengths (N*G,) with the end-of-turn token counted.
-    Token t of a row is where its u_t falls in the cumulative distribution, so a row does not depend on its batch mates.
+    prompt_ids, attention_mask (N, P) left-padded; uniforms (N*G, C) in [0, 1), one line a completion, or None
+    for the most likely token. -> completion_ids (N*G, C), logprobs (N*G, C) of what was sampled, lengths
+    (N*G,) with the end-of-turn token counted. Token t of a row is where its u_t falls in the cumulative
+    distribution, so a row does not depend on its batch mates.
     """
     device, rows = prompt_ids.device, len(prompt_ids) * num_generations
     completion_ids = torch.zeros(rows, max_completion_length, dtype=torch.long, device=device)
@@ -495,9 +525,11 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
 
 
 def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=False):
-    """Completes and scores the prompts -> (one dict a completion, in order, the same on every process; {logged name: value}).
+    """Completes and scores the prompts -> (one dict a completion, in order, the same on every process;
+    {logged name: value}).
 
-    A process samples and scores its share of the prompts; then all are gathered, so what follows knows the whole rollout.
+    A process samples and scores its share of the prompts; then all are gathered, so what follows knows the
+    whole rollout.
     """
     G, C = 1 if greedy else args.num_generations, args.max_completion_length
     mine = sorted(range(accelerator.process_index, len(prompts), accelerator.num_processes), key=lambda i: len(prompts[i]["prompt_ids"]))
@@ -543,7 +575,8 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
 
 @torch.no_grad()
 def logprobs_of_rollout(policy, records, args, accelerator):
-    """Per-token log-probs of every record by the training forward: a list of (T_i - 1,) on the CPU, the same on every process."""
+    """Per-token log-probs of every record by the training forward: a list of (T_i - 1,) on the CPU, the same
+    on every process."""
     lengths, mine = [len(r["input_ids"]) for r in records], []
     for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes):
         if batch:
@@ -575,7 +608,8 @@ def rollout_metrics(records, rewards, num_generations):
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps):
-    """Greedy completions of the held-out prompts -> (metrics, records). eval/accuracy is exact match, where rows have answers."""
+    """Greedy completions of the held-out prompts -> (metrics, records). eval/accuracy is exact match, where
+    rows have answers."""
     records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=True)
     figures = rollout_metrics(records, rewards, 1)
     kept = ["reward", *(f"rewards/{name}/mean" for name in rewards), "completions/mean_length", "completions/clipped_ratio"]
@@ -590,7 +624,8 @@ def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, st
 # ---- training --------------------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
-    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear or no decay to 0."""
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
+    or no decay to 0."""
     warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)

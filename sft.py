@@ -1,32 +1,40 @@
 """sft.py - supervised fine-tuning: a language model imitates the completions of a dataset.
 
-Objective   L = - sum_t mask_t log p(x_t | x_<t) / trained_tokens, over all rows of the step and all processes.
-Shapes      B rows, T tokens of the longest row, V vocabulary, d hidden size, N trained tokens of a micro-batch.
-            Index t of a (B, T-1) tensor is the prediction of token t+1; the causal shift is done once, in Policy.forward.
+Objective   L = - sum_t mask_t log p(x_t | x_<t) / trained_tokens, over all rows of the step and all
+            processes.
+Shapes      B rows, T tokens of the longest row, V vocabulary, d hidden size, N trained tokens of a
+            micro-batch. Index t of a (B, T-1) tensor is the prediction of token t+1; the causal shift is done
+            once, in Policy.forward.
 
 Differences from the usual recipe
-1. The mean is over the tokens of the whole step, not over micro-batches or rows: micro_batch_tokens changes memory alone.
-2. Rows are sorted by length inside a step instead of packed: no padding to speak of, and no attention between rows.
+1. The mean is over the tokens of the whole step, not over micro-batches or rows: micro_batch_tokens changes
+memory alone.
+2. Rows are sorted by length inside a step instead of packed: no padding to speak of, and no attention between
+rows.
 3. The (B, T, V) logits never exist: head and log-softmax run over chunks of the trained tokens.
 Differences from TRL's SFTTrainer
-1. Only completions are trained on, in conversations too (--completion_only_loss False trains on all), for any chat template.
+1. Only completions are trained on, in conversations too (--completion_only_loss False trains on all), for any
+chat template.
 2. Weights that are trained are fp32 (under bf16 autocast on a GPU), whatever the checkpoint's dtype.
-3. batch_size counts the rows of an optimizer step over all processes; what fits into memory is micro_batch_tokens.
+3. batch_size counts the rows of an optimizer step over all processes; what fits into memory is
+micro_batch_tokens.
 4. Exact duplicates are dropped, and a resumed run ends bit-equal to one that was never stopped.
 
 Run   python sft.py                                                   the small example, CPU, minutes
-      python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name gsm8k.jsonl --load_in_4bit --lora_r 16
-      accelerate launch --multi_gpu --num_processes 8 sft.py --model_name_or_path ... --dataset_name ...
+      python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name gsm8k.jsonl --load_in_4bit --lora_r
+      16 accelerate launch --multi_gpu --num_processes 8 sft.py --model_name_or_path ... --dataset_name ...
 """
 
 import hashlib
 import math
 import os
 import re
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
+
+import common  # first: it quiets the libraries below
+from common import parse_args, require, say
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +44,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig
 from transformers.hf_argparser import HfArg
-
-import common
-from common import UserError, parse_args, require, say
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -109,7 +114,8 @@ class Args:
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 def sft_loss(logprobs, loss_mask):
-    """Negative log-likelihood of the trained tokens, one number each; the caller sums and divides by trained_tokens.
+    """Negative log-likelihood of the trained tokens, one number each; the caller sums and divides by
+    trained_tokens.
 
     logprobs (B, T-1) fp32, loss_mask (B, T-1) with 1 = counts -> (B, T-1), 0 where the mask is 0.
     With log-probs -0.5, -1.0, -2.0 and mask 1, 0, 1 it is 0.5, 0, 2.0: a mean of 1.25 over 2 trained tokens.
@@ -118,11 +124,12 @@ def sft_loss(logprobs, loss_mask):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Log-prob, entropy and top-1 hit of N target tokens, without the (N, V) logits ever being whole in memory.
+    """Log-prob, entropy and top-1 hit of N target tokens, without the (N, V) logits ever being whole in
+    memory.
 
-    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in fp32.
-    Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and carry no gradient.
-    hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
+    fp32. Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and
+    carry no gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
 
     @staticmethod
@@ -173,14 +180,16 @@ class ChunkedLogprobs(torch.autograd.Function):
 
 
 class Policy(nn.Module):
-    """The module that accelerate wraps: trunk, head and log-softmax in one forward, so that gradients are synchronised."""
+    """The module that accelerate wraps: trunk, head and log-softmax in one forward, so that gradients are
+    synchronised."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids, loss_mask, temperature=1.0):
-        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0 where the mask is 0.
+        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0
+        where the mask is 0.
 
         No attention mask: under causal attention no real token sees the padding on its right.
         """
@@ -195,7 +204,8 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def check_head(policy, model, input_ids, accelerator):
-    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or capped."""
+    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or
+    capped."""
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
@@ -210,7 +220,8 @@ def check_head(policy, model, input_ids, accelerator):
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 def load_examples(args, tokenizer):
-    """-> (training examples, evaluation examples): dicts of input_ids, completion_mask and, with an answer, prompt_ids, answer."""
+    """-> (training examples, evaluation examples): dicts of input_ids, completion_mask and, with an answer,
+    prompt_ids, answer."""
     def convert(name):
         rows = common.read_rows(name, args.skip_bad_rows)
         kind = common.find_format(rows, common.SFT_FORMATS, args.format)
@@ -273,10 +284,12 @@ def collate(examples, device):
 
 
 def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1):
-    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of row indices.
+    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of row
+    indices.
 
-    Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided by a denominator
-    of the whole step, any cut gives the same gradient. A process without rows gets one empty list, for an all-masked pass.
+    Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
+    by a denominator of the whole step, any cut gives the same gradient. A process without rows gets one empty
+    list, for an all-masked pass.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
     batches = [[]]
@@ -295,9 +308,11 @@ def stream(*key):
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 def extract_answer(text):
-    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if it has neither.
+    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
+    it has neither.
 
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower case.
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower
+    case.
     """
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
@@ -313,7 +328,8 @@ def extract_answer(text):
 
 @torch.no_grad()
 def evaluate(policy, model, examples, args, accelerator, tokenizer, stop_ids):
-    """-> {"eval/loss", "eval/token_accuracy", and "eval/accuracy" (greedy exact match) where rows have answers}, table rows."""
+    """-> {"eval/loss", "eval/token_accuracy", and "eval/accuracy" (greedy exact match) where rows have
+    answers}, table rows."""
     totals, table = torch.zeros(5, dtype=torch.float64, device=accelerator.device), []
     model.eval()
     lengths = [len(e["input_ids"]) for e in examples]
@@ -342,7 +358,8 @@ def evaluate(policy, model, examples, args, accelerator, tokenizer, stop_ids):
 
 
 def generate(model, rows, args, accelerator, tokenizer, stop_ids):
-    """Greedy completions of examples' prompts, as texts. Nothing is inherited from the checkpoint's generation config."""
+    """Greedy completions of examples' prompts, as texts. Nothing is inherited from the checkpoint's
+    generation config."""
     if not rows:
         return []
     prompt_ids = common.pad([r["prompt_ids"] for r in rows], tokenizer.pad_token_id, side="left").to(accelerator.device)
@@ -361,7 +378,8 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
-    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear or no decay to 0."""
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
+    or no decay to 0."""
     warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
