@@ -35,12 +35,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import which CPU kernels it does without
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces missing CPU kernels at import
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-# ---- errors and arguments --------------------------------------------------------------------------------------------
+# ---- errors and arguments ----------------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake of the user's: one sentence that says what is wrong, where, and what to do."""
@@ -89,31 +89,37 @@ def parse_args(args_class, argv=None):
     given = {flags.get(word.split("=")[0]) for word in argv}
     if path is None and "model_name_or_path" not in given and not {"-h", "--help"} & set(argv):
         script = os.path.abspath(sys.modules[args_class.__module__].__file__)
-        path = os.path.join(os.path.dirname(script), "tests", "tiny", os.path.basename(script).replace(".py", ".json"))
+        path = os.path.join(os.path.dirname(script), "tests", "tiny",
+                            os.path.basename(script).replace(".py", ".json"))
         require(os.path.exists(path), "no model given and no tests/tiny beside the script: "
                 "add --model_name_or_path NAME_OR_FOLDER --dataset_name NAME_OR_FILE")
-        say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} (flags go on top of it).")
+        say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} "
+            "(flags go on top of it).")
     typed = []
     if path is not None:
         for name, value in _read_args_file(path).items():
-            require(f"--{name}" in flags, f"{path}: unknown argument '{name}'{_closest(name, flags.values())}")
+            require(f"--{name}" in flags,
+                    f"{path}: unknown argument '{name}'{_closest(name, flags.values())}")
             if isinstance(value, list) and value:
                 typed += [f"--{name}", *map(str, value)]
             elif value is not None and value != []:
                 value = json.dumps(value) if isinstance(value, dict) else value
-                typed.append(f"--{name}={str(value).replace('$HERE', os.path.relpath(os.path.dirname(path) or '.'))}")
+                typed.append(f"--{name}="
+                             f"{str(value).replace('$HERE', os.path.relpath(os.path.dirname(path) or '.'))}")
     *parsed, rest = parser.parse_args_into_dataclasses(
         typed + argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
-        raise UserError(f"unknown argument {rest[0]}" + (f": {INSTEAD[name]}" if name in INSTEAD else _closest(rest[0], flags)))
+        raise UserError(f"unknown argument {rest[0]}"
+                        + (f": {INSTEAD[name]}" if name in INSTEAD else _closest(rest[0], flags)))
     return parsed[0]
 
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
-    "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step over all processes, --micro_batch_tokens what "
-                                   "one forward pass holds",
-    "gradient_accumulation_steps": "--batch_size is the whole step; --micro_batch_tokens cuts it to fit the memory",
+    "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step over all processes, "
+                                   "--micro_batch_tokens what one forward pass holds",
+    "gradient_accumulation_steps": "--batch_size is the whole step; "
+                                   "--micro_batch_tokens cuts it to fit the memory",
     "packing": "rows are sorted by length inside a step instead, which removes the padding",
     "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
@@ -133,7 +139,8 @@ def _closest(name, names):
 
 
 def _read_args_file(path):
-    require(path.endswith(".json"), f"'{path}': expected --flag value, or an arguments file ending in .json first")
+    require(path.endswith(".json"),
+            f"'{path}': expected --flag value, or an arguments file ending in .json first")
     try:
         with open(path, encoding="utf-8-sig") as file:
             values = json.load(file)
@@ -148,17 +155,20 @@ def _read_args_file(path):
 def resolve_bf16(args):
     """None means: bf16 autocast on an accelerator that has it, fp32 on a CPU."""
     if args.bf16 is None:
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") or not torch.accelerator.is_available()
+        on_cpu = (os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+                  or not torch.accelerator.is_available())
         args.bf16 = not on_cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
 
 
-# ---- reading data ----------------------------------------------------------------------------------------------------
+# ---- reading data ------------------------------------------------------------------------------------------
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
+         "assistant": "assistant", "gpt": "assistant"}
 
 SFT_FORMATS = {  # name -> columns that must be there; the first that fits is taken, --format overrides
-    "messages": ("messages",), "conversations": ("conversations",), "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"), "question_answer": ("question", "answer"), "text": ("text",)}
+    "messages": ("messages",), "conversations": ("conversations",),
+    "prompt_completion": ("prompt", "completion"), "alpaca": ("instruction", "output"),
+    "question_answer": ("question", "answer"), "text": ("text",)}
 PROMPT_FORMATS = {"prompt": ("prompt",), "instruction": ("instruction",), "question": ("question",)}
 
 
@@ -247,14 +257,16 @@ def _read_dataset(name):
     datasets.disable_progress_bars()
     path, _, split = name.partition(":")
     try:
-        if os.path.exists(os.path.join(path, "dataset_info.json")) or os.path.exists(os.path.join(path, "dataset_dict.json")):
+        if (os.path.exists(os.path.join(path, "dataset_info.json"))
+                or os.path.exists(os.path.join(path, "dataset_dict.json"))):
             data = datasets.load_from_disk(path)
             data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
         else:
             data = datasets.load_dataset(path, split=split or "train")
     except Exception as error:  # the library raises dozens of kinds; the user needs the sentence
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"'{name}' is neither a file here nor a dataset that could be loaded: {reason}") from None
+        raise UserError(f"'{name}' is neither a file here nor a dataset that could be loaded: "
+                        f"{reason}") from None
     for i, row in enumerate(data):
         yield row, f"{name} row {i}"
 
@@ -268,7 +280,8 @@ def find_format(rows, formats, chosen=None):
         if name == chosen or (chosen is None and columns.issuperset(needed)):
             return name
     known = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in formats.items())
-    raise UserError(f"{place}: no known format has the columns {', '.join(sorted(map(str, columns)))}. Known are: {known}")
+    raise UserError(f"{place}: no known format has the columns {', '.join(sorted(map(str, columns)))}. "
+                    f"Known are: {known}")
 
 
 def to_messages(value, train=True):
@@ -287,7 +300,8 @@ def to_messages(value, train=True):
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if role not in ROLES:
             known = "system, user (human), assistant (gpt)"
-            tool = " (tool calls are not supported)" if role in ("tool", "function", "observation", "function_call") else ""
+            tool = (" (tool calls are not supported)"
+                    if role in ("tool", "function", "observation", "function_call") else "")
             raise ValueError(f"message {number} has the unknown role {_short(role)}{tool}; known are {known}")
         if message.get("tool_calls") or message.get("function_call"):
             raise ValueError(f"message {number} calls a tool, which is not supported")
@@ -334,8 +348,10 @@ def to_conversation(row, format, system_prompt=None):
         messages = [turn("system", _text(row["system"], "column 'system'"))] if row.get("system") else []
         for pair in row.get("history") or []:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise ValueError(f"column 'history' holds {_short(pair)} where a [user, assistant] pair is expected")
-            messages += [turn("user", _text(pair[0], "history")), turn("assistant", _text(pair[1], "history"))]
+                raise ValueError(f"column 'history' holds {_short(pair)} "
+                                 "where a [user, assistant] pair is expected")
+            messages += [turn("user", _text(pair[0], "history")),
+                         turn("assistant", _text(pair[1], "history"))]
         extra = _text(extra, "column 'input'")
         messages += [turn("user", instruction + ("\n" + extra if extra else "")),
                      turn("assistant", _text(row.get("output"), "column 'output'"))]
@@ -405,10 +421,11 @@ def hold_out(items, prompts, fraction, most=200):
             break
         held.add(prompt)
         count += size[prompt]
-    return ([x for x, p in zip(items, prompts) if p not in held], [x for x, p in zip(items, prompts) if p in held])
+    return ([x for x, p in zip(items, prompts) if p not in held],
+            [x for x, p in zip(items, prompts) if p in held])
 
 
-# ---- tokens and masks ------------------------------------------------------------------------------------------------
+# ---- tokens and masks --------------------------------------------------------------------------------------
 
 # For tokenizers that bring no chat template: "User: ...", "Assistant: ..." and EOS after every answer.
 PLAIN_TEMPLATE = (
@@ -428,8 +445,10 @@ def load_tokenizer(args):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     except Exception as error:
         raise UserError(f"cannot load a tokenizer from '{source}': {_first_line(error)}") from None
-    require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, which the masks need (is_fast is False)")
-    require(tokenizer.eos_token_id is not None, f"the tokenizer of '{source}' has no EOS token: a model could never learn to stop")
+    require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, "
+            "which the masks need (is_fast is False)")
+    require(tokenizer.eos_token_id is not None,
+            f"the tokenizer of '{source}' has no EOS token: a model could never learn to stop")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask is derived from a token id
     if args.chat_template_path:
@@ -437,10 +456,12 @@ def load_tokenizer(args):
             with open(args.chat_template_path, encoding="utf-8") as file:
                 tokenizer.chat_template = file.read()
         except OSError as error:
-            raise UserError(f"cannot read --chat_template_path {args.chat_template_path}: {error.strerror}") from None
+            raise UserError(f"cannot read --chat_template_path {args.chat_template_path}: "
+                            f"{error.strerror}") from None
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        say("template the tokenizer has none: using 'User: ...', 'Assistant: ...<eos>' (saved with the model)")
+        say("template the tokenizer has none: using 'User: ...', 'Assistant: ...<eos>' "
+            "(saved with the model)")
     tokenizer.template_kwargs = parse_json_object(args.chat_template_kwargs, "--chat_template_kwargs")
     return tokenizer
 
@@ -450,7 +471,8 @@ def parse_json_object(text, flag):
         value = json.loads(text) if text else {}
     except ValueError:
         value = None
-    require(isinstance(value, dict), f"{flag} must be a JSON object such as '{{\"enable_thinking\": false}}', not {text}")
+    require(isinstance(value, dict),
+            f"{flag} must be a JSON object such as '{{\"enable_thinking\": false}}', not {text}")
     return value
 
 
@@ -463,8 +485,9 @@ def render(tokenizer, messages, add_generation_prompt=False):
     complaint."""
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     try:
-        return tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                             **getattr(tokenizer, "template_kwargs", {}))
+        return tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=add_generation_prompt,
+            **getattr(tokenizer, "template_kwargs", {}))
     except Exception as error:  # templates call raise_exception with their own words
         raise ValueError(f"the chat template refuses this conversation: {_first_line(error)}") from None
 
@@ -477,7 +500,8 @@ def stop_token_ids(tokenizer, generation_config=None):
     ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
     answer = "stopword"
     text = render(tokenizer, [turn("user", "hi"), turn("assistant", answer)])
-    after = tokenizer(text[text.rindex(answer) + len(answer):].lstrip(), add_special_tokens=False)["input_ids"]
+    after = tokenizer(text[text.rindex(answer) + len(answer):].lstrip(),
+                      add_special_tokens=False)["input_ids"]
     if after and after[0] in tokenizer.added_tokens_decoder:
         ids.add(after[0])
     return sorted(ids)
@@ -485,7 +509,8 @@ def stop_token_ids(tokenizer, generation_config=None):
 
 def encode_prompt(tokenizer, messages):
     """messages -> ids of the prompt, ending where the assistant begins."""
-    return tokenizer(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
+    return tokenizer(render(tokenizer, messages, add_generation_prompt=True),
+                     add_special_tokens=False)["input_ids"]
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
@@ -506,13 +531,15 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
         if not text.startswith(upto) or not text.startswith(before):
             turns = [i for i, m in enumerate(messages) if m["train"]]
             if turns == [len(messages) - 1]:
-                before = os.path.commonprefix([text, head])  # only the last turn counts: what precedes it may look as it likes
+                before = os.path.commonprefix([text, head])  # only the last turn counts: the rest may differ
                 spans = [(len(before), len(text))]
                 break
-            single = [[{**m, "train": m["train"] and j == i} for j, m in enumerate(messages[:i + 1])] for i in turns]
-            return [example for part in single for example in encode_conversation(tokenizer, part, completion_only_loss)]
+            single = [[{**m, "train": m["train"] and j == i} for j, m in enumerate(messages[:i + 1])]
+                      for i in turns]
+            return [example for part in single
+                    for example in encode_conversation(tokenizer, part, completion_only_loss)]
         if message["train"]:
-            if not text.startswith(head):  # the generation prompt opens a thinking block that this answer closes or lacks
+            if not text.startswith(head):  # it opens a thinking block that this answer closes or lacks
                 shared = os.path.commonprefix([text, head])
                 moved, head = moved + 1, max(shared, before, key=len)
             spans.append((len(head), len(upto)))
@@ -580,7 +607,7 @@ def fingerprint(examples):
     return digest.hexdigest()[:16]
 
 
-# ---- showing things to a person --------------------------------------------------------------------------------------
+# ---- showing things to a person ----------------------------------------------------------------------------
 
 def show_example(tokenizer, ids, mask, title="first example", limit=1500):
     """One example with its trained tokens marked: green on a terminal, [[ ]] elsewhere."""
@@ -589,18 +616,21 @@ def show_example(tokenizer, ids, mask, title="first example", limit=1500):
     ids, mask = list(map(int, ids)), list(map(int, mask))
     for i in range(1, len(ids) + 1):
         if i == len(ids) or mask[i] != mask[start]:
-            piece = tokenizer.decode(ids[start:i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            piece = tokenizer.decode(ids[start:i], skip_special_tokens=False,
+                                     clean_up_tokenization_spaces=False)
             pieces.append(opening + piece + closing if mask[start] else piece)
             start = i
     text = "".join(pieces)
-    say(f"{title}: {len(ids)} tokens, {sum(mask)} trained" + (", marked" if sys.stdout.isatty() else ", in [[ ]]"))
+    say(f"{title}: {len(ids)} tokens, {sum(mask)} trained"
+        + (", marked" if sys.stdout.isatty() else ", in [[ ]]"))
     say("  " + (text if len(text) <= limit else text[:limit] + " ...").replace("\n", "\n  "))
 
 
 def show_table(rows):
     """[{column: value}] as a table; long texts are cut."""
     cells = [{k: " ".join(v.split()) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
-    cells = [{k: v[:27] + " ... " + v[-27:] if isinstance(v, str) and len(v) > 60 else v for k, v in row.items()} for row in cells]
+    cells = [{k: v[:27] + " ... " + v[-27:] if isinstance(v, str) and len(v) > 60 else v
+              for k, v in row.items()} for row in cells]
     if rows:
         say("  " + pandas.DataFrame(cells).to_string(index=False, max_colwidth=60).replace("\n", "\n  "))
 
@@ -612,7 +642,8 @@ def check_tracker(log_with):
     """accelerate would go on unlogged when the package is missing; this raises UserError."""
     if log_with is not None:
         require(importlib.util.find_spec(TRACKER_PACKAGES[log_with]) is not None,
-                f"--log_with {log_with} needs the package '{TRACKER_PACKAGES[log_with]}': pip install {TRACKER_PACKAGES[log_with]}")
+                f"--log_with {log_with} needs the package '{TRACKER_PACKAGES[log_with]}': "
+                f"pip install {TRACKER_PACKAGES[log_with]}")
 
 
 class RunLog:
@@ -629,8 +660,8 @@ class RunLog:
                 _cut_back(os.path.join(args.output_dir, name), start_step)
         if args.log_with:
             accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
-        self.bar = tqdm(total=total_steps, initial=start_step, disable=not (self.main and sys.stderr.isatty()), unit="step",
-                        dynamic_ncols=True)
+        self.bar = tqdm(total=total_steps, initial=start_step,
+                        disable=not (self.main and sys.stderr.isatty()), unit="step", dynamic_ncols=True)
 
     def write(self, name, record):
         if self.main:
@@ -639,7 +670,8 @@ class RunLog:
 
     def metrics(self, step, values):
         self.write("metrics.jsonl", {"step": step, **values})
-        if self.args.log_with and (step % self.args.logging_steps == 0 or any(k.startswith("eval/") for k in values)):
+        if self.args.log_with and (step % self.args.logging_steps == 0
+                                   or any(k.startswith("eval/") for k in values)):
             self.accelerator.log(values, step=step)
 
     def progress(self, step, tokens, shown):
@@ -678,7 +710,7 @@ def _cut_back(path, step):
     os.replace(path + ".tmp", path)
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 
 def base_and_adapter(name):
     """A model folder or name -> (name, None); a LoRA adapter's folder -> (its base, the folder)."""
@@ -713,14 +745,17 @@ def load_model(args, device="cpu", dropout=False):
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-        require(not hasattr(config, "vision_config"), f"{base} is a vision-language model: images are not supported")
-        require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts auxiliary loss "
-                "(output_router_logits), which is not supported")
+        require(not hasattr(config, "vision_config"),
+                f"{base} is a vision-language model: images are not supported")
+        require(not getattr(config, "output_router_logits", False), f"{base} asks for a "
+                "mixture-of-experts auxiliary loss (output_router_logits), which is not supported")
         random_start = os.path.isdir(base) and not any(
             name.endswith((".safetensors", ".bin", ".safetensors.index.json")) for name in os.listdir(base))
         if random_start:
-            say(f"model    {base} has a config but no weights: starting from random weights (seed {args.seed})")
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+            say(f"model    {base} has a config but no weights: "
+                f"starting from random weights (seed {args.seed})")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                                     trust_remote_code=args.trust_remote_code)
             if lora:  # the adapter saved at the end needs the base it was trained on
                 base = os.path.join(args.output_dir, "base")
                 if os.environ.get("RANK", "0") == "0":
@@ -735,7 +770,8 @@ def load_model(args, device="cpu", dropout=False):
         raise UserError(f"cannot load a model from '{base}': {_first_line(error)}") from None
     if adapter:
         require(args.lora_r in (0, PeftConfig.from_pretrained(adapter).r),
-                f"{adapter} is an adapter of rank {PeftConfig.from_pretrained(adapter).r}: leave --lora_r out to train it on")
+                f"{adapter} is an adapter of rank {PeftConfig.from_pretrained(adapter).r}: "
+                "leave --lora_r out to train it on")
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora:
         try:
@@ -744,7 +780,8 @@ def load_model(args, device="cpu", dropout=False):
                 target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
                 task_type="CAUSAL_LM"))
         except ValueError as error:
-            raise UserError(f"--lora_target_modules {args.lora_target_modules}: {_first_line(error)}") from None
+            raise UserError(f"--lora_target_modules {args.lora_target_modules}: "
+                            f"{_first_line(error)}") from None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -757,7 +794,8 @@ def load_model(args, device="cpu", dropout=False):
     total = sum(p.numel() for p in model.parameters())
     kind = "adapter goes on" if adapter else f"LoRA r={args.lora_r}" if lora else "full fine-tuning"
     say(f"model    {args.model_name_or_path}: {type(config).__name__.replace('Config', '')}, {kind}"
-        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} parameters trained in fp32"
+        f"{' on a 4-bit base' if args.load_in_4bit else ''}, "
+        f"{trained:,} of {total:,} parameters trained in fp32"
         f"{' under bf16 autocast' if args.bf16 else ''}")
     require(trained, "no parameter is trained")
     return model
@@ -780,7 +818,8 @@ def no_dropout(model):
     """Sets every dropout rate to 0: modules, and the floats that attention layers pass to functional
     dropout."""
     for module in model.modules():
-        for name in [n for n in vars(module) if "drop" in n] + (["p"] if isinstance(module, torch.nn.Dropout) else []):
+        for name in ([n for n in vars(module) if "drop" in n]
+                     + (["p"] if isinstance(module, torch.nn.Dropout) else [])):
             if isinstance(getattr(module, name), float):
                 setattr(module, name, 0.0)
 
@@ -808,11 +847,12 @@ def make_reference(model, adapter=None):
     return model, use_reference, "a frozen copy of the adapter"
 
 
-# ---- checkpoints and saving ------------------------------------------------------------------------------------------
+# ---- checkpoints and saving --------------------------------------------------------------------------------
 
 # Arguments that may differ when a run is resumed: none of them changes the weights that come of it.
-MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps",
-              "log_with", "micro_batch_tokens", "rollout_batch_size", "gradient_checkpointing", "merge"}
+MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
+              "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
+              "gradient_checkpointing", "merge"}
 
 
 def open_run(args):
@@ -824,9 +864,11 @@ def open_run(args):
     """
     folder, wanted = os.path.join(args.output_dir, "checkpoints"), args.resume_from_checkpoint
     if wanted is None:
-        used = [n for n in ("args.json", "metrics.jsonl", "checkpoints", "model") if os.path.exists(os.path.join(args.output_dir, n))]
-        require(not used or args.overwrite_output_dir, f"{args.output_dir} already holds a run: choose another --output_dir, "
-                "or add --resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
+        used = [n for n in ("args.json", "metrics.jsonl", "checkpoints", "model")
+                if os.path.exists(os.path.join(args.output_dir, n))]
+        require(not used or args.overwrite_output_dir,
+                f"{args.output_dir} already holds a run: choose another --output_dir, or add "
+                "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
         if os.environ.get("RANK", "0") == "0":
             for name in ("args.json", "metrics.jsonl", "samples.jsonl"):
                 if os.path.exists(os.path.join(args.output_dir, name)):
@@ -835,7 +877,8 @@ def open_run(args):
                 shutil.rmtree(os.path.join(args.output_dir, name), ignore_errors=True)
         return None
     if wanted == "latest":
-        names = sorted((n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n)), reverse=True) if os.path.isdir(folder) else []
+        names = (sorted((n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n)), reverse=True)
+                 if os.path.isdir(folder) else [])
         for name in names:
             try:
                 tensors, state = load_checkpoint(os.path.join(folder, name))
@@ -858,8 +901,9 @@ def open_run(args):
     now, then = asdict(args), state["args"]
     for name in sorted(now):
         if name not in MAY_CHANGE:
-            require(name in then and then[name] == now[name], f"{wanted} was written with --{name} {then.get(name)} and this run has "
-                    f"{now[name]}: that would change the result; give the old value, or start a new --output_dir")
+            require(name in then and then[name] == now[name],
+                    f"{wanted} was written with --{name} {then.get(name)} and this run has {now[name]}: "
+                    "that would change the result; give the old value, or start a new --output_dir")
     say(f"resume   from {wanted}, step {state['step']}")
     return tensors, state
 
@@ -882,7 +926,7 @@ def save_checkpoint(args, state, model, optimizer, name=None):
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, path)
         with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
             json.dump({**state, "optimizer": scalars, "args": asdict(args), "sha256": _sha256(path)}, file)
-        for each in (path, os.path.join(partial, "state.json"), partial):  # on the disk before the name says so
+        for each in (path, os.path.join(partial, "state.json"), partial):  # on disk before the name says so
             handle = os.open(each, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
@@ -891,7 +935,8 @@ def save_checkpoint(args, state, model, optimizer, name=None):
         os.rename(partial, final)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"could not write {final}: {_first_line(error)}; earlier checkpoints are whole") from None
+        raise UserError(f"could not write {final}: {_first_line(error)}; "
+                        "earlier checkpoints are whole") from None
     kept = sorted(n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n))
     for old in kept[:-args.save_total_limit]:
         shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
@@ -926,13 +971,15 @@ def restore(model, optimizer, checkpoint, data):
     """The inverse of trained_state, in place. Raises UserError if the data, or a weight's name or shape, is
     another."""
     tensors, state = checkpoint
-    require(state["data"] == data, "the checkpoint was written with other training data (or another chat template or tokenizer)")
+    require(state["data"] == data, "the checkpoint was written with other training data "
+            "(or another chat template or tokenizer)")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:
                 saved = tensors.get(f"model.{name}")
                 require(saved is not None and saved.shape == p.shape,
-                        f"the checkpoint has no weight {name} of shape {tuple(p.shape)}: it was written by another model")
+                        f"the checkpoint has no weight {name} of shape {tuple(p.shape)}: "
+                        "it was written by another model")
                 p.copy_(saved)
     if optimizer is not None:
         per_parameter = {}
@@ -940,7 +987,8 @@ def restore(model, optimizer, checkpoint, data):
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 per_parameter.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": per_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict({"state": per_parameter,
+                                   "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def finish(args, accelerator, model, tokenizer):
@@ -951,7 +999,8 @@ def finish(args, accelerator, model, tokenizer):
         save_model(model, tokenizer, folder)
         say(f"saved    {folder}")
         if args.merge:
-            merge_adapter(args, tokenizer, os.path.join(args.output_dir, "merged"), folder, accelerator.device)
+            merge_adapter(args, tokenizer, os.path.join(args.output_dir, "merged"), folder,
+                          accelerator.device)
     accelerator.wait_for_everyone()
 
 
@@ -975,7 +1024,8 @@ def save_model(model, tokenizer, folder):
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror or error}; the checkpoints are whole") from None
+        raise UserError(f"could not write {folder}: {error.strerror or error}; "
+                        "the checkpoints are whole") from None
 
 
 def merge_adapter(args, tokenizer, folder, adapter, device):
@@ -988,22 +1038,26 @@ def merge_adapter(args, tokenizer, folder, adapter, device):
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     base, _ = base_and_adapter(adapter)
     options = {"quantization_config": _nf4(dtype, torch.device(device).type)} if args.load_in_4bit else {}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code, **options)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code,
+                                                 **options)
     model = model if args.load_in_4bit else model.to(device)
     ids = torch.arange(min(64, model.config.vocab_size), device=model.device)[None]
     with torch.no_grad():
         before = PeftModel.from_pretrained(model, adapter).eval()(ids).logits.float()
         if args.load_in_4bit:
             del model
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype, trust_remote_code=args.trust_remote_code, **options)
             model = model.dequantize(dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code).to(device)
+            model = AutoModelForCausalLM.from_pretrained(
+                base, dtype=dtype, trust_remote_code=args.trust_remote_code).to(device)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
         after = merged(ids).logits.float()
     merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter)
     save_model(merged, tokenizer, folder)
-    say(f"merged   {folder}: logits moved by at most {(after - before).abs().max():.2g} (their spread is {before.std():.2g})")
+    say(f"merged   {folder}: logits moved by at most {(after - before).abs().max():.2g} "
+        f"(their spread is {before.std():.2g})")
 
 
 class Interrupt:
@@ -1022,5 +1076,6 @@ class Interrupt:
             signal.signal(each, signal.SIG_DFL)
 
     def leave(self, args, step):
-        say(f"stopped at step {step}; to go on: the same command with --resume_from_checkpoint latest", file=sys.stderr)
+        say(f"stopped at step {step}; to go on: the same command with --resume_from_checkpoint latest",
+            file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))

@@ -1,36 +1,33 @@
-"""grpo.py - reinforcement learning with group-relative advantages: a policy learns from rewards of its own
-samples.
+"""grpo.py - reinforcement learning with group-relative advantages: a policy learns from its scored samples.
 
 Objective   J = mean_i,t [ min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) - kl_coef ratio k3 ],
             maximised, with A_i = (r_i - mean of the group) / (std of the group + 1e-4), and the mean as
-            --loss_type says. Shao 2024, arXiv 2402.03300 (GRPO); Yu 2025, arXiv 2503.14476 (DAPO); Liu 2025,
-            arXiv 2503.20783 (Dr. GRPO); Zheng 2025, arXiv 2507.18071 (GSPO: --importance_sampling_level
-            sequence).
+            --loss_type says. Shao 2024, arXiv 2402.03300 (GRPO); Yu 2025, arXiv 2503.14476 (DAPO);
+            Liu 2025, arXiv 2503.20783 (Dr. GRPO);
+            Zheng 2025, arXiv 2507.18071 (GSPO: --importance_sampling_level sequence).
 Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a prompt, B rows of a micro-batch,
             V vocabulary, d hidden size, N trained tokens. Index t of a (B, T-1) tensor is the prediction of
             token t+1; the shift is in Policy.forward.
 
 Differences from the papers
 1. The KL term is ratio * k3 with both factors attached and unclipped, which has the gradient of the reverse
-KL at the visited
-   states, on and off policy. k3 alone, as in GRPO's equation 4, has another one. kl_coef is 0 by default, and
-   then no reference exists.
+   KL at the visited states, on and off policy. k3 alone, as in GRPO's equation 4, has another one. kl_coef is
+   0 by default, and then no reference exists.
 2. A group whose rewards are all equal has advantage exactly 0; the share of such groups is logged.
 3. Every denominator is fixed for the whole step, over all processes, before the first micro-batch.
 Differences from TRL's GRPOTrainer
 1. batch_size counts the prompts of a rollout; num_minibatches splits it into updates and num_iterations
-repeats it.
+   repeats it.
 2. What is sampled is what is scored: the whole softmax at --temperature, nothing from the generation config
-(no top-k, no top-p).
+   (no top-k, no top-p).
 3. A completion depends on (seed, step, its index in the rollout) alone: not on batch mates, not on the number
-of processes.
+   of processes.
 4. None from a reward function takes the completion out of that reward's statistics; None from all of them
-leaves it out altogether.
+   leaves it out altogether.
 
 Run   python grpo.py                                                  the small example, CPU, under a minute
-      python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name gsm8k.jsonl --load_in_4bit
-      --lora_r 16 accelerate launch --multi_gpu --num_processes 8 grpo.py --model_name_or_path ...
-      --dataset_name ... --reward_funcs my.py:reward
+      python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my.jsonl --lora_r 16
+      accelerate launch --multi_gpu --num_processes 8 grpo.py ... --reward_funcs my.py:reward
 """
 
 import asyncio
@@ -58,91 +55,98 @@ from transformers import DynamicCache
 from transformers.hf_argparser import HfArg
 
 
-# ---- arguments -------------------------------------------------------------------------------------------------------
+# ---- arguments ---------------------------------------------------------------------------------------------
 
 @dataclass
 class Args:
     # model
-    model_name_or_path: str | None = HfArg(default=None, help="name or folder of a model, or of a LoRA adapter to go on with")
-    attn_implementation: str | None = HfArg(default=None, help="attention kernel, such as sdpa or flash_attention_2")
+    model_name_or_path: str | None = HfArg(default=None, help="name or folder of a model or a LoRA adapter")
+    attn_implementation: str | None = HfArg(default=None, help="kernel, such as sdpa or flash_attention_2")
     trust_remote_code: bool = HfArg(default=False, help="run Python code that comes with the model")
-    chat_template_path: str | None = HfArg(default=None, help="a Jinja file that replaces the tokenizer's chat template")
+    chat_template_path: str | None = HfArg(default=None, help="Jinja file that replaces the chat template")
     chat_template_kwargs: str | None = HfArg(default=None, help="JSON object passed to the chat template")
     load_in_4bit: bool = HfArg(default=False, help="QLoRA: the frozen base in NF4 with double quantisation")
     lora_r: int = HfArg(default=0, help="rank of the LoRA adapters; 0 trains all weights")
     lora_alpha: int = HfArg(default=32, help="LoRA scale: updates are multiplied by lora_alpha / lora_r")
-    lora_target_modules: list[str] | None = HfArg(default=None, help="modules that get adapters; default: all linear ones")
-    modules_to_save: list[str] | None = HfArg(default=None, help="modules trained in full beside the adapters")
-    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in the backward pass to save memory")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="modules to adapt; default: all linear")
+    modules_to_save: list[str] | None = HfArg(default=None, help="modules trained in full beside adapters")
+    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: saves memory")
     bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
     # data and rewards
-    dataset_name: str | None = HfArg(default=None, help="a .json, .jsonl, .csv or .parquet file, or a dataset name[:split]")
-    eval_dataset_name: str | None = HfArg(default=None, help="evaluation data; default: eval_fraction of the training data")
+    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or name[:split]")
+    eval_dataset_name: str | None = HfArg(default=None, help="default: eval_fraction of the training data")
     eval_fraction: float = HfArg(default=0.05, help="share of the rows held out by prompt, at most 200 rows")
     format: str | None = HfArg(default=None, help="the column of the prompt: prompt, instruction or question")
     system_prompt: str | None = HfArg(default=None, help="system message for prompts that have none")
     max_prompt_length: int = HfArg(default=512, help="longer prompts are dropped and counted")
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
-    reward_funcs: list[str] = HfArg(default_factory=lambda: ["accuracy"], help="accuracy, format or file.py:function, one or several")
+    reward_funcs: list[str] = HfArg(default_factory=lambda: ["accuracy"], help="accuracy, format, my.py:func")
     reward_weights: list[float] | None = HfArg(default=None, help="one weight for each reward; default 1")
     # rollout
     batch_size: int = HfArg(default=16, help="prompts of a rollout, over all processes")
     num_generations: int = HfArg(default=8, help="completions a prompt (G)")
     max_completion_length: int = HfArg(default=512, help="tokens after which a completion is cut")
     temperature: float = HfArg(default=1.0, help="of sampling, and of every log-prob")
-    rollout_batch_size: int = HfArg(default=256, help="completions sampled at once; changes memory and speed, not the result")
+    rollout_batch_size: int = HfArg(default=256, help="completions sampled at once; result unaffected")
     # objective
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(default="dapo", help="mean over all tokens; over sequences of their means; "
-                                                         "or the sum over sequences x max_completion_length")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(
+        default="dapo", help="mean over tokens; mean of row means; sum / (rows x max_completion_length)")
     importance_sampling_level: Literal["token", "sequence"] = HfArg(default="token", help="sequence is GSPO")
-    scale_rewards: Literal["group", "batch", "none"] = HfArg(default="group", help="whose standard deviation divides the advantages")
+    scale_rewards: Literal["group", "batch", "none"] = HfArg(default="group", help="std dividing advantages")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped below at 1 - epsilon")
-    epsilon_high: float | None = HfArg(default=None, help="and above at 1 + epsilon_high; default: epsilon (DAPO: 0.28)")
+    epsilon_high: float | None = HfArg(default=None, help="above at 1 + this; default: epsilon (DAPO: 0.28)")
     kl_coef: float = HfArg(default=0.0, help="weight of the KL term; 0: no reference policy is kept")
     mask_truncated_completions: bool = HfArg(default=False, help="completions without an end get no loss")
     num_iterations: int = HfArg(default=1, help="passes over a rollout")
     num_minibatches: int = HfArg(default=1, help="updates of one pass")
     # optimization
-    learning_rate: float | None = HfArg(default=None, help="peak learning rate; default 1e-6 for full fine-tuning, 1e-5 for LoRA")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to 0 after the warm-up")
+    learning_rate: float | None = HfArg(default=None, help="peak; default 1e-6 (all weights), 1e-5 (LoRA)")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to zero")
     warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0 switches it off")
-    optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="adamw_8bit needs bitsandbytes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of one forward pass; changes memory and speed, not the result")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
+    optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the prompts")
-    max_steps: int = HfArg(default=-1, help="optimizer steps, rounded up to whole rollouts; overrides num_train_epochs if positive")
+    max_steps: int = HfArg(default=-1, help="steps, rounded up to whole rollouts; overrides num_train_epochs")
     seed: int = HfArg(default=0, help="decides the order of the prompts, the samples and random weights")
     # evaluation and output
-    eval_steps: int = HfArg(default=50, help="steps between greedy evaluations; there is one before the first step and one at the end")
+    eval_steps: int = HfArg(default=50, help="steps between greedy evaluations; also at start and end")
     output_dir: str = HfArg(default="out/grpo", help="where everything goes")
     overwrite_output_dir: bool = HfArg(default=False, help="replace the run that is there")
     resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's folder")
     save_steps: int = HfArg(default=50, help="steps between checkpoints, rounded up to whole rollouts")
     save_total_limit: int = HfArg(default=2, help="checkpoints that are kept")
-    logging_steps: int = HfArg(default=1, help="steps between printed and tracked lines; metrics.jsonl has every step")
-    log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"], help="tracker")
+    logging_steps: int = HfArg(default=1, help="steps between printed/tracked lines; metrics.jsonl has all")
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"],
+                                                                        help="tracker")
     merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
 
     def __post_init__(self):
-        require(self.dataset_name, "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
-        for name in ("max_prompt_length", "batch_size", "max_completion_length", "temperature", "rollout_batch_size", "num_iterations",
-                     "num_minibatches", "micro_batch_tokens", "eval_steps", "save_steps", "save_total_limit", "logging_steps"):
+        require(self.dataset_name,
+                "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
+        for name in ("max_prompt_length", "batch_size", "max_completion_length", "temperature",
+                     "rollout_batch_size", "num_iterations", "num_minibatches", "micro_batch_tokens",
+                     "eval_steps", "save_steps", "save_total_limit", "logging_steps"):
             require(getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}")
-        for name in ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "epsilon", "num_train_epochs"):
+        for name in ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "epsilon",
+                     "num_train_epochs"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
-        require(self.num_generations > 1, "--num_generations must be at least 2: an advantage compares completions of one prompt")
+        require(self.num_generations > 1,
+                "--num_generations must be at least 2: an advantage compares completions of one prompt")
         require(self.importance_sampling_level == "token" or self.loss_type == "grpo",
-                "--importance_sampling_level sequence is a mean over sequences: add --loss_type grpo (and --epsilon 3e-4 or so)")
+                "--importance_sampling_level sequence is a mean over sequences: "
+                "add --loss_type grpo (and --epsilon 3e-4 or so)")
         require(self.reward_weights is None or len(self.reward_weights) == len(self.reward_funcs),
-                f"--reward_weights has {len(self.reward_weights or [])} numbers for {len(self.reward_funcs)} reward functions")
+                f"--reward_weights has {len(self.reward_weights or [])} numbers "
+                f"for {len(self.reward_funcs)} reward functions")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         self.reward_weights = self.reward_weights or [1.0] * len(self.reward_funcs)
         common.check_tracker(self.log_with)
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------------------
 
 def group_advantages(scores, num_generations, scale_rewards="group"):
     """A = (r - mean of its group) / (std + 1e-4), std with n - 1; of the group, of the batch, or (none) no
@@ -156,12 +160,15 @@ def group_advantages(scores, num_generations, scale_rewards="group"):
     known = ~groups.isnan()
     centred = torch.where(known, groups - groups.nanmean(1, keepdim=True), 0.0)  # r - mean
     if scale_rewards == "group":
-        std = (centred.square().sum(1, keepdim=True) / (known.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()  # (N, 1)
+        std = (centred.square().sum(1, keepdim=True)
+               / (known.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()  # (N, 1)
     else:
-        std = scores[~scores.isnan()].std() if scale_rewards == "batch" and known.sum() > 1 else torch.tensor(1.0)
+        std = (scores[~scores.isnan()].std() if scale_rewards == "batch" and known.sum() > 1
+               else torch.tensor(1.0))
     advantages = centred / (std + 1e-4) if scale_rewards != "none" else centred
-    high, low = groups.nan_to_num(-math.inf).amax(1, keepdim=True), groups.nan_to_num(math.inf).amin(1, keepdim=True)
-    return torch.where(high > low, advantages, 0.0).view(-1)  # float noise in a flat group would be blown up by 1 / std
+    high, low = (groups.nan_to_num(-math.inf).amax(1, keepdim=True),
+                 groups.nan_to_num(math.inf).amin(1, keepdim=True))
+    return torch.where(high > low, advantages, 0.0).view(-1)  # 1 / std would blow up float noise
 
 
 def importance_ratio(logprobs, old_logprobs, loss_mask, importance_sampling_level="token"):
@@ -174,7 +181,8 @@ def importance_ratio(logprobs, old_logprobs, loss_mask, importance_sampling_leve
     return log_ratio.exp()
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, epsilon=0.2, epsilon_high=0.2, importance_sampling_level="token"):
+def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, epsilon=0.2, epsilon_high=0.2,
+              importance_sampling_level="token"):
     """The clipped surrogate, negated, token by token; the caller weighs (token_weights) and sums.
 
     logprobs, old_logprobs, loss_mask (B, T-1), advantages (B,) -> (B, T-1), 0 where the mask is 0.
@@ -183,7 +191,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, epsilon=0.2, epsilo
     """
     ratio = importance_ratio(logprobs, old_logprobs, loss_mask, importance_sampling_level)
     a = advantages[:, None]
-    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon_high) * a)  # min(ratio A, clip(ratio) A)
+    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon_high) * a)  # min(rA, clip(r) A)
     return -torch.where(loss_mask.bool(), surrogate, 0.0)
 
 
@@ -228,12 +236,13 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
-        device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand, the same way in both
+        device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand in both
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         ctx.temperature, ctx.chunk = temperature, max(1, 2**25 // weight.shape[0])  # 128 MiB of fp32 logits
         ctx.save_for_backward(hidden, weight, bias, targets)
         w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        logprobs, entropy, hits = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
+        logprobs, entropy, hits = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+                                   for _ in range(3))
         with torch.autocast(device, enabled=False):
             for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
                 z = ChunkedLogprobs.logits(hidden[rows].to(ctx.dtype), w, b, temperature)
@@ -301,10 +310,11 @@ def check_head(policy, model, input_ids, accelerator):
     model.train()
     theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
-    require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3), f"models of type {model.config.model_type} change their "
-            f"logits after the head, so their log-probs would be off by {worst:.2g}: not supported")
+    require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3),
+            f"models of type {model.config.model_type} change their logits after the head, "
+            f"so their log-probs would be off by {worst:.2g}: not supported")
 
-# ---- rewards ---------------------------------------------------------------------------------------------------------
+# ---- rewards -----------------------------------------------------------------------------------------------
 
 def extract_answer(text):
     """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
@@ -355,14 +365,16 @@ def load_rewards(args):
         if name in BUILT_IN:
             label, reward = name, BUILT_IN[name]
         else:
-            require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; your own is file.py:function")
+            require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
+                    "your own is file.py:function")
             require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
             spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
             module = importlib.util.module_from_spec(spec)
             try:
                 spec.loader.exec_module(module)
             except Exception as error:
-                raise UserError(f"reward '{name}': importing {path} raised {type(error).__name__}: {error}") from None
+                raise UserError(f"reward '{name}': importing {path} raised "
+                                f"{type(error).__name__}: {error}") from None
             label, reward = function, getattr(module, function, None)
             require(callable(reward), f"reward '{name}': {path} has no function '{function}'")
         require(label not in rewards, f"two rewards are called '{label}'")
@@ -383,7 +395,8 @@ def score(rewards, rows, texts, completion_ids, step, total_steps):
     names = {name for row in rows for name in row["columns"]}
     given = {"prompts": [row["prompt"] for row in rows],
              "completions": [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat)],
-             "completion_ids": completion_ids, **{name: [row["columns"].get(name) for row in rows] for name in names},
+             "completion_ids": completion_ids,
+             **{name: [row["columns"].get(name) for row in rows] for name in names},
              "trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
              "log_metric": logged.__setitem__, "log_extra": lambda name, values: None}
     for f, (name, (reward, _)) in enumerate(rewards.items()):
@@ -393,25 +406,30 @@ def score(rewards, rows, texts, completion_ids, step, total_steps):
             values = reward(**{k: v for k, v in given.items() if takes_all or k in parameters})
             values = asyncio.run(values) if inspect.isawaitable(values) else values
         except Exception as error:
-            where = f" on row {rows[0]['place']}" if len(rows) == 1 else f" on {len(rows)} completions from row {rows[0]['place']} on"
-            raise UserError(f"reward function '{name}' raised {type(error).__name__}: {error}{where}") from error
+            where = (f" on row {rows[0]['place']}" if len(rows) == 1
+                     else f" on {len(rows)} completions from row {rows[0]['place']} on")
+            raise UserError(f"reward function '{name}' raised "
+                            f"{type(error).__name__}: {error}{where}") from error
         try:
             values = list(values)
         except TypeError:
-            raise UserError(f"reward function '{name}' returned {type(values).__name__}, not a list of numbers") from None
-        require(len(values) == len(rows), f"reward function '{name}' returned {len(values)} values for {len(rows)} completions")
+            raise UserError(f"reward function '{name}' returned {type(values).__name__}, "
+                            "not a list of numbers") from None
+        require(len(values) == len(rows),
+                f"reward function '{name}' returned {len(values)} values for {len(rows)} completions")
         for i, value in enumerate(values):
             try:
                 out[i, f] = math.nan if value is None else float(value)
                 fine = value is None or math.isfinite(out[i, f])
             except (TypeError, ValueError):
                 fine = False
-            require(fine, f"reward function '{name}' returned {value!r} for the completion {texts[i][:80]!r} of row {rows[i]['place']}; "
+            require(fine, f"reward function '{name}' returned {value!r} for the completion "
+                    f"{texts[i][:80]!r} of row {rows[i]['place']}; "
                     "expected a finite number, or None for not applicable")
     return out, logged
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 def load_prompts(args, tokenizer):
     """-> (prompts to train on, prompts to evaluate): dicts of prompt (as in the row), prompt_ids, columns and
@@ -419,7 +437,8 @@ def load_prompts(args, tokenizer):
     def convert(name):
         rows = common.read_rows(name, args.skip_bad_rows)
         kind = common.find_format(rows, common.PROMPT_FORMATS, args.format)
-        kept = common.convert_rows(rows, lambda row: common.to_prompt(row, kind, args.system_prompt), args.skip_bad_rows, name)
+        kept = common.convert_rows(rows, lambda row: common.to_prompt(row, kind, args.system_prompt),
+                                   args.skip_bad_rows, name)
         say(f"data     {name}: format {kind}, {len(rows):,} rows")
         return kept
 
@@ -432,18 +451,20 @@ def load_prompts(args, tokenizer):
                 raise UserError(f"{place}: {error}") from None
             if len(prompt_ids) <= args.max_prompt_length:
                 columns = {k: v for k, v in row.items() if k not in ("prompt", "completion")}
-                prompts.append({"prompt": prompt, "prompt_ids": prompt_ids, "columns": columns, "place": place})
+                prompts.append({"prompt": prompt, "prompt_ids": prompt_ids, "columns": columns,
+                                "place": place})
         return prompts
 
     items = convert(args.dataset_name)
     if args.eval_dataset_name:
         parts = items, convert(args.eval_dataset_name)
     else:
-        parts = common.hold_out(items, [repr([m["content"] for m in messages]) for (_, messages), _, _ in items], args.eval_fraction)
+        parts = common.hold_out(items, [repr([m["content"] for m in messages])
+                                        for (_, messages), _, _ in items], args.eval_fraction)
     train, held = map(encode, parts)
     dropped = sum(map(len, parts)) - len(train) - len(held)
-    say(f"data     {len(train):,} prompts to train on, {len(held):,} to evaluate; {dropped:,} dropped: longer than {args.max_prompt_length} "
-        "tokens (--max_prompt_length)")
+    say(f"data     {len(train):,} prompts to train on, {len(held):,} to evaluate; {dropped:,} dropped: "
+        f"longer than {args.max_prompt_length} tokens (--max_prompt_length)")
     require(train, f"{args.dataset_name}: no prompt to train on is left")
     return train, held
 
@@ -472,12 +493,14 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
 
 def stream(*key):
     """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
 
-# ---- rollout ---------------------------------------------------------------------------------------------------------
+# ---- rollout -----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, temperature, stop_ids, num_generations=1):
+def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, temperature, stop_ids,
+           num_generations=1):
     """Samples num_generations completions a prompt from softmax(logits / temperature): the whole of it, and
     nothing else.
 
@@ -495,10 +518,11 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
     # each prompt is read once; its cache is then repeated for its G completions
     cache = DynamicCache(config=model.config)
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # left padding shifts positions
-    logits = model(input_ids=prompt_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-                   use_cache=True, logits_to_keep=1).logits[:, -1]
+    logits = model(input_ids=prompt_ids, attention_mask=attention_mask, position_ids=position_ids,
+                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     cache.batch_repeat_interleave(num_generations)
-    logits, mask, position = (x.repeat_interleave(num_generations, 0) for x in (logits, attention_mask, position_ids[:, -1:]))
+    logits, mask, position = (x.repeat_interleave(num_generations, 0)
+                              for x in (logits, attention_mask, position_ids[:, -1:]))
 
     alive = torch.arange(rows, device=device)  # the rows that have not ended; only they stay in the batch
     for t in range(max_completion_length):
@@ -508,7 +532,8 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
         else:
             cumulative = distribution.double().exp().cumsum(-1)
             u = uniforms[alive, t, None] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp(max=cumulative.shape[-1] - 1)
+            token = torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp(
+                max=cumulative.shape[-1] - 1)
         completion_ids[alive, t] = token
         logprobs[alive, t] = distribution.gather(-1, token[:, None]).squeeze(-1)
         lengths[alive] += 1
@@ -520,8 +545,8 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
             cache.batch_select_indices(kept)
             alive, token, mask, position = alive[kept], token[kept], mask[kept], position[kept]
         mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], -1), position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True).logits[:, -1]
+        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position,
+                       past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=False):
@@ -532,7 +557,8 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
     whole rollout.
     """
     G, C = 1 if greedy else args.num_generations, args.max_completion_length
-    mine = sorted(range(accelerator.process_index, len(prompts), accelerator.num_processes), key=lambda i: len(prompts[i]["prompt_ids"]))
+    mine = sorted(range(accelerator.process_index, len(prompts), accelerator.num_processes),
+                  key=lambda i: len(prompts[i]["prompt_ids"]))
     at_once, records = max(1, args.rollout_batch_size // G), []
     model.eval()  # in train mode with checkpointing a model ignores its cache
     for part in (mine[i:i + at_once] for i in range(0, len(mine), at_once)):
@@ -540,22 +566,26 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
         prompt_ids = common.pad(ids, tokenizer.pad_token_id, side="left").to(accelerator.device)
         attention_mask = common.pad([[1] * len(x) for x in ids], 0, side="left").to(accelerator.device)
         uniforms = None if greedy else torch.stack(
-            [torch.rand(C, generator=stream(args.seed, "sample", step, i * G + g), dtype=torch.float64) for i in part for g in range(G)]
-        ).to(accelerator.device)
+            [torch.rand(C, generator=stream(args.seed, "sample", step, i * G + g), dtype=torch.float64)
+             for i in part for g in range(G)]).to(accelerator.device)
         with accelerator.autocast():
             sampled = sample(model, prompt_ids, attention_mask, uniforms, C, args.temperature, stop_ids, G)
         for row, (completion, logprobs, length) in enumerate(zip(*(x.cpu() for x in sampled))):
             i, completion = part[row // G], completion[:length].tolist()
             records.append({
-                "index": i * G + row % G, "prompt": i, "completion_ids": completion, "sampled_logprobs": logprobs[:length],
+                "index": i * G + row % G, "prompt": i, "completion_ids": completion,
+                "sampled_logprobs": logprobs[:length],
                 "input_ids": torch.tensor(prompts[i]["prompt_ids"] + completion, dtype=torch.int32),
-                "completion_mask": torch.tensor([0] * len(prompts[i]["prompt_ids"]) + [1] * len(completion), dtype=torch.int8),
-                "text": tokenizer.decode(completion, skip_special_tokens=True), "truncated": completion[-1] not in stop_ids})
+                "completion_mask": torch.tensor([0] * len(prompts[i]["prompt_ids"]) + [1] * len(completion),
+                                                dtype=torch.int8),
+                "text": tokenizer.decode(completion, skip_special_tokens=True),
+                "truncated": completion[-1] not in stop_ids})
     model.train()
     records.sort(key=lambda r: r["index"])
     try:
-        scored, logged = score(rewards, [prompts[r["prompt"]] for r in records], [r["text"] for r in records],
-                               [r["completion_ids"] for r in records], step, total_steps) if records else ([], {})
+        scored, logged = score(
+            rewards, [prompts[r["prompt"]] for r in records], [r["text"] for r in records],
+            [r["completion_ids"] for r in records], step, total_steps) if records else ([], {})
         for record, values in zip(records, scored):
             record["rewards"] = values
         share = [(records, logged)]
@@ -578,7 +608,8 @@ def logprobs_of_rollout(policy, records, args, accelerator):
     """Per-token log-probs of every record by the training forward: a list of (T_i - 1,) on the CPU, the same
     on every process."""
     lengths, mine = [len(r["input_ids"]) for r in records], []
-    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes):
+    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
+                               accelerator.num_processes):
         if batch:
             input_ids, loss_mask = collate([records[i] for i in batch], accelerator.device)
             with accelerator.autocast():
@@ -596,7 +627,8 @@ def rollout_metrics(records, rewards, num_generations):
     flat = groups.nan_to_num(-math.inf).amax(1) <= groups.nan_to_num(math.inf).amin(1)
     spread = [g[~g.isnan()].std().item() for g in groups if (~g.isnan()).sum() > 1]
     metrics = {"reward": scores.nanmean().item(), "reward_std": sum(spread) / max(len(spread), 1),
-               "frac_reward_zero_std": flat.float().mean().item(), "completions/mean_length": lengths.mean().item(),
+               "frac_reward_zero_std": flat.float().mean().item(),
+               "completions/mean_length": lengths.mean().item(),
                "completions/clipped_ratio": sum(r["truncated"] for r in records) / len(records)}
     for name, column in zip(rewards, values.T):
         known = column[~column.isnan()]
@@ -605,23 +637,27 @@ def rollout_metrics(records, rewards, num_generations):
     return metrics
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 
 def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps):
     """Greedy completions of the held-out prompts -> (metrics, records). eval/accuracy is exact match, where
     rows have answers."""
-    records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=True)
+    records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step,
+                              total_steps, greedy=True)
     figures = rollout_metrics(records, rewards, 1)
-    kept = ["reward", *(f"rewards/{name}/mean" for name in rewards), "completions/mean_length", "completions/clipped_ratio"]
-    metrics = {f"eval/{name}": figures[name] for name in kept} | {f"eval/{name}": value for name, value in logged.items()}
-    columns = {name: [prompts[r["prompt"]]["columns"].get(name) for r in records] for name in ("answer", "solution")}
+    kept = ["reward", *(f"rewards/{name}/mean" for name in rewards), "completions/mean_length",
+            "completions/clipped_ratio"]
+    metrics = ({f"eval/{name}": figures[name] for name in kept}
+               | {f"eval/{name}": value for name, value in logged.items()})
+    columns = {name: [prompts[r["prompt"]]["columns"].get(name) for r in records]
+               for name in ("answer", "solution")}
     right = [r for r in accuracy(None, [r["text"] for r in records], **columns) if r is not None]
     if right:
         metrics["eval/accuracy"] = sum(right) / len(right)
     return metrics, records
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
     """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
@@ -630,7 +666,8 @@ def learning_rate_at(step, total_steps, args):
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
     done = (step - warmup) / max(total_steps - warmup, 1)
-    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[args.lr_scheduler_type]
+    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done,
+             "constant": 1.0}[args.lr_scheduler_type]
     return args.learning_rate * decay
 
 def make_optimizer(module, args):
@@ -658,37 +695,45 @@ def main(args):
     common.show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
     rollouts_per_epoch = math.ceil(len(train) / args.batch_size)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
-    num_rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0 else rollouts_per_epoch * args.num_train_epochs)
+    num_rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0
+                             else rollouts_per_epoch * args.num_train_epochs)
     total_steps = num_rollouts * updates
 
     # model, reference, optimizer, and where an earlier run stopped
     model = common.load_model(args, accelerator.device)
-    stop_ids = model.generation_config.eos_token_id = common.stop_token_ids(tokenizer, model.generation_config)
+    stop_ids = model.generation_config.eos_token_id = common.stop_token_ids(
+        tokenizer, model.generation_config)
     reference = None
     if args.kl_coef > 0:
-        ref_model, use_reference, how = common.make_reference(model, common.base_and_adapter(args.model_name_or_path)[1])
+        ref_model, use_reference, how = common.make_reference(
+            model, common.base_and_adapter(args.model_name_or_path)[1])
         reference = Policy(ref_model.to(accelerator.device))
         say(f"reference {how}")
     optimizer = make_optimizer(model, args)
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
-    check_head(policy, model, torch.tensor([train[0]["prompt_ids"][:64]], device=accelerator.device), accelerator)
-    state = {"step": 0, "num_tokens": 0, "data": common.fingerprint([{"input_ids": p["prompt_ids"]} for p in train])}
+    check_head(policy, model, torch.tensor([train[0]["prompt_ids"][:64]], device=accelerator.device),
+               accelerator)
+    state = {"step": 0, "num_tokens": 0,
+             "data": common.fingerprint([{"input_ids": p["prompt_ids"]} for p in train])}
     if checkpoint:
         common.restore(model, optimizer, checkpoint, state["data"])
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
     interrupt, flat_rollouts = common.Interrupt(), 0
-    say(f"train    {num_rollouts} rollouts of {args.batch_size} prompts x {args.num_generations} completions, {updates} update(s) each; "
-        f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), {accelerator.num_processes} process(es) on {accelerator.device}")
+    say(f"train    {num_rollouts} rollouts of {args.batch_size} prompts x {args.num_generations} completions"
+        f", {updates} update(s) each; learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
     def report():
         """Evaluates, prints, logs, and writes every completion to samples.jsonl."""
         if not held:
             return
         step = state["step"]
-        metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps)
+        metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards, step,
+                                    total_steps)
         log.metrics(step, metrics)
-        table = [{"prompt": tokenizer.decode(held[r["prompt"]]["prompt_ids"], skip_special_tokens=True), "completion": r["text"],
+        table = [{"prompt": tokenizer.decode(held[r["prompt"]]["prompt_ids"], skip_special_tokens=True),
+                  "completion": r["text"],
                   **{name: value for name, value in zip(rewards, r["rewards"].tolist())}} for r in records]
         for row in table:
             log.write("samples.jsonl", {"step": step, "kind": "evaluation", **row})
@@ -703,25 +748,30 @@ def main(args):
         epoch, at = divmod(rollout_index, rollouts_per_epoch)
         order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
         prompts = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
-        records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, first_step, total_steps)
+        records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, first_step,
+                                  total_steps)
         seen = rollout_metrics(records, rewards, args.num_generations) | logged
-        log.write("samples.jsonl", {"step": first_step + 1, "kind": "rollout", "prompt": prompts[0]["prompt"], "completions": [
-            {"text": r["text"], "rewards": [None if math.isnan(x) else x for x in r["rewards"].tolist()]}
-            for r in records[:args.num_generations]]})
+        log.write("samples.jsonl", {
+            "step": first_step + 1, "kind": "rollout", "prompt": prompts[0]["prompt"], "completions": [
+                {"text": r["text"], "rewards": [None if math.isnan(x) else x for x in r["rewards"].tolist()]}
+                for r in records[:args.num_generations]]})
         flat_rollouts = flat_rollouts + 1 if seen["frac_reward_zero_std"] == 1 else 0
         if flat_rollouts and flat_rollouts % 3 == 0:
-            say(f"warning  for {flat_rollouts} rollouts all completions of every prompt have scored the same: nothing is learned. Look at "
-                f"{os.path.join(args.output_dir, 'samples.jsonl')}; prompts may be too hard or too easy, or the reward always equal")
+            say(f"warning  for {flat_rollouts} rollouts all completions of every prompt have scored the same"
+                f": nothing is learned. Look at {os.path.join(args.output_dir, 'samples.jsonl')}; "
+                "prompts may be too hard or too easy, or the reward always equal")
 
         # advantages: groups are whole, and the whole rollout is here
-        advantages = group_advantages(torch.tensor([r["score"] for r in records]), args.num_generations, args.scale_rewards)
+        advantages = group_advantages(torch.tensor([r["score"] for r in records]), args.num_generations,
+                                      args.scale_rewards)
         for record, advantage in zip(records, advantages):
             record["advantage"] = advantage
             if math.isnan(record["score"]) or (args.mask_truncated_completions and record["truncated"]):
                 record["completion_mask"] = torch.zeros_like(record["completion_mask"])
         records = [r for r in records if not math.isnan(r["score"])]
-        require(records, f"step {first_step + 1}: no reward function applies to any completion of the rollout (all returned None)")
-        if updates > 1:  # by the training forward, once, before the first update; with one update old = current
+        require(records, f"step {first_step + 1}: no reward function applies to any completion of the "
+                "rollout (all returned None)")
+        if updates > 1:  # by the training forward, before the first update; with one update old = current
             for record, row in zip(records, logprobs_of_rollout(policy, records, args, accelerator)):
                 record["old_logprobs"] = row
         if reference:
@@ -731,37 +781,42 @@ def main(args):
 
         for update in range(updates):
             iteration, minibatch = divmod(update, args.num_minibatches)
-            shuffled = torch.randperm(len(records), generator=stream(args.seed, "minibatch", rollout_index, iteration)).tolist()
+            shuffled = torch.randperm(
+                len(records), generator=stream(args.seed, "minibatch", rollout_index, iteration)).tolist()
             rows = [records[i] for i in shuffled[minibatch::args.num_minibatches]]
             step, lengths = state["step"], [len(r["input_ids"]) for r in rows]
             trained = torch.tensor([float(r["completion_mask"][1:].sum()) for r in rows])
-            weights = token_weights(trained, args.loss_type, args.max_completion_length)  # the denominator, before any backward
+            weights = token_weights(trained, args.loss_type, args.max_completion_length)  # before backward
             trained_tokens = int(trained.sum())
-            batches = micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
+            batches = micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
+                                    accelerator.num_processes)
 
-            totals = torch.zeros(7, device=accelerator.device)  # loss, entropy, kl, clipped low, high, either; stop signal
+            totals = torch.zeros(7, device=accelerator.device)  # loss, entropy, kl, low, high, either; stop
             totals[6], ratio_deviation, sampling_difference = interrupt.signal, 0.0, 0.0
             for i, batch in enumerate(batches):
                 part = [rows[j] for j in batch] or rows[:1]
                 input_ids, loss_mask = collate(part, accelerator.device)
-                loss_mask = loss_mask * bool(batch)  # a process without rows takes part with an all-masked pass
+                loss_mask = loss_mask * bool(batch)  # a process without rows takes part, all masked
                 def per_token(name):
-                    return common.pad([r[name] for r in part], 0.0, dtype=torch.float32).to(accelerator.device)
+                    return common.pad([r[name] for r in part], 0.0,
+                                      dtype=torch.float32).to(accelerator.device)
                 a = torch.stack([r["advantage"] for r in part]).to(accelerator.device)  # (B,)
                 w = weights[batch or [0]].to(accelerator.device)[:, None]  # (B, 1)
                 with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
                     logprobs, entropy, _ = policy(input_ids, loss_mask, args.temperature)  # (B, T-1)
                     old_logprobs = per_token("old_logprobs") * loss_mask if updates > 1 else logprobs.detach()
-                    token_loss = grpo_loss(logprobs, old_logprobs, a, loss_mask, args.epsilon, args.epsilon_high,
-                                           args.importance_sampling_level)
+                    token_loss = grpo_loss(logprobs, old_logprobs, a, loss_mask, args.epsilon,
+                                           args.epsilon_high, args.importance_sampling_level)
                     if reference:
-                        k3 = kl_k3(logprobs, per_token("ref_logprobs") * loss_mask)  # masked: both are 0 where nothing counts
-                        token_loss = token_loss + args.kl_coef * (logprobs - old_logprobs).exp() * k3  # ratio_t k3_t, both attached
+                        k3 = kl_k3(logprobs, per_token("ref_logprobs") * loss_mask)  # masked: both are 0
+                        token_loss = (token_loss
+                                      + args.kl_coef * (logprobs - old_logprobs).exp() * k3)  # both attached
                         totals[2] += k3.detach().sum()
                     loss = (w * token_loss * loss_mask).sum()
                     accelerator.backward(loss * accelerator.num_processes)  # DDP averages: undo its division
                 with torch.no_grad():
-                    ratio = importance_ratio(logprobs, old_logprobs, loss_mask, args.importance_sampling_level)
+                    ratio = importance_ratio(logprobs, old_logprobs, loss_mask,
+                                             args.importance_sampling_level)
                     low = (ratio < 1 - args.epsilon) & (a[:, None] < 0) & loss_mask.bool()
                     high = (ratio > 1 + args.epsilon_high) & (a[:, None] > 0) & loss_mask.bool()
                     totals[:2] += torch.stack([loss.detach(), entropy.sum()])
@@ -770,13 +825,17 @@ def main(args):
                     if update == 0 and batch:
                         for r, row in zip(part, logprobs.cpu()):
                             start = len(r["input_ids"]) - len(r["completion_ids"]) - 1
-                            gap = (row[start:start + len(r["completion_ids"])] - r["sampled_logprobs"]) * r["completion_mask"][start + 1:]
+                            gap = (row[start:start + len(r["completion_ids"])]
+                                   - r["sampled_logprobs"]) * r["completion_mask"][start + 1:]
                             sampling_difference = max(sampling_difference, gap.abs().max().item())
-            grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
+            grad_norm = accelerator.clip_grad_norm_(policy.parameters(),
+                                                    args.max_grad_norm or math.inf).item()
             loss, entropy, kl, low, high, either, stop = accelerator.reduce(totals, "sum").tolist()
-            ratio_deviation, sampling_difference = (max(x) for x in zip(*gather_object([(ratio_deviation, sampling_difference)])))
-            require(math.isfinite(loss) and math.isfinite(grad_norm), f"step {step + 1}: the loss is {loss} and its gradient's norm "
-                    f"{grad_norm}, on the rollout of {prompts[0]['place']} ...; nothing was updated. Try a lower --learning_rate")
+            ratio_deviation, sampling_difference = (
+                max(x) for x in zip(*gather_object([(ratio_deviation, sampling_difference)])))
+            require(math.isfinite(loss) and math.isfinite(grad_norm),
+                    f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
+                    f"rollout of {prompts[0]['place']} ...; nothing was updated. Try a lower --learning_rate")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, total_steps, args)
             optimizer.step()
@@ -785,18 +844,22 @@ def main(args):
             tokens = max(trained_tokens, 1)
             state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
             metrics = {"loss": loss, **seen, "entropy": entropy / tokens, "clip_ratio/low_mean": low / tokens,
-                       "clip_ratio/high_mean": high / tokens, "clip_ratio/region_mean": either / tokens, "ratio/max_deviation": ratio_deviation,
-                       "grad_norm": grad_norm, "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
+                       "clip_ratio/high_mean": high / tokens, "clip_ratio/region_mean": either / tokens,
+                       "ratio/max_deviation": ratio_deviation, "grad_norm": grad_norm,
+                       "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
                        "trained_tokens": trained_tokens}
             metrics |= {"kl": kl / tokens} if reference else {}
             metrics |= {"sampling/logprob_difference_max": sampling_difference} if update == 0 else {}
             log.metrics(step + 1, metrics)
-            log.progress(step + 1, sum(lengths), {k: metrics[k] for k in ("reward", "loss", "entropy", "completions/mean_length")})
+            log.progress(step + 1, sum(lengths), {
+                k: metrics[k] for k in ("reward", "loss", "entropy", "completions/mean_length")})
             if step == 0:
-                say(f"check    first update: ratio is 1 to {ratio_deviation:.1g}, sampler and trainer agree on log-probs to "
-                    f"{sampling_difference:.1g}" + (f", kl {kl / tokens:.1g}" if reference else ""))
+                say(f"check    first update: ratio is 1 to {ratio_deviation:.1g}, "
+                    f"sampler and trainer agree on log-probs to {sampling_difference:.1g}"
+                    + (f", kl {kl / tokens:.1g}" if reference else ""))
             if update == 0 and sampling_difference > (1.0 if args.bf16 else 1e-2):
-                say(f"warning  sampler and trainer differ by {sampling_difference:.2g} in a log-prob: what is learned is not what was sampled")
+                say(f"warning  sampler and trainer differ by {sampling_difference:.2g} in a log-prob: "
+                    "what is learned is not what was sampled")
 
         # rollout boundary: the only place where a run can be cut without losing a rollout
         def due(every):

@@ -8,21 +8,21 @@ Shapes      B rows, T tokens of the longest row, V vocabulary, d hidden size, N 
 
 Differences from the usual recipe
 1. The mean is over the tokens of the whole step, not over micro-batches or rows: micro_batch_tokens changes
-memory alone.
+   memory alone.
 2. Rows are sorted by length inside a step instead of packed: no padding to speak of, and no attention between
-rows.
+   rows.
 3. The (B, T, V) logits never exist: head and log-softmax run over chunks of the trained tokens.
 Differences from TRL's SFTTrainer
 1. Only completions are trained on, in conversations too (--completion_only_loss False trains on all), for any
-chat template.
+   chat template.
 2. Weights that are trained are fp32 (under bf16 autocast on a GPU), whatever the checkpoint's dtype.
 3. batch_size counts the rows of an optimizer step over all processes; what fits into memory is
-micro_batch_tokens.
+   micro_batch_tokens.
 4. Exact duplicates are dropped, and a resumed run ends bit-equal to one that was never stopped.
 
 Run   python sft.py                                                   the small example, CPU, minutes
-      python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name gsm8k.jsonl --load_in_4bit --lora_r
-      16 accelerate launch --multi_gpu --num_processes 8 sft.py --model_name_or_path ... --dataset_name ...
+      python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my.jsonl --load_in_4bit --lora_r 16
+      accelerate launch --multi_gpu --num_processes 8 sft.py --model_name_or_path ... --dataset_name ...
 """
 
 import hashlib
@@ -46,72 +46,79 @@ from transformers import GenerationConfig
 from transformers.hf_argparser import HfArg
 
 
-# ---- arguments -------------------------------------------------------------------------------------------------------
+# ---- arguments ---------------------------------------------------------------------------------------------
 
 @dataclass
 class Args:
     # model
-    model_name_or_path: str | None = HfArg(default=None, help="name or folder of a model, or of a LoRA adapter to go on with")
-    attn_implementation: str | None = HfArg(default=None, help="attention kernel, such as sdpa or flash_attention_2")
+    model_name_or_path: str | None = HfArg(default=None, help="name or folder of a model or a LoRA adapter")
+    attn_implementation: str | None = HfArg(default=None, help="kernel, such as sdpa or flash_attention_2")
     trust_remote_code: bool = HfArg(default=False, help="run Python code that comes with the model")
-    chat_template_path: str | None = HfArg(default=None, help="a Jinja file that replaces the tokenizer's chat template")
+    chat_template_path: str | None = HfArg(default=None, help="Jinja file that replaces the chat template")
     chat_template_kwargs: str | None = HfArg(default=None, help="JSON object passed to the chat template")
     load_in_4bit: bool = HfArg(default=False, help="QLoRA: the frozen base in NF4 with double quantisation")
     lora_r: int = HfArg(default=0, help="rank of the LoRA adapters; 0 trains all weights")
     lora_alpha: int = HfArg(default=32, help="LoRA scale: updates are multiplied by lora_alpha / lora_r")
     lora_dropout: float = HfArg(default=0.0, help="dropout on the adapters' input")
-    lora_target_modules: list[str] | None = HfArg(default=None, help="modules that get adapters; default: all linear ones")
-    modules_to_save: list[str] | None = HfArg(default=None, help="modules trained in full beside the adapters")
-    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in the backward pass to save memory")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="modules to adapt; default: all linear")
+    modules_to_save: list[str] | None = HfArg(default=None, help="modules trained in full beside adapters")
+    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: saves memory")
     bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
     # data
-    dataset_name: str | None = HfArg(default=None, help="a .json, .jsonl, .csv or .parquet file, or a dataset name[:split]")
-    eval_dataset_name: str | None = HfArg(default=None, help="evaluation data; default: eval_fraction of the training data")
+    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or name[:split]")
+    eval_dataset_name: str | None = HfArg(default=None, help="default: eval_fraction of the training data")
     eval_fraction: float = HfArg(default=0.05, help="share of the rows held out by prompt, at most 200 rows")
-    format: str | None = HfArg(default=None, help="messages, conversations, prompt_completion, alpaca, question_answer or text")
+    format: str | None = HfArg(
+        default=None, help="messages, conversations, prompt_completion, alpaca, question_answer or text")
     system_prompt: str | None = HfArg(default=None, help="system message for rows that have none")
-    max_length: int = HfArg(default=2048, help="tokens of a row; longer prompts lose their beginning, completions their end")
-    completion_only_loss: bool = HfArg(default=True, aliases=["--assistant_only_loss"], help="train on the assistant's tokens alone")
+    max_length: int = HfArg(default=2048, help="tokens of a row; prompts lose their start, answers their end")
+    completion_only_loss: bool = HfArg(default=True, aliases=["--assistant_only_loss"], help="no prompt loss")
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
     # optimization
-    learning_rate: float | None = HfArg(default=None, help="peak learning rate; default 2e-5 for full fine-tuning, 2e-4 for LoRA")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to 0 after the warm-up")
+    learning_rate: float | None = HfArg(default=None, help="peak; default 2e-5 (all weights), 2e-4 (LoRA)")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to zero")
     warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0 switches it off")
-    optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="adamw_8bit needs bitsandbytes")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
+    optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
     batch_size: int = HfArg(default=64, help="rows of one optimizer step, over all processes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of one forward pass; changes memory and speed, not the result")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
     num_train_epochs: float = HfArg(default=2.0, help="passes over the data")
     max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
     seed: int = HfArg(default=0, help="decides the order of the rows, random weights and dropout")
     # evaluation
-    eval_steps: int = HfArg(default=100, help="steps between evaluations; there is one before the first step and one at the end")
-    max_completion_length: int = HfArg(default=256, help="tokens generated in evaluation, where rows have answers; 0 for none")
-    keep_best: bool = HfArg(default=False, help="save the weights of the evaluation with the lowest loss instead of the last")
+    eval_steps: int = HfArg(default=100, help="steps between evaluations; also at the start and the end")
+    max_completion_length: int = HfArg(default=256, help="tokens generated to evaluate answers; 0 for none")
+    keep_best: bool = HfArg(default=False, help="save the weights with the lowest eval loss, not the last")
     # output
     output_dir: str = HfArg(default="out/sft", help="where everything goes")
     overwrite_output_dir: bool = HfArg(default=False, help="replace the run that is there")
     resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's folder")
     save_steps: int = HfArg(default=200, help="steps between checkpoints")
     save_total_limit: int = HfArg(default=2, help="checkpoints that are kept")
-    logging_steps: int = HfArg(default=10, help="steps between printed and tracked lines; metrics.jsonl has every step")
-    log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"], help="tracker")
+    logging_steps: int = HfArg(default=10, help="steps between printed/tracked lines; metrics.jsonl has all")
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"],
+                                                                        help="tracker")
     merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
 
     def __post_init__(self):
-        require(self.dataset_name, "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
-        for name in ("max_length", "batch_size", "micro_batch_tokens", "eval_steps", "save_steps", "save_total_limit", "logging_steps"):
+        require(self.dataset_name,
+                "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
+        for name in ("max_length", "batch_size", "micro_batch_tokens", "eval_steps", "save_steps",
+                     "save_total_limit", "logging_steps"):
             require(getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}")
-        for name in ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "max_completion_length", "num_train_epochs"):
+        for name in ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "max_completion_length",
+                     "num_train_epochs"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
-        require(self.max_steps > 0 or self.num_train_epochs > 0, "nothing to do: give --max_steps or --num_train_epochs")
-        require(not self.merge or self.lora_r or self.load_in_4bit or self.model_name_or_path, "--merge merges an adapter: add --lora_r 16")
+        require(self.max_steps > 0 or self.num_train_epochs > 0,
+                "nothing to do: give --max_steps or --num_train_epochs")
+        require(not self.merge or self.lora_r or self.load_in_4bit or self.model_name_or_path,
+                "--merge merges an adapter: add --lora_r 16")
         common.check_tracker(self.log_with)
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------------------
 
 def sft_loss(logprobs, loss_mask):
     """Negative log-likelihood of the trained tokens, one number each; the caller sums and divides by
@@ -138,12 +145,13 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
-        device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand, the same way in both
+        device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand in both
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         ctx.temperature, ctx.chunk = temperature, max(1, 2**25 // weight.shape[0])  # 128 MiB of fp32 logits
         ctx.save_for_backward(hidden, weight, bias, targets)
         w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        logprobs, entropy, hits = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
+        logprobs, entropy, hits = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+                                   for _ in range(3))
         with torch.autocast(device, enabled=False):
             for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
                 z = ChunkedLogprobs.logits(hidden[rows].to(ctx.dtype), w, b, temperature)
@@ -213,11 +221,12 @@ def check_head(policy, model, input_ids, accelerator):
     model.train()
     theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
-    require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3), f"models of type {model.config.model_type} change their "
-            f"logits after the head, so their log-probs would be off by {worst:.2g}: not supported")
+    require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3),
+            f"models of type {model.config.model_type} change their logits after the head, "
+            f"so their log-probs would be off by {worst:.2g}: not supported")
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------
 
 def load_examples(args, tokenizer):
     """-> (training examples, evaluation examples): dicts of input_ids, completion_mask and, with an answer,
@@ -225,7 +234,8 @@ def load_examples(args, tokenizer):
     def convert(name):
         rows = common.read_rows(name, args.skip_bad_rows)
         kind = common.find_format(rows, common.SFT_FORMATS, args.format)
-        kept = common.convert_rows(rows, lambda r: common.to_conversation(r, kind, args.system_prompt), args.skip_bad_rows, name)
+        kept = common.convert_rows(rows, lambda r: common.to_conversation(r, kind, args.system_prompt),
+                                   args.skip_bad_rows, name)
         say(f"data     {name}: format {kind}, {len(rows):,} rows")
         return kept
 
@@ -239,13 +249,15 @@ def load_examples(args, tokenizer):
     if args.eval_dataset_name:
         train, held = unique, convert(args.eval_dataset_name)
     else:
-        prompts = [c.get("text") or repr([m["content"] for m in c["messages"] if m["role"] != "assistant"]) for c, _, _ in unique]
+        prompts = [c.get("text") or repr([m["content"] for m in c["messages"] if m["role"] != "assistant"])
+                   for c, _, _ in unique]
         train, held = common.hold_out(unique, prompts, args.eval_fraction)
     counts = {"duplicates dropped": dropped}
     examples = [encode_rows(part, args, tokenizer, counts) for part in (train, held)]
     require(examples[0], f"{args.dataset_name}: no row to train on is left")
     notes = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
-    say(f"data     {len(examples[0]):,} examples to train on, {len(examples[1]):,} to evaluate" + (f"; {notes}" if notes else ""))
+    say(f"data     {len(examples[0]):,} examples to train on, {len(examples[1]):,} to evaluate"
+        + (f"; {notes}" if notes else ""))
     return examples
 
 
@@ -255,7 +267,8 @@ def encode_rows(items, args, tokenizer, counts):
     for conversation, row, place in items:
         try:
             parts = ([common.encode_text(tokenizer, conversation["text"])] if "text" in conversation
-                     else common.encode_conversation(tokenizer, conversation["messages"], args.completion_only_loss))
+                     else common.encode_conversation(tokenizer, conversation["messages"],
+                                                     args.completion_only_loss))
         except ValueError as error:
             require(args.skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
             counts["rows skipped in tokenizing"] = counts.get("rows skipped in tokenizing", 0) + 1
@@ -263,15 +276,20 @@ def encode_rows(items, args, tokenizer, counts):
         counts["rows split into turns"] = counts.get("rows split into turns", 0) + (len(parts) > 1)
         for part in parts:
             ids, mask = common.truncate(part["input_ids"], part["completion_mask"], args.max_length)
-            counts["cut to max_length"] = counts.get("cut to max_length", 0) + (len(ids) < len(part["input_ids"]))
-            counts["spans moved to a token boundary"] = counts.get("spans moved to a token boundary", 0) + (part["moved"] > 0)
+            counts["cut to max_length"] = (counts.get("cut to max_length", 0)
+                                           + (len(ids) < len(part["input_ids"])))
+            counts["spans moved to a token boundary"] = (counts.get("spans moved to a token boundary", 0)
+                                                         + (part["moved"] > 0))
             if not any(mask[1:]):
-                counts["without a trained token dropped"] = counts.get("without a trained token dropped", 0) + 1
+                counts["without a trained token dropped"] = (
+                    counts.get("without a trained token dropped", 0) + 1)
                 continue
-            example = {"input_ids": torch.tensor(ids, dtype=torch.int32), "completion_mask": torch.tensor(mask, dtype=torch.int8)}
+            example = {"input_ids": torch.tensor(ids, dtype=torch.int32),
+                       "completion_mask": torch.tensor(mask, dtype=torch.int8)}
             if "messages" in conversation and row.get("answer") is not None and args.max_completion_length:
                 example["answer"] = extract_answer(str(row["answer"]))
-                example["prompt_ids"] = common.encode_prompt(tokenizer, conversation["messages"][:-1])[-args.max_length:]
+                example["prompt_ids"] = common.encode_prompt(
+                    tokenizer, conversation["messages"][:-1])[-args.max_length:]
             examples.append(example)
     return examples
 
@@ -302,10 +320,11 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
 
 def stream(*key):
     """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation --------------------------------------------------------------------------------------------
 
 def extract_answer(text):
     """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
@@ -333,7 +352,8 @@ def evaluate(policy, model, examples, args, accelerator, tokenizer, stop_ids):
     totals, table = torch.zeros(5, dtype=torch.float64, device=accelerator.device), []
     model.eval()
     lengths = [len(e["input_ids"]) for e in examples]
-    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes):
+    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
+                               accelerator.num_processes):
         if batch:
             input_ids, loss_mask = collate([examples[i] for i in batch], accelerator.device)
             with accelerator.autocast():
@@ -341,14 +361,16 @@ def evaluate(policy, model, examples, args, accelerator, tokenizer, stop_ids):
             totals[:3] += torch.stack([sft_loss(logprobs, loss_mask).sum(), hits.sum(), loss_mask.sum()])
     asked = [e for e in examples if e.get("answer") is not None]
     lengths = [len(e["prompt_ids"]) + args.max_completion_length for e in asked]
-    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes):
+    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
+                               accelerator.num_processes):
         rows = [asked[i] for i in batch]
         for row, text in zip(rows, generate(model, rows, args, accelerator, tokenizer, stop_ids)):
             right = extract_answer(text) == row["answer"]
             totals[3:] += torch.tensor([right, 1.0], dtype=torch.float64, device=accelerator.device)
             if len(table) < 3:
                 prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
-                table.append({"prompt": prompt, "completion": text, "answer": row["answer"], "right": str(right)})
+                table.append({"prompt": prompt, "completion": text, "answer": row["answer"],
+                              "right": str(right)})
     model.train()
     loss, hits, tokens, right, answered = accelerator.reduce(totals, "sum").tolist()
     metrics = {"eval/loss": loss / tokens, "eval/token_accuracy": hits / tokens}
@@ -362,20 +384,23 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
     generation config."""
     if not rows:
         return []
-    prompt_ids = common.pad([r["prompt_ids"] for r in rows], tokenizer.pad_token_id, side="left").to(accelerator.device)
-    attention_mask = common.pad([[1] * len(r["prompt_ids"]) for r in rows], 0, side="left").to(accelerator.device)
+    prompt_ids = common.pad([r["prompt_ids"] for r in rows], tokenizer.pad_token_id,
+                            side="left").to(accelerator.device)
+    attention_mask = common.pad([[1] * len(r["prompt_ids"]) for r in rows], 0,
+                                side="left").to(accelerator.device)
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     shipped, causal.generation_config = causal.generation_config, GenerationConfig()
     try:
         with accelerator.autocast():
-            out = model.generate(input_ids=prompt_ids, attention_mask=attention_mask, do_sample=False, num_beams=1, use_cache=True,
-                                 max_new_tokens=args.max_completion_length, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+            out = model.generate(input_ids=prompt_ids, attention_mask=attention_mask, do_sample=False,
+                                 num_beams=1, use_cache=True, max_new_tokens=args.max_completion_length,
+                                 eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
     finally:
         causal.generation_config = shipped
     return tokenizer.batch_decode(out[:, prompt_ids.shape[1]:], skip_special_tokens=True)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
     """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
@@ -384,7 +409,8 @@ def learning_rate_at(step, total_steps, args):
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
     done = (step - warmup) / max(total_steps - warmup, 1)
-    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[args.lr_scheduler_type]
+    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done,
+             "constant": 1.0}[args.lr_scheduler_type]
     return args.learning_rate * decay
 
 
@@ -415,7 +441,8 @@ def main(args):
 
     # model, optimizer, and where an earlier run stopped
     model = common.load_model(args, accelerator.device, dropout=True)
-    stop_ids = model.generation_config.eos_token_id = common.stop_token_ids(tokenizer, model.generation_config)
+    stop_ids = model.generation_config.eos_token_id = common.stop_token_ids(
+        tokenizer, model.generation_config)
     optimizer = make_optimizer(model, args)
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
     check_head(policy, model, train[0]["input_ids"][None, :64].long().to(accelerator.device), accelerator)
@@ -425,8 +452,9 @@ def main(args):
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
     interrupt = common.Interrupt()
-    say(f"train    {total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch), learning rate {args.learning_rate:g} "
-        f"({args.lr_scheduler_type}), {accelerator.num_processes} process(es) on {accelerator.device}")
+    say(f"train    {total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch), "
+        f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
     def save(name=None):
         if accelerator.is_main_process:
@@ -452,9 +480,10 @@ def main(args):
         epoch, at = divmod(step, steps_per_epoch)
         order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
         rows = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
-        trained_tokens = sum(int(r["completion_mask"][1:].sum()) for r in rows)  # of the whole step, before the first backward
+        trained_tokens = sum(int(r["completion_mask"][1:].sum()) for r in rows)  # of the whole step
         lengths = [len(r["input_ids"]) for r in rows]
-        batches = micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
+        batches = micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
+                                accelerator.num_processes)
 
         torch.manual_seed(stream(args.seed, "dropout", step, accelerator.process_index).initial_seed())
         totals = torch.zeros(3, device=accelerator.device)  # loss, hits, stop signal
@@ -465,22 +494,25 @@ def main(args):
             with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
                 logprobs, _, hits = policy(input_ids, loss_mask)
                 loss = sft_loss(logprobs, loss_mask).sum()
-                accelerator.backward(loss * accelerator.num_processes / trained_tokens)  # DDP averages: undo its division
+                accelerator.backward(loss * accelerator.num_processes / trained_tokens)  # undo DDP's average
             totals[:2] += torch.stack([loss.detach(), hits.sum()])
         grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
         loss_sum, hits, stop = accelerator.reduce(totals, "sum").tolist()
-        require(math.isfinite(loss_sum) and math.isfinite(grad_norm), f"step {step + 1}: the loss is {loss_sum / trained_tokens} and its "
-                f"gradient's norm {grad_norm}, on rows {order[at * args.batch_size:(at + 1) * args.batch_size][:8]} ... of the training "
-                f"data; nothing was updated. Try a lower --learning_rate")
+        require(math.isfinite(loss_sum) and math.isfinite(grad_norm),
+                f"step {step + 1}: the loss is {loss_sum / trained_tokens} and its gradient's norm "
+                f"{grad_norm}, on rows {order[at * args.batch_size:(at + 1) * args.batch_size][:8]} ... of "
+                "the training data; nothing was updated. Try a lower --learning_rate")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, args)
         optimizer.step()
         optimizer.zero_grad()
 
         state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
-        log.metrics(step + 1, {"loss": loss_sum / trained_tokens, "token_accuracy": hits / trained_tokens, "grad_norm": grad_norm,
-                               "learning_rate": group["lr"], "num_tokens": state["num_tokens"], "trained_tokens": trained_tokens})
-        log.progress(step + 1, sum(lengths), {"loss": loss_sum / trained_tokens, "token_accuracy": hits / trained_tokens})
+        log.metrics(step + 1, {"loss": loss_sum / trained_tokens, "token_accuracy": hits / trained_tokens,
+                               "grad_norm": grad_norm, "learning_rate": group["lr"],
+                               "num_tokens": state["num_tokens"], "trained_tokens": trained_tokens})
+        log.progress(step + 1, sum(lengths), {"loss": loss_sum / trained_tokens,
+                                              "token_accuracy": hits / trained_tokens})
         if (step + 1) % args.eval_steps == 0 or step + 1 == total_steps:
             report()
         if (step + 1) % args.save_steps == 0 or step + 1 == total_steps or stop:
@@ -491,7 +523,8 @@ def main(args):
     # save
     log.close()
     if args.keep_best and state["best_loss"] < math.inf:
-        common.restore(model, None, common.load_checkpoint(os.path.join(args.output_dir, "checkpoints", "best")), state["data"])
+        common.restore(model, None, common.load_checkpoint(
+            os.path.join(args.output_dir, "checkpoints", "best")), state["data"])
     common.finish(args, accelerator, model, tokenizer)
 
 

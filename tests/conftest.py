@@ -1,0 +1,90 @@
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with more, a busy neighbour makes the same run five times slower
+os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+
+import common
+
+torch.set_num_threads(1)
+TINY = os.path.join(ROOT, "tests", "tiny")
+
+
+def run(script, out, *flags, tiny=True):
+    """script.main() in this process, on the tiny defaults plus flags, writing to `out`; -> the metrics it wrote."""
+    import json
+    file = [os.path.join(TINY, os.path.basename(script.__file__).replace(".py", ".json"))] if tiny else []
+    argv = [*file, "--output_dir", str(out), *map(str, flags)]
+    script.main(common.parse_args(script.Args, argv))
+    with open(os.path.join(out, "metrics.jsonl")) as lines:
+        return [json.loads(line) for line in lines]
+
+
+def in_child(function):
+    """Runs function() in a forked child of this warm process -> the child's wait status: 0, or how it ended."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        except SystemExit as leave:
+            code = leave.code if isinstance(leave.code, int) else 1
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+class RecordGradients(torch.optim.SGD):
+    """Stands in for AdamW: keeps each update's gradient and moves no weight."""
+
+    def __init__(self, module, args):
+        super().__init__([p for p in module.parameters() if p.requires_grad], lr=args.learning_rate)
+        self.gradients = []
+        RecordGradients.last = self
+
+    def step(self, closure=None):
+        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.param_groups[0]["params"]]))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Each test gets its own accelerate state (precision, trackers) and does not catch Ctrl-C."""
+    from accelerate.state import AcceleratorState, GradientState
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    monkeypatch.setattr(common.Interrupt, "__init__", lambda self: setattr(self, "signal", 0))
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(os.path.join(TINY, "model"))
+
+
+def tiny_model(kind, seed=0):
+    """A random model of 64 dimensions over the byte tokenizer's 320 ids: llama (tied or not) or gpt2."""
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=320, n_positions=512, n_embd=64, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=260)
+    else:
+        config = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                             num_key_value_heads=1, tie_word_embeddings=kind == "llama-tied", attention_dropout=0.0,
+                             max_position_embeddings=512, bos_token_id=None, eos_token_id=260)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # spread the logits out, so that agreement means something
+        model.get_output_embeddings().weight.mul_(8)
+    return model.train()

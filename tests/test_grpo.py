@@ -1,0 +1,342 @@
+"""grpo.py: the losses by hand and by enumeration, the sampler against generate(), one step cut in every way, learning."""
+
+import asyncio
+import itertools
+import json
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TINY, RecordGradients, run, tiny_model
+from torch import tensor
+
+import common
+import grpo
+
+LN2 = math.log(2)
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- losses by hand ----------------------------------------------------------------------------------------------------
+
+def test_group_advantages_by_hand():
+    scores = tensor([1.0, 0, 0, 1, 3, 1, 2, 2])  # std with n - 1: sqrt(1/3), sqrt(2/3)
+    want = tensor([0.5, -0.5, -0.5, 0.5]) / (math.sqrt(1 / 3) + 1e-4), tensor([1.0, -1, 0, 0]) / (math.sqrt(2 / 3) + 1e-4)
+    close(grpo.group_advantages(scores, 4), torch.cat(want))
+    close(grpo.group_advantages(scores, 4, "none"), tensor([0.5, -0.5, -0.5, 0.5, 1, -1, 0, 0]))
+    std = math.sqrt(sum((x - 1.25) ** 2 for x in scores.tolist()) / 7)
+    close(grpo.group_advantages(scores, 4, "batch"), tensor([0.5, -0.5, -0.5, 0.5, 1, -1, 0, 0]) / (std + 1e-4))
+
+
+def test_advantages_of_a_group_sum_to_zero_and_flat_groups_are_exactly_zero():
+    scores = torch.rand(6 * 5, generator=torch.Generator().manual_seed(0))
+    close(grpo.group_advantages(scores, 5).view(6, 5).sum(1), torch.zeros(6), 1e-5)  # fp32 means of numbers near 1
+    flat = torch.full((8,), 0.1) * 3  # 0.3 with float noise in its mean
+    for scale in ("group", "batch", "none"):
+        assert grpo.group_advantages(flat, 8, scale).eq(0).all()
+
+
+def test_unscored_completions_are_left_out_of_the_statistics():
+    a = grpo.group_advantages(tensor([1.0, math.nan, 0.0, math.nan, math.nan, math.nan]), 3)
+    close(a, tensor([0.5, 0, -0.5, 0, 0, 0]) / tensor([math.sqrt(0.5) + 1e-4, 1, math.sqrt(0.5) + 1e-4, 1, 1, 1]))
+
+
+def test_grpo_loss_by_hand():
+    """Ratios 1.5, 0.5, 1.1 with A = 2 and A = -1; epsilon 0.2, epsilon_high 0.3."""
+    old = torch.zeros(2, 3)
+    new = tensor([1.5, 0.5, 1.1]).log().repeat(2, 1)
+    loss = grpo.grpo_loss(new, old, tensor([2.0, -1.0]), torch.ones(2, 3), 0.2, 0.3)
+    close(loss, tensor([[-2.6, -1.0, -2.2], [1.5, 0.8, 1.1]]))  # min(3, 2.6), min(1, 1.6), 2.2; min(-1.5, -1.3), min(-.5, -.8), -1.1
+
+
+def test_sequence_ratio_is_the_geometric_mean():
+    new, mask = tensor([[2.0, 3.0, 5.0, 7.0]]).log(), tensor([[0.0, 1, 1, 0]])
+    ratio = grpo.importance_ratio(new, torch.zeros(1, 4), mask, "sequence")
+    close(ratio[mask.bool()], tensor([math.sqrt(15)] * 2))
+
+
+def test_at_ratio_one_the_gradient_is_reinforce_and_masked_tokens_get_none():
+    logprobs = torch.randn(3, 4, requires_grad=True)
+    mask, a = tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]), tensor([1.0, -2.0, 0.5])
+    before = logprobs.detach().clone()
+    grpo.grpo_loss(logprobs, logprobs.detach(), a, mask).sum().backward()
+    close(logprobs.grad, -a[:, None] * mask)
+    assert torch.equal(before, logprobs.detach())
+
+
+def test_clipped_tokens_get_no_gradient_on_the_clipped_side_only():
+    new = tensor([[1.5, 0.5]]).log().requires_grad_()
+    grpo.grpo_loss(new, torch.zeros(1, 2), tensor([1.0]), torch.ones(1, 2)).sum().backward()
+    assert new.grad[0, 0] == 0 and new.grad[0, 1] == pytest.approx(-0.5)
+
+
+def test_kl_k3_by_hand_and_never_negative():
+    close(grpo.kl_k3(tensor([[0.0, -1.0, -3.0]]), tensor([[LN2, -1.0, -4.0]])), tensor([[1 - LN2, 0, math.exp(-1)]]))
+    assert grpo.kl_k3(torch.randn(1000), torch.randn(1000)).min() >= 0
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_ratio_times_k3_has_the_gradient_of_the_reverse_kl(off_policy):
+    """Exact enumeration over two tokens of a 4-token vocabulary, at the states the sampling policy visits."""
+    g = torch.Generator().manual_seed(1)
+    first, second = torch.randn(4, generator=g).requires_grad_(), torch.randn(4, 4, generator=g).requires_grad_()
+    ref = torch.randn(5, 4, generator=g).log_softmax(-1)
+    lp = lambda a, b: torch.cat([a.log_softmax(-1)[None], b.log_softmax(-1)])  # (5, 4): the first token's row, then one a state
+    old = lp(first + off_policy, second * (0.5 if off_policy else 1)).detach() if not off_policy else \
+        torch.randn(5, 4, generator=g).log_softmax(-1)
+    now = lp(first, second)
+    loss = 0.0
+    for x, y in itertools.product(range(4), range(4)):
+        weight = (old[0, x] + old[1 + x, y]).exp()
+        new, was, base = (torch.stack([t[0, x], t[1 + x, y]])[None] for t in (now, old, ref))
+        ratio = grpo.importance_ratio(new, was, torch.ones(1, 2))
+        loss = loss + weight * (ratio * grpo.kl_k3(new, base)).sum()
+    got = torch.autograd.grad(loss, (first, second))
+    now = lp(first, second)
+    kl = (now.exp() * (now - ref)).sum(-1)  # (5,) KL(policy || ref) at each state
+    want = torch.autograd.grad(kl[0] + (old[0].exp() * kl[1:]).sum(), (first, second))
+    for a, b in zip(got, want):
+        close(a, b)
+
+
+def test_the_three_denominators_in_closed_form():
+    lengths = tensor([1.0, 3.0, 0.0])
+    close(grpo.token_weights(lengths, "dapo", 10), tensor([0.25] * 3))
+    close(grpo.token_weights(lengths, "grpo", 10), tensor([1 / 3, 1 / 9, 1 / 3]))
+    close(grpo.token_weights(lengths, "dr_grpo", 10), tensor([1 / 30] * 3))
+    x = [torch.rand(1), torch.rand(3)]
+    weights = grpo.token_weights(tensor([1.0, 3.0]), "grpo", 10)
+    close((weights[0] * x[0].sum() + weights[1] * x[1].sum())[None], torch.stack([x[0].mean(), x[1].mean()]).mean()[None])
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, answer", [
+    ("18", "18"), ("18.", "18"), ("18.00", "18"), ("$18", "18"), ("1,000", "1000"), ("so -7", "-7"), ("-$7", "-7"), ("$-7", "-7"),
+    ("16-3", "3"), ("x=3.50 litres", "3.5"), ("#### 5\n#### 72", "72"), ("1,2,3", "3"), ("0.5", "0.5"), (".5", "0.5"), ("007", "7"),
+    ("-0", "0"), ("12345678901234567890123456789012", "12345678901234567890123456789012"), ("no number", None), ("", None),
+    ("3 <answer> 65 </answer> 7", "65"), ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>Paris</answer>", "paris"),
+    ("<answer></answer>", None), ("95**88**77", "77"), ("50%", "50"), ("3/4", "4"), ("10,000.50", "10000.5"), ("1.2.3", "3"),
+])
+def test_extract_answer(text, answer):
+    assert grpo.extract_answer(text) == answer
+
+
+def test_built_in_rewards():
+    assert grpo.accuracy(None, ["<answer>65</answer>", "is 1,000.", "no"], answer=["65", "#### 1000", None]) == [1.0, 1.0, None]
+    assert grpo.accuracy(None, [[{"role": "assistant", "content": "5"}]], solution=["5"]) == [1.0]
+    assert grpo.accuracy(None, ["5"]) == [None]
+    good, nested = "<think>a\nb</think>\n<answer>1</answer>", "<think>a</think><think>b</think><answer>1</answer>"
+    assert grpo.format_reward(None, [good, nested, "x" + good, good + "x"]) == [1.0, 0.0, 0.0, 0.0]
+
+
+def rows(n=2, prompt="1+1", **columns):
+    return [{"prompt": prompt, "columns": columns, "place": f"file:{i + 1}"} for i in range(n)]
+
+
+def test_reward_functions_get_trls_arguments():
+    seen = {}
+
+    def whole(prompts, completions, **kwargs):
+        seen.update(kwargs, prompts=prompts, completions=completions)
+        return [0.0] * len(completions)
+
+    async def waiting(completions, answer, trainer_state, log_metric):
+        await asyncio.sleep(0)
+        log_metric("seen", trainer_state.global_step)
+        return [None, int(answer[1])]
+    rewards = {"whole": (whole, 1.0), "waiting": (waiting, 1.0)}
+    values, logged = grpo.score(rewards, rows(answer="7"), ["a", "b"], [[1], [2]], 3, 9)
+    assert values[:, 0].tolist() == [0, 0] and values[0, 1].isnan() and values[1, 1] == 7 and logged == {"seen": 3}
+    assert seen["prompts"] == ["1+1"] * 2 and seen["completions"] == ["a", "b"] and seen["answer"] == ["7", "7"]
+    assert seen["completion_ids"] == [[1], [2]] and callable(seen["log_extra"])
+    chat = [{"role": "user", "content": "hi"}]
+    grpo.score({"whole": (whole, 1.0)}, rows(prompt=chat), ["a", "b"], [[1], [2]], 0, 1)
+    assert seen["prompts"] == [chat] * 2 and seen["completions"][0] == [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("returned, sentence", [
+    ([1.0], "returned 1 values for 2 completions"), (1.0, "returned float, not a list"), ([1.0, math.nan], "returned nan for the"),
+    ([1.0, "good"], "'good' for the completion 'b' of row file:2"), (None, "returned NoneType"), ([1.0, math.inf], "returned inf"),
+])
+def test_wrong_rewards_are_named(returned, sentence):
+    with pytest.raises(common.UserError, match="reward function 'f'.*" + sentence.replace("(", r"\(")):
+        grpo.score({"f": (lambda completions: returned, 1.0)}, rows(), ["a", "b"], [[1], [2]], 0, 1)
+
+
+def test_numpy_scalars_ints_and_bools_are_numbers():
+    import numpy
+    values, _ = grpo.score({"f": (lambda completions: numpy.array([1, 2]), 1.0), "g": (lambda completions: [True, numpy.float32(.5)], 1.0)},
+                           rows(), ["a", "b"], [[1], [2]], 0, 1)
+    assert values.tolist() == [[1, 1], [2, 0.5]]
+
+
+# ---- sampler -----------------------------------------------------------------------------------------------------------
+
+def padded(prompts):
+    return common.pad(prompts, 256, side="left"), common.pad([[1] * len(p) for p in prompts], 0, side="left")
+
+
+PROMPTS = [[65, 66, 67], [70, 71, 72, 73, 74, 75, 76], [80], [66, 67, 68, 69, 70]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_greedy_sampling_equals_generate(kind):
+    model = tiny_model(kind).eval()
+    stop = [260, 5, 17, 33, 101, 150, 203]  # so that rows end at different times
+    ids, lengths = [], []
+    for prompt in PROMPTS:
+        out = model.generate(input_ids=tensor([prompt]), do_sample=False, max_new_tokens=24, eos_token_id=stop, pad_token_id=256)
+        ids.append(out[0, len(prompt):].tolist())
+    got, _, lengths = grpo.sample(model, *padded(PROMPTS), None, 24, 1.0, stop)
+    assert [row[:n] for row, n in zip(got.tolist(), lengths)] == ids
+    assert len(set(map(len, ids))) > 1, "the rows should end at different times, or dropping them is not tested"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_completion_does_not_depend_on_its_batch_and_its_logprobs_are_the_models(kind):
+    model, g, c = tiny_model(kind).eval(), 3, 20
+    uniforms = torch.rand(len(PROMPTS) * g, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, logprobs, lengths = grpo.sample(model, *padded(PROMPTS), uniforms, c, 0.7, [260, 7, 99, 180, 200], g)
+    for i, prompt in enumerate(PROMPTS):
+        for j in range(i * g, i * g + g):
+            alone, _, length = grpo.sample(model, *padded([prompt]), uniforms[j:j + 1], c, 0.7, [260, 7, 99, 180, 200])
+            assert length[0] == lengths[j] and torch.equal(alone[0], whole[j])
+            n = int(length[0])
+            row = tensor([prompt + whole[j, :n].tolist()])
+            want = (model(row).logits / 0.7).log_softmax(-1)[0, len(prompt) - 1:-1].gather(-1, whole[j, :n, None]).squeeze(-1)
+            close(logprobs[j, :n], want, 2e-5)
+    assert len(set(lengths.tolist())) > 1
+
+
+def test_the_sampled_distribution_is_the_whole_softmax_at_the_temperature():
+    """4,000 first tokens of one prompt against the model's own probabilities, by chi-square over its 20 likeliest and the rest."""
+    model, n = tiny_model("llama").eval(), 4000
+    uniforms = torch.rand(n, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ids, _, _ = grpo.sample(model, *padded(PROMPTS[:1]), uniforms, 1, 1.7, [260], n)
+    p = (model(tensor(PROMPTS[:1])).logits[0, -1] / 1.7).softmax(-1)
+    top = p.topk(20).indices
+    counts = torch.bincount(ids[:, 0], minlength=320)
+    expected = torch.cat([p[top], 1 - p[top].sum()[None]]) * n
+    observed = torch.cat([counts[top], n - counts[top].sum()[None]])
+    assert ((observed - expected) ** 2 / expected).sum() < 45.3  # 99.9 % point for 20 degrees of freedom
+    assert (counts > 0).sum() > 60, "top-k filtering would leave at most k"
+
+
+# ---- one step, cut in every way ----------------------------------------------------------------------------------------
+
+def gradient(monkeypatch, tmp_path, *flags):
+    monkeypatch.setattr(grpo, "make_optimizer", RecordGradients)
+    metrics = run(grpo, tmp_path / "-".join(map(str, flags)).replace("/", "_")[-60:], "--eval_fraction", 0, "--batch_size", 6, "--num_generations", 4,
+                  "--max_grad_norm", 0, "--max_steps", 1, "--temperature", 1.3, *flags)
+    return RecordGradients.last.gradients, metrics
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--loss_type", "grpo"), ("--loss_type", "dr_grpo", "--kl_coef", 0.1), ("--lora_r", 4, "--kl_coef", 0.1),
+    ("--loss_type", "grpo", "--importance_sampling_level", "sequence", "--epsilon", 3e-4),
+    ("--num_minibatches", 2, "--mask_truncated_completions", "--max_completion_length", 50)], ids=str)
+def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(monkeypatch, tmp_path, flags):
+    whole, _ = gradient(monkeypatch, tmp_path, *flags)
+    assert whole[0].norm() > 1e-3
+    for cut in (("--micro_batch_tokens", 1), ("--micro_batch_tokens", 300), ("--gradient_checkpointing", "--rollout_batch_size", 5)):
+        for a, b in zip(gradient(monkeypatch, tmp_path, *flags, *cut)[0], whole):
+            assert (a - b).norm() / b.norm() < 1e-6
+
+
+def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers(monkeypatch, tmp_path):
+    """The DAPO loss of the very rollout, on unpadded rows, with log_softmax over the model's own logits."""
+    kept = []
+    rollout = grpo.rollout
+    monkeypatch.setattr(grpo, "rollout", lambda *a, **k: kept.append(rollout(*a, **k)) or kept[-1])
+    (got,), metrics = gradient(monkeypatch, tmp_path)
+    records = kept[0][0]
+    model = common.load_model(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json")]))
+    rewards = tensor([float(grpo.extract_answer(r["text"]) == grpo.extract_answer(str(r["rewards"][0].item())) or r["score"]) for r in records])
+    groups = rewards.view(6, 4)
+    a = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+    tokens = sum(len(r["completion_ids"]) for r in records)
+    loss = 0.0
+    for record, advantage in zip(records, a):
+        ids, n = record["input_ids"].long(), len(record["completion_ids"])
+        logits = model(ids[None]).logits[0].float() / 1.3
+        lp = logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)[-n:]
+        loss = loss - advantage * lp.sum() / tokens
+    loss.backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert (got - want).norm() / want.norm() < 1e-5
+    assert metrics[0]["trained_tokens"] == tokens
+
+
+def test_the_first_update_of_every_rollout_has_ratio_one_and_later_ones_have_not(tmp_path):
+    metrics = run(grpo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 4, "--num_iterations", 2, "--num_minibatches", 2,
+                  "--max_steps", 8, "--kl_coef", 0.05, "--temperature", 0.8)
+    assert len(metrics) == 8
+    assert all(m["ratio/max_deviation"] < 1e-5 for m in metrics[::4])
+    assert all(m["ratio/max_deviation"] > 1e-5 for m in metrics[2::4])
+    assert abs(metrics[0]["kl"]) < 1e-5 < metrics[-1]["kl"]
+    assert all(m["sampling/logprob_difference_max"] < 1e-3 for m in metrics[::4])
+
+
+@pytest.mark.parametrize("start", ["lora", "adapter", "full"])
+def test_the_reference_is_the_start_and_stays(monkeypatch, tmp_path, start):
+    """kl is 0 at first and the reference's log-probs do not move, however the reference is kept."""
+    flags = ["--eval_fraction", 0, "--batch_size", 2, "--max_steps", 2, "--learning_rate", 1e-2, "--kl_coef", 0.1]
+    flags += ["--lora_r", 4] if start == "lora" else []
+    if start == "adapter":
+        run(grpo, tmp_path / "first", *flags, "--lora_r", 4)
+        flags += ["--model_name_or_path", tmp_path / "first" / "model"]
+    seen = []
+    logprobs_of_rollout = grpo.logprobs_of_rollout
+
+    def spy(policy, *rest):
+        result = logprobs_of_rollout(policy, *rest)
+        ids = tensor([PROMPTS[1] * 3])
+        seen.append(policy(ids, torch.ones(1, 20))[0].detach())
+        return result
+    monkeypatch.setattr(grpo, "logprobs_of_rollout", spy)
+    metrics = run(grpo, tmp_path / "second", *flags)
+    assert abs(metrics[0]["kl"]) < 1e-5 < metrics[1]["kl"]
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_dropout_is_off_where_logprobs_are_compared(tmp_path, tokenizer):
+    from transformers import LlamaConfig
+    config = LlamaConfig.from_pretrained(os.path.join(TINY, "model"), attention_dropout=0.5)
+    config.save_pretrained(tmp_path / "model")
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--model_name_or_path", str(tmp_path / "model")])
+    model, ids = common.load_model(args), tensor([PROMPTS[1]])
+    assert model.training and torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_flat_rewards_are_said_aloud_and_nothing_is_learned(tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def same(completions):\n    return [1.0] * len(completions)\n")
+    metrics = run(grpo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 3, "--reward_funcs", f"{tmp_path}/r.py:same")
+    assert [m["frac_reward_zero_std"] for m in metrics] == [1, 1, 1] and all(m["grad_norm"] == 0 for m in metrics)
+    assert "all completions of every prompt have scored the same" in capsys.readouterr().out
+
+
+def test_a_prompt_too_long_is_dropped_and_counted(tmp_path, capsys):
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--max_prompt_length", "8"])
+    train, held = grpo.load_prompts(args, common.load_tokenizer(args))
+    assert all(len(p["prompt_ids"]) <= 8 for p in train + held)
+    with open(args.dataset_name) as file:
+        kept = sum(len(json.loads(line)["prompt"]) <= 5 for line in file)
+    assert len(train) + len(held) == kept and f"{6000 - kept:,} dropped" in capsys.readouterr().out
+
+
+# ---- learning ----------------------------------------------------------------------------------------------------------
+
+def test_the_example_goes_past_its_demonstrations(tmp_path):
+    """The README's story on 15 of its steps: from the mistake of the demonstrations to at least 85 % right."""
+    metrics = run(grpo, tmp_path / "out", "--max_steps", 15, "--eval_steps", 15)
+    first, last = (m["eval/accuracy"] for m in metrics if "eval/accuracy" in m)
+    assert first < 0.6 and last > 0.85
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert names == ["args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]

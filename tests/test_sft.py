@@ -1,0 +1,221 @@
+"""sft.py: the loss by hand and against plain transformers, one step cut in every way, data, evaluation, learning."""
+
+import math
+import os
+
+import pytest
+import torch
+from conftest import TINY, RecordGradients, run, tiny_model
+from torch import tensor
+
+import common
+import sft
+
+
+def test_sft_loss_by_hand():
+    logprobs = tensor([[-0.5, -1.0, -2.0]], requires_grad=True)
+    loss = sft.sft_loss(logprobs, tensor([[1, 0, 1]]))
+    assert loss.tolist() == [[0.5, 0.0, 2.0]]
+    loss.sum().backward()
+    assert logprobs.grad.tolist() == [[-1, 0, -1]]
+
+
+def test_a_masked_infinity_gives_neither_loss_nor_gradient():
+    logprobs = tensor([[-0.5, -math.inf]], requires_grad=True)
+    sft.sft_loss(logprobs, tensor([[1, 0]])).sum().backward()
+    assert logprobs.grad.tolist() == [[-1, 0]]
+
+
+# ---- log-probs ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
+    """Values and gradients of a padded batch against log_softmax + gather on each row alone."""
+    model, g = tiny_model(kind), torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 320, (n,), generator=g) for n in (5, 17, 9)]
+    masks = [torch.randint(0, 2, (n,), generator=g) for n in (5, 17, 9)]
+    policy = sft.Policy(model)
+    sft.ChunkedLogprobs  # several chunks: 2**25 // 320 tokens fit, so the chunk is forced below
+    logprobs, entropy, hits = policy(common.pad(rows, 0), common.pad(masks, 0)[:, 1:], temperature)
+    (logprobs * torch.arange(16)).sum().backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    total = 0.0
+    for i, (ids, mask) in enumerate(zip(rows, masks)):
+        lp = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
+        own = lp.gather(-1, ids[1:, None]).squeeze(-1) * mask[1:]
+        n = len(own)
+        torch.testing.assert_close(logprobs[i, :n], own, rtol=1e-5, atol=1e-5)
+        assert logprobs[i, n:].eq(0).all() and logprobs[i, :n][mask[1:] == 0].eq(0).all()
+        torch.testing.assert_close(entropy[i, :n], -(lp.exp() * lp).sum(-1) * mask[1:], rtol=1e-5, atol=1e-5)
+        assert torch.equal(hits[i, :n], (lp.argmax(-1) == ids[1:]) * mask[1:].float())
+        total = total + (own * torch.arange(n)).sum()
+    total.backward()
+    for a, p in zip(got, model.parameters()):
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item())
+
+
+def test_chunks_change_nothing_and_an_empty_batch_touches_every_parameter():
+    h, w, b = torch.randn(10, 8, requires_grad=True), torch.randn(2**24, 1).expand(-1, 8), None
+    w = torch.randn(20, 8, requires_grad=True)
+    y = torch.randint(0, 20, (10,))
+    whole = sft.ChunkedLogprobs.apply(h, w, b, y, 1.0)[0]
+    big = torch.cat([w, torch.full((2**24 - 20, 8), 0.0)]).detach()  # 2 tokens a chunk; the added words weigh e^0 each
+    got = sft.ChunkedLogprobs.apply(h, big, b, y, 1.0)[0]
+    want = (h @ w.T).gather(-1, y[:, None]).squeeze(-1) - torch.cat([h @ w.T, torch.zeros(10, 1) + math.log(2**24 - 20)], 1).logsumexp(-1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert whole.shape == got.shape
+    model = tiny_model("llama")
+    sft.Policy(model)(tensor([[1, 2, 3]]), torch.zeros(1, 2))[0].sum().backward()
+    assert all(p.grad is not None and p.grad.eq(0).all() for p in model.parameters())
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused():
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM, GraniteConfig
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GraniteConfig(vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                                                           num_attention_heads=1, num_key_value_heads=1, logits_scaling=8.0))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    with pytest.raises(common.UserError, match="granite change their logits after the head"):
+        sft.check_head(sft.Policy(model), model, torch.arange(20)[None], Accelerator())
+
+
+# ---- one step ----------------------------------------------------------------------------------------------------------
+
+def gradient(monkeypatch, out, *flags):
+    monkeypatch.setattr(sft, "make_optimizer", RecordGradients)
+    metrics = run(sft, out, "--model_name_or_path", os.path.join(TINY, "sft"), "--eval_fraction", 0, "--batch_size", 12, "--max_grad_norm", 0,
+                  "--max_steps", 1, *flags)
+    return RecordGradients.last.gradients[0], metrics[0]
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--completion_only_loss", "False")], ids=str)
+def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(monkeypatch, tmp_path, flags):
+    whole, metrics = gradient(monkeypatch, tmp_path / "a", *flags)
+    assert whole.norm() > 1e-3
+    for i, cut in enumerate((("--micro_batch_tokens", 1), ("--micro_batch_tokens", 150), ("--gradient_checkpointing",))):
+        part, other = gradient(monkeypatch, tmp_path / f"b{i}", *flags, *cut)
+        assert (part - whole).norm() / whole.norm() < 1e-6
+        assert other["loss"] == pytest.approx(metrics["loss"], rel=1e-6) and other["trained_tokens"] == metrics["trained_tokens"]
+
+
+def test_the_step_is_tokens_over_tokens_with_plain_transformers(monkeypatch, tmp_path):
+    """A file of very unequal rows: sum of all tokens' losses over their number, from transformers' own logits."""
+    import json
+    rows = [{"prompt": "a", "completion": "b" * n, "answer": None} for n in (1, 40, 3, 90)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    got, metrics = gradient(monkeypatch, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--batch_size", 4)
+    args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--model_name_or_path", os.path.join(TINY, "sft")])
+    model, tokenizer = common.load_model(args), common.load_tokenizer(args)
+    losses = []
+    for row in rows:
+        prompt = tokenizer("<|user|>a<|end|><|assistant|>")["input_ids"]
+        ids = tensor([prompt + tokenizer(row["completion"] + "<|end|>")["input_ids"]])
+        lp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        losses.append(-lp[len(prompt) - 1:])
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5) and metrics["trained_tokens"] == 2 + 41 + 4 + 91
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
+def test_micro_batches_keep_every_row_once_and_the_limit():
+    lengths = torch.randint(1, 60, (37,), generator=torch.Generator().manual_seed(0)).tolist()
+    for processes in (1, 2, 5):
+        parts = [sft.micro_batches(lengths, 128, p, processes) for p in range(processes)]
+        assert sorted(i for part in parts for batch in part for i in batch) == list(range(37))
+        assert all(len(b) * max(lengths[i] for i in b) <= 128 for part in parts for b in part)
+    assert sft.micro_batches([500], 128) == [[0]] and sft.micro_batches([3], 128, 1, 2) == [[]]
+
+
+def test_every_row_is_seen_once_an_epoch_and_the_short_last_step_counts_its_own_tokens(monkeypatch, tmp_path):
+    import json
+    rows = [{"prompt": str(i), "completion": "x" * (i % 7 + 1), "answer": None} for i in range(10)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    seen, collate = [], sft.collate
+    monkeypatch.setattr(sft, "collate", lambda rows, device: seen.extend(tuple(r["input_ids"].tolist()) for r in rows) or collate(rows, device))
+    metrics = run(sft, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0, "--batch_size", 4, "--max_steps", -1,
+                  "--num_train_epochs", 2)
+    assert len(metrics) == 6 and len(set(seen)) == 10
+    assert len(set(seen[:10])) == 10 and sorted(seen[:10]) == sorted(seen[10:]) and seen[:10] != seen[10:]
+    assert sum(m["trained_tokens"] for m in metrics[:3]) == sum(i % 7 + 2 for i in range(10))
+    assert metrics[-1]["num_tokens"] == 2 * sum(len(s) for s in set(seen))
+
+
+def test_learning_rate_is_a_plain_function_of_the_step():
+    args = type("A", (), {"learning_rate": 1.0, "warmup_steps": 2, "lr_scheduler_type": "linear"})
+    at = lambda: [round(sft.learning_rate_at(s, 6, args), 4) for s in range(6)]
+    assert at() == [round(1 / 3, 4), round(2 / 3, 4), 1.0, 0.75, 0.5, 0.25]
+    args.lr_scheduler_type = "constant"
+    assert at()[2:] == [1.0] * 4
+    args.lr_scheduler_type, args.warmup_steps = "cosine", 0.0
+    assert at()[0] == 1.0 and at()[3] == 0.5
+
+
+def test_trained_weights_are_fp32_whatever_the_checkpoint_is_in(tmp_path):
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    common.AutoTokenizer.from_pretrained(os.path.join(TINY, "model")).save_pretrained(tmp_path)
+    for flags in ([], ["--lora_r", "4"], ["--lora_r", "4", "--load_in_4bit"], ["--lora_r", "4", "--bf16", "True"]):
+        args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--model_name_or_path", str(tmp_path), *flags])
+        args.bf16 = bool(args.bf16)
+        trained = [p for p in common.load_model(args).parameters() if p.requires_grad]
+        assert trained and all(p.dtype == torch.float32 for p in trained)
+
+
+@pytest.mark.parametrize("flags", [("--lora_r", 4), ("--lora_r", 4, "--load_in_4bit")], ids=str)
+def test_adapters_train_are_saved_and_load_in_plain_peft(tmp_path, flags):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    base = os.path.join(TINY, "sft")
+    metrics = run(sft, tmp_path / "a", "--model_name_or_path", base, "--max_steps", 8, "--learning_rate", 1e-2, "--batch_size", 16, "--merge",
+                  "--eval_steps", 8, "--eval_fraction", 0.005, *flags)
+    evals = [m for m in metrics if "eval/loss" in m]
+    assert len(evals) == 2
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a" / "model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "merged")
+    ids = torch.arange(40)[None]
+    gap = (plain(ids).logits - merged(ids).logits).abs().max()
+    assert gap < (1e-4 if len(flags) == 2 else 3.0)  # 4-bit: the merged folder holds the dequantised base it was trained on
+    assert any(p.abs().max() > 0 for n, p in plain.named_parameters() if "lora_B" in n)
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    """At a learning rate that ruins the model, model/ holds the start: the best evaluation was the first."""
+    from transformers import AutoModelForCausalLM
+    metrics = run(sft, tmp_path / "a", "--model_name_or_path", os.path.join(TINY, "sft"), "--max_steps", 6, "--eval_steps", 3,
+                  "--learning_rate", 0.5, "--batch_size", 8, "--eval_fraction", 0.005, "--keep_best")
+    losses = [m["eval/loss"] for m in metrics if "eval/loss" in m]
+    assert losses[0] == min(losses) and losses[-1] > 1
+    start, kept = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (os.path.join(TINY, "sft"), tmp_path / "a" / "model"))
+    assert all(torch.equal(start[k], kept[k]) for k in start)
+
+
+def test_evaluation_by_hand(tmp_path, monkeypatch):
+    """eval/loss and eval/token_accuracy are means over tokens, eval/accuracy over rows with an answer; the cut does not matter."""
+    flags = ["--model_name_or_path", os.path.join(TINY, "sft"), "--max_steps", 1, "--batch_size", 2]
+    a = run(sft, tmp_path / "a", *flags)[0]
+    b = run(sft, tmp_path / "b", *flags, "--micro_batch_tokens", 400)[0]
+    assert a["eval/accuracy"] == b["eval/accuracy"] and 0.2 < a["eval/accuracy"] < 0.6
+    assert a["eval/loss"] == pytest.approx(b["eval/loss"], rel=1e-6)
+    assert math.exp(-a["eval/loss"]) < 1 and 0.9 < a["eval/token_accuracy"] < 1
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path, capsys):
+    (tmp_path / "d.jsonl").write_text('{"question": "1+1", "answer": "2"}\n' * 3 + '{"question": "1+2", "answer": "3"}\n')
+    run(sft, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0, "--max_steps", 1)
+    assert "2 duplicates dropped" in capsys.readouterr().out
+
+
+def test_gsm8k_like_rows_learn(tmp_path):
+    """question/answer rows on the random default model: the loss falls."""
+    import json
+    rows = [{"question": f"How many are {i} apples?", "answer": f"There are {i} apples.\n#### {i}"} for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    metrics = run(sft, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 12, "--batch_size", 16, "--max_completion_length", 8)
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    assert losses[-1] < losses[0] - 1
