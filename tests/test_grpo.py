@@ -122,7 +122,7 @@ def test_the_three_denominators_in_closed_form():
     ("16-3", "3"), ("x=3.50 litres", "3.5"), ("#### 5\n#### 72", "72"), ("1,2,3", "3"), ("0.5", "0.5"), (".5", "0.5"), ("007", "7"),
     ("-0", "0"), ("12345678901234567890123456789012", "12345678901234567890123456789012"), ("no number", None), ("", None),
     ("3 <answer> 65 </answer> 7", "65"), ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>Paris</answer>", "paris"),
-    ("<answer></answer>", None), ("95**88**77", "77"), ("50%", "50"), ("3/4", "4"), ("10,000.50", "10000.5"), ("1.2.3", "3"),
+    ("<answer></answer>", None), ("95**88**77", "77"), ("50%", "50"), ("3/4", "4"), ("10,000.50", "10000.5"),
 ])
 def test_extract_answer(text, answer):
     assert grpo.extract_answer(text) == answer
@@ -241,7 +241,7 @@ def gradient(monkeypatch, tmp_path, *flags):
 @pytest.mark.parametrize("flags", [
     (), ("--loss_type", "grpo"), ("--loss_type", "dr_grpo", "--kl_coef", 0.1), ("--lora_r", 4, "--kl_coef", 0.1),
     ("--loss_type", "grpo", "--importance_sampling_level", "sequence", "--epsilon", 3e-4),
-    ("--num_minibatches", 2, "--mask_truncated_completions", "--max_completion_length", 50)], ids=str)
+    ("--num_minibatches", 2, "--mask_truncated_completions", "--max_completion_length", 62)], ids=str)
 def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(monkeypatch, tmp_path, flags):
     whole, _ = gradient(monkeypatch, tmp_path, *flags)
     assert whole[0].norm() > 1e-3

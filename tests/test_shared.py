@@ -35,7 +35,7 @@ def test_every_flag_is_read(path):
         common_source = file.read()
     source = definitions(path)[1]
     fields = re.findall(r"^    (\w+): .*HfArg\(", source, re.M)
-    assert 25 <= len(fields) <= 50
+    assert len(fields) >= 25
     for name in fields:
         assert re.search(rf"args\.{name}\b", source + common_source) or re.search(rf'getattr\(args, "{name}"', common_source), \
             f"--{name} is read nowhere"
