@@ -725,63 +725,34 @@ def trains_adapter(args):
     return args.lora_r > 0 or base_and_adapter(args.model_name_or_path)[1] is not None
 
 
-def load_model(args, device="cpu", dropout=False):
-    """The policy, ready to train: trained weights fp32, everything else frozen; LoRA and 4-bit as the
-    arguments say.
+def load_model(args, tokenizer, device="cpu", dropout=False):
+    """The policy, ready to train: trained weights fp32, all else frozen; LoRA and 4-bit as the arguments say.
 
-    A folder with a config but no weights starts from random weights, drawn from args.seed, and says so.
     dropout=False turns every rate off, functional ones included; the model stays in train() mode, where
-    checkpointing works.
+    checkpointing works. Its generation config stops at every id of stop_token_ids.
     """
     base, adapter = base_and_adapter(args.model_name_or_path)
-    lora = args.lora_r > 0 or adapter is not None
+    lora = trains_adapter(args)
     require(lora or not args.load_in_4bit, "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
-    dtype = torch.bfloat16 if lora and args.bf16 else torch.float32
-    options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
-    if args.attn_implementation:
-        options["attn_implementation"] = args.attn_implementation
-    if args.load_in_4bit:
-        options["quantization_config"] = _nf4(dtype, torch.device(device).type)
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-        require(not hasattr(config, "vision_config"),
-                f"{base} is a vision-language model: images are not supported")
-        require(not getattr(config, "output_router_logits", False), f"{base} asks for a "
-                "mixture-of-experts auxiliary loss (output_router_logits), which is not supported")
-        random_start = os.path.isdir(base) and not any(
-            name.endswith((".safetensors", ".bin", ".safetensors.index.json")) for name in os.listdir(base))
-        if random_start:
-            say(f"model    {base} has a config but no weights: "
-                f"starting from random weights (seed {args.seed})")
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
-                                                     trust_remote_code=args.trust_remote_code)
-            if lora:  # the adapter saved at the end needs the base it was trained on
-                base = os.path.join(args.output_dir, "base")
-                if os.environ.get("RANK", "0") == "0":
-                    model.save_pretrained(base)
-                if torch.distributed.is_initialized():
-                    torch.distributed.barrier()
-        if not random_start or lora:
-            model = AutoModelForCausalLM.from_pretrained(base, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot load a model from '{base}': {_first_line(error)}") from None
+    model = load_base(base, args, device, frozen=lora)
+    rows = model.get_input_embeddings().weight.shape[0]
+    require(len(tokenizer) <= rows, f"the tokenizer has {len(tokenizer)} tokens and the model's embedding "
+            f"{rows} rows: '{base}' and its tokenizer do not belong together")
     if adapter:
-        require(args.lora_r in (0, PeftConfig.from_pretrained(adapter).r),
-                f"{adapter} is an adapter of rank {PeftConfig.from_pretrained(adapter).r}: "
-                "leave --lora_r out to train it on")
+        rank = PeftConfig.from_pretrained(adapter).r
+        require(args.lora_r in (0, rank), f"{adapter} is an adapter of rank {rank}: leave --lora_r out")
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora:
+        config = LoraConfig(
+            r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
+            target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
+            task_type="CAUSAL_LM")
         try:
-            model = get_peft_model(model, LoraConfig(
-                r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
-                target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
-                task_type="CAUSAL_LM"))
+            model = get_peft_model(model, config)
         except ValueError as error:
-            raise UserError(f"--lora_target_modules {args.lora_target_modules}: "
-                            f"{_first_line(error)}") from None
+            wanted = f"--lora_target_modules {args.lora_target_modules}"
+            raise UserError(f"{wanted}: {_first_line(error)}") from None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -789,16 +760,47 @@ def load_model(args, device="cpu", dropout=False):
         no_dropout(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    kind = "adapter goes on" if adapter else f"LoRA r={args.lora_r}" if lora else "full fine-tuning"
-    say(f"model    {args.model_name_or_path}: {type(config).__name__.replace('Config', '')}, {kind}"
-        f"{' on a 4-bit base' if args.load_in_4bit else ''}, "
-        f"{trained:,} of {total:,} parameters trained in fp32"
-        f"{' under bf16 autocast' if args.bf16 else ''}")
-    require(trained, "no parameter is trained")
+    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad >= t) for t in (True, False))
+    kind = "a LoRA adapter goes on" if adapter else f"LoRA r={args.lora_r}" if lora else "full fine-tuning"
+    say(f"model    {args.model_name_or_path} ({model.config.model_type}): {kind}"
+        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} weights "
+        f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
     return model
+
+
+def load_base(base, args, device="cpu", frozen=False):
+    """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
+
+    A folder with a config but no weights starts from random weights, drawn from args.seed, and says so; frozen
+    ones go to output_dir/base too, since an adapter is worth nothing without the base it was trained on.
+    """
+    dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
+    options = {"trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        require(not hasattr(config, "vision_config"),
+                f"{base} is a vision-language model: images are not supported")
+        require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts "
+                "auxiliary loss (output_router_logits), which is not supported")
+        if os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base)):
+            say(f"model    {base} has a config but no weights: starting from random ones (seed {args.seed})")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+            if not frozen:
+                return model
+            base = os.path.join(args.output_dir, "base")
+            if os.environ.get("RANK", "0") == "0":
+                model.save_pretrained(base)
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+        if args.load_in_4bit:
+            options["quantization_config"] = _nf4(dtype, torch.device(device).type)
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise UserError(f"cannot load a model from '{base}': {_first_line(error)}") from None
 
 
 def _nf4(compute_dtype, device_type):

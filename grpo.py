@@ -700,9 +700,8 @@ def main(args):
     total_steps = num_rollouts * updates
 
     # model, reference, optimizer, and where an earlier run stopped
-    model = common.load_model(args, accelerator.device)
-    stop_ids = model.generation_config.eos_token_id = common.stop_token_ids(
-        tokenizer, model.generation_config)
+    model = common.load_model(args, tokenizer, accelerator.device)
+    stop_ids = model.generation_config.eos_token_id
     reference = None
     if args.kl_coef > 0:
         ref_model, use_reference, how = common.make_reference(

@@ -440,9 +440,8 @@ def main(args):
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
 
     # model, optimizer, and where an earlier run stopped
-    model = common.load_model(args, accelerator.device, dropout=True)
-    stop_ids = model.generation_config.eos_token_id = common.stop_token_ids(
-        tokenizer, model.generation_config)
+    model = common.load_model(args, tokenizer, accelerator.device, dropout=True)
+    stop_ids = model.generation_config.eos_token_id
     optimizer = make_optimizer(model, args)
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
     check_head(policy, model, train[0]["input_ids"][None, :64].long().to(accelerator.device), accelerator)

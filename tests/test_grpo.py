@@ -311,7 +311,7 @@ def test_dropout_is_off_where_logprobs_are_compared(tmp_path, tokenizer):
     config = LlamaConfig.from_pretrained(os.path.join(TINY, "model"), attention_dropout=0.5)
     config.save_pretrained(tmp_path / "model")
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--model_name_or_path", str(tmp_path / "model")])
-    model, ids = common.load_model(args), tensor([PROMPTS[1]])
+    model, ids = common.load_model(args, common.load_tokenizer(args)), tensor([PROMPTS[1]])
     assert model.training and torch.equal(model(ids).logits, model(ids).logits)
 
 

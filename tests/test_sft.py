@@ -109,7 +109,8 @@ def test_the_step_is_tokens_over_tokens_with_plain_transformers(monkeypatch, tmp
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     got, metrics = gradient(monkeypatch, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--batch_size", 4)
     args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--model_name_or_path", os.path.join(TINY, "sft")])
-    model, tokenizer = common.load_model(args), common.load_tokenizer(args)
+    tokenizer = common.load_tokenizer(args)
+    model = common.load_model(args, tokenizer)
     losses = []
     for row in rows:
         prompt = tokenizer("<|user|>a<|end|><|assistant|>")["input_ids"]
@@ -163,7 +164,7 @@ def test_trained_weights_are_fp32_whatever_the_checkpoint_is_in(tmp_path):
     for flags in ([], ["--lora_r", "4"], ["--lora_r", "4", "--load_in_4bit"], ["--lora_r", "4", "--bf16", "True"]):
         args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--model_name_or_path", str(tmp_path), *flags])
         args.bf16 = bool(args.bf16)
-        trained = [p for p in common.load_model(args).parameters() if p.requires_grad]
+        trained = [p for p in common.load_model(args, common.load_tokenizer(args)).parameters() if p.requires_grad]
         assert trained and all(p.dtype == torch.float32 for p in trained)
 
 

@@ -1,0 +1,92 @@
+"""Two processes equal one: the same rows give the same update, the same rollouts and the same evaluation (DDP on CPU)."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+WORKER = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+from conftest import RecordGradients
+import common, grpo, sft
+torch.set_num_threads(1)
+script, out, flags = {{"sft": sft, "grpo": grpo}}[sys.argv[1]], sys.argv[2], sys.argv[3:]
+if "--record" in flags:
+    flags.remove("--record")
+    script.make_optimizer = RecordGradients
+kept = []
+load_model = common.load_model
+common.load_model = lambda *a, **k: kept.append(load_model(*a, **k)) or kept[0]
+script.main(common.parse_args(script.Args, [{tiny!r} + "/" + sys.argv[1] + ".json", "--output_dir", out, *flags]))
+gradients = RecordGradients.last.gradients if hasattr(RecordGradients, "last") else None
+weights = {{n: p.detach().clone() for n, p in kept[0].named_parameters() if p.requires_grad}}
+torch.save({{"gradients": gradients, "weights": weights}}, out + "-rank" + os.environ.get("RANK", "0") + ".pt")
+"""
+
+
+def launch(tmp_path, name, processes, *flags):
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER.format(root=ROOT, tiny=TINY))
+    out = tmp_path / f"{name}-{processes}"
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(several if processes > 1 else [])]
+    done = subprocess.run([*command, str(worker), name, str(out), *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with open(out / "metrics.jsonl") as file:
+        metrics = [json.loads(line) for line in file]
+    return [torch.load(f"{out}-rank{rank}.pt") for rank in range(processes)], metrics, done.stdout
+
+
+CASES = {
+    "sft": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200],
+    "grpo": ["--batch_size", 3, "--num_generations", 4, "--kl_coef", 0.1, "--micro_batch_tokens", 300, "--temperature", 1.3],
+}
+
+
+@pytest.fixture
+def five_eval_rows(tmp_path):
+    with open(os.path.join(TINY, "addition.jsonl")) as file:
+        lines = file.readlines()
+    (tmp_path / "eval.jsonl").write_text("".join(lines[:5]))
+    (tmp_path / "train.jsonl").write_text("".join(lines[5:60]))
+    return ["--dataset_name", tmp_path / "train.jsonl", "--eval_dataset_name", tmp_path / "eval.jsonl"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_rows):
+    flags = [*CASES[name], *five_eval_rows, "--max_steps", 1, "--max_grad_norm", 0, "--record"]
+    one, metrics, _ = launch(tmp_path, name, 1, *flags)
+    two, again, printed = launch(tmp_path, name, 2, *flags)
+    want = one[0]["gradients"][0]
+    for rank in two:
+        assert (rank["gradients"][0] - want).norm() / want.norm() < 1e-6
+    assert want.norm() > 1e-3 and printed.count("first ") == 1 + (name == "grpo"), "only the first process prints"
+    for a, b in zip(metrics, again):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, five_eval_rows):
+    extra = ["--lora_r", 4] if name == "sft" else ["--num_minibatches", 3, "--batch_size", 1]  # fewer rows than processes at times
+    two, _, _ = launch(tmp_path, name, 2, *CASES[name], *five_eval_rows, "--max_steps", 3, *extra)
+    assert all(two[0]["weights"][n].equal(two[1]["weights"][n]) for n in two[0]["weights"])
+
+
+def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, five_eval_rows):
+    flags = [*CASES["grpo"], *five_eval_rows, "--max_steps", 1]
+    samples = []
+    for processes in (1, 2):
+        launch(tmp_path, "grpo", processes, *flags)
+        samples.append((tmp_path / f"grpo-{processes}" / "samples.jsonl").read_text().splitlines()[:6])  # 5 evaluations, 1 rollout
+    assert samples[0] == samples[1]
+    texts = [c["text"] for c in json.loads(samples[0][5])["completions"]]
+    assert len(set(texts)) > 1, "every process must draw its own completions"
