@@ -762,7 +762,8 @@ def load_model(args, tokenizer, device="cpu", dropout=False):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
-    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad >= t) for t in (True, False))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     kind = "a LoRA adapter goes on" if adapter else f"LoRA r={args.lora_r}" if lora else "full fine-tuning"
     say(f"model    {args.model_name_or_path} ({model.config.model_type}): {kind}"
         f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} weights "
@@ -773,8 +774,8 @@ def load_model(args, tokenizer, device="cpu", dropout=False):
 def load_base(base, args, device="cpu", frozen=False):
     """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
 
-    A folder with a config but no weights starts from random weights, drawn from args.seed, and says so; frozen
-    ones go to output_dir/base too, since an adapter is worth nothing without the base it was trained on.
+    A folder with a config but no weights starts from random weights, drawn from args.seed, and says so; if
+    they stay frozen they are saved in output_dir/base: an adapter is worth nothing without its base.
     """
     dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
     options = {"trust_remote_code": args.trust_remote_code}
