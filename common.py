@@ -22,9 +22,14 @@ import shutil
 import signal
 import sys
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
+from functools import lru_cache
+from itertools import groupby
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its import names what it lacks
 
 import pandas
 import torch
@@ -35,7 +40,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces missing CPU kernels at import
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -178,42 +182,44 @@ def read_rows(name, skip_bad_rows=False):
     Raises UserError with file, line and reason on what cannot be read; with skip_bad_rows such lines are
     counted and printed.
     """
-    path, bad = name, Counter()
-    if os.path.isfile(path):
-        try:
-            rows = list(_read_file(path, bad if skip_bad_rows else None))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    else:
-        looks_local = re.search(r"\.(jsonl?|csv|parquet|txt)$", path) or path.startswith((".", "/", "~"))
-        require(os.path.isdir(path) or not looks_local, f"no such file: {path}")
-        rows = list(_read_dataset(name))
-    if bad:
-        say(f"data     {name}: skipped " + ", ".join(f"{n:,} rows: {why}" for why, n in bad.items()))
-    require(rows, f"{name} holds no rows")
-    return rows
+    def readable(row):
+        if not isinstance(row, dict):
+            raise row if isinstance(row, ValueError) else ValueError("not a JSON object")
+
+    looks_local = re.search(r"\.(jsonl?|csv|parquet|txt)$", name) or name.startswith((".", "/", "~"))
+    require(os.path.exists(name) or os.path.isdir(name.split(":")[0]) or not looks_local,
+            f"no such file: {name}")
+    try:
+        rows = _read_file(name) if os.path.isfile(name) else _read_dataset(name)
+        return [(row, place) for _, row, place in convert_rows(rows, readable, skip_bad_rows, name)]
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror or error}") from None
 
 
-def _read_file(path, bad):
-    """Yields (row, place). `bad` counts unreadable lines; None means that they are errors."""
-    def keep(row, place, reason):
-        if isinstance(row, dict):
-            return True
-        require(bad is not None, f"{place}: {reason}; mend it or add --skip_bad_rows")
-        bad[reason.split(" (")[0]] += 1
-        return False
+def _parse(data):
+    """bytes of JSON -> its value, or a ValueError that says what is wrong with them."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+        if b"\\ud" in data or b"\\uD" in data:  # half of an emoji is a character that nothing can encode
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not valid JSON ({str(error).replace(': line 1 column', ' at column')})")
 
+
+def _read_file(path):
+    """Yields (row, place), with a ValueError in place of a row that cannot be read."""
     if path.endswith(".csv"):
         csv.field_size_limit(2**30)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="_more")
-            for row in reader:
-                place = f"{path}:{reader.line_num}"
-                whole = "_more" not in row and None not in row.values()
-                if keep(row if whole else None, place, "the number of fields differs from the header's"):
-                    yield row, place
+        with open(path, "rb") as file:
+            reader = csv.DictReader((line.decode("utf-8-sig") for line in file), restkey="_more")
+            try:
+                for row in reader:
+                    whole = "_more" not in row and None not in row.values()
+                    yield (row if whole else ValueError("the number of fields differs from the header's"),
+                           f"{path}:{reader.line_num}")
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise UserError(f"{path}:{reader.line_num + 1}: not a readable CSV file ({error})") from None
     elif path.endswith(".parquet"):
         import pyarrow.parquet
         try:
@@ -223,29 +229,17 @@ def _read_file(path, bad):
         for i, row in enumerate(table.to_pylist()):
             yield row, f"{path} row {i}"
     elif path.endswith((".json", ".jsonl")):
-        with open(path, encoding="utf-8-sig") as file:
-            start = file.read(64).lstrip()
+        with open(path, "rb") as file:
+            is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
             file.seek(0)
-            if path.endswith(".json") and start.startswith("["):
-                try:
-                    rows = [(row, f"{path} row {i}") for i, row in enumerate(json.load(file))]
-                except ValueError as error:
-                    raise UserError(f"{path} is not valid JSON: {error}") from None
-                for row, place in rows:
-                    if keep(row, place, "not a JSON object"):
-                        yield row, place
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    place, reason, row = f"{path}:{number}", "not a JSON object", None
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        reason = f"not valid JSON ({error})"
-                    except RecursionError:
-                        reason = "nested too deeply"
-                    if keep(row, place, reason):
-                        yield row, place
+            if is_array:
+                rows = _parse(file.read())
+                require(isinstance(rows, list), f"{path}: {rows}")
+                yield from ((row, f"{path} row {i}") for i, row in enumerate(rows))
+            else:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _parse(line), f"{path}:{number}"
     else:
         raise UserError(f"{path}: unknown kind of file; .json, .jsonl, .csv and .parquet are read")
 
@@ -256,17 +250,18 @@ def _read_dataset(name):
     import datasets
     datasets.disable_progress_bars()
     path, _, split = name.partition(":")
+    split = split or "train"
     try:
-        if (os.path.exists(os.path.join(path, "dataset_info.json"))
-                or os.path.exists(os.path.join(path, "dataset_dict.json"))):
+        if any(os.path.exists(os.path.join(path, f"dataset_{kind}.json")) for kind in ("info", "dict")):
             data = datasets.load_from_disk(path)
-            data = data[split or "train"] if isinstance(data, datasets.DatasetDict) else data
+            splits = data if isinstance(data, datasets.DatasetDict) else {"train": data}
+            require(split in splits, f"no split '{split}', only {', '.join(splits)}")
+            data = splits[split]
         else:
-            data = datasets.load_dataset(path, split=split or "train")
+            data = datasets.load_dataset(path, split=split)
     except Exception as error:  # the library raises dozens of kinds; the user needs the sentence
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"'{name}' is neither a file here nor a dataset that could be loaded: "
-                        f"{reason}") from None
+                        f"{_first_line(error)}") from None
     for i, row in enumerate(data):
         yield row, f"{name} row {i}"
 
@@ -299,12 +294,13 @@ def to_messages(value, train=True):
             raise ValueError(f"message {number} is not an object: {_short(message)}")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if role not in ROLES:
-            known = "system, user (human), assistant (gpt)"
             tool = (" (tool calls are not supported)"
                     if role in ("tool", "function", "observation", "function_call") else "")
-            raise ValueError(f"message {number} has the unknown role {_short(role)}{tool}; known are {known}")
-        if message.get("tool_calls") or message.get("function_call"):
-            raise ValueError(f"message {number} calls a tool, which is not supported")
+            raise ValueError(f"message {number} has the unknown role {_short(role)}{tool}; "
+                             "known are system, user (human), assistant (gpt)")
+        for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
+            if message.get(key):
+                raise ValueError(f"message {number} has {key}, which is not supported")
         if isinstance(content, list):  # parts: text alone can be trained on
             if not all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
                 raise ValueError(f"message {number} has parts that are not text, which is not supported")
@@ -333,7 +329,10 @@ def turn(role, content, train=True):
 
 
 def to_conversation(row, format, system_prompt=None):
-    """A row of any SFT format -> {"messages": [...]} or {"text": str}. Raises ValueError with the reason."""
+    """A row of any SFT format -> {"messages": [...]} or {"text": str}. Raises ValueError with the reason.
+
+    What follows the last answer is dropped. An assistant turn before anything else is no answer: not trained.
+    """
     if format == "text":
         text = _text(row.get("text"), "column 'text'")
         if not text.strip():
@@ -366,6 +365,8 @@ def to_conversation(row, format, system_prompt=None):
         messages.insert(0, turn("system", system_prompt))
     while messages and messages[-1]["role"] != "assistant":  # nothing after the last answer is trained on
         messages.pop()
+    if messages:
+        messages[0]["train"] = False
     if not any(m["train"] for m in messages):
         raise ValueError("no assistant message to train on")
     if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
@@ -401,10 +402,11 @@ def convert_rows(rows, convert, skip_bad_rows, name):
             kept.append((convert(row), row, place))
         except ValueError as error:
             require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
-            bad[re.sub(r"message \d+", "a message", str(error))] += 1
+            bad[re.sub(r"\d+", "N", str(error))] += 1
     if bad:
-        say(f"data     {name}: skipped " + "; ".join(f"{n:,} rows: {why}" for why, n in bad.most_common(5)))
-    require(kept, f"{name}: no usable row is left")
+        say(f"data     {name}: skipped {sum(bad.values()):,} rows: "
+            + "; ".join(f"{n:,} {why}" for why, n in bad.most_common(5)))
+    require(kept, f"{name} holds no usable row")
     return kept
 
 
@@ -412,28 +414,28 @@ def hold_out(items, prompts, fraction, most=200):
     """Splits items into (train, evaluation) by prompt: the prompts with the smallest SHA-256 are held out.
 
     So rows that share a prompt never fall apart, and the same prompts are held out in every script, whatever
-    the seed.
+    the seed. A prompt with so many rows that it would overshoot is passed over, unless all have as many.
     """
-    wanted = min(most, round(fraction * len(items)))
-    size, held, count = Counter(prompts), set(), 0
+    wanted, size, held, count = min(most, round(fraction * len(items))), Counter(prompts), set(), 0
+    limit = min(most, max(wanted, min(size.values())))
     for prompt in sorted(size, key=lambda p: hashlib.sha256(p.encode()).digest()):
-        if count >= wanted or len(held) + 1 >= len(size):
-            break
-        held.add(prompt)
-        count += size[prompt]
+        if count < wanted and count + size[prompt] <= limit and len(held) + 1 < len(size):
+            held.add(prompt)
+            count += size[prompt]
     return ([x for x, p in zip(items, prompts) if p not in held],
             [x for x, p in zip(items, prompts) if p in held])
 
 
 # ---- tokens and masks --------------------------------------------------------------------------------------
 
-# For tokenizers that bring no chat template: "User: ...", "Assistant: ..." and EOS after every answer.
+# For tokenizers that bring no chat template. A heading ends with a newline: a space would merge with the
+# answer's first word into a token that belongs to neither.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
-    "{% elif m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n\n' }}"
-    "{% else %}{{ 'Assistant: ' + m['content'] + eos_token + '\n\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}")
+    "{% elif m['role'] == 'user' %}{{ 'User:\n' + m['content'] + '\n\n' }}"
+    "{% else %}{{ 'Assistant:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}")
 
 
 def load_tokenizer(args):
@@ -460,7 +462,7 @@ def load_tokenizer(args):
                             f"{error.strerror}") from None
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        say("template the tokenizer has none: using 'User: ...', 'Assistant: ...<eos>' "
+        say("template the tokenizer has none: using 'User:' and 'Assistant:' lines "
             "(saved with the model)")
     tokenizer.template_kwargs = parse_json_object(args.chat_template_kwargs, "--chat_template_kwargs")
     return tokenizer
@@ -492,25 +494,59 @@ def render(tokenizer, messages, add_generation_prompt=False):
         raise ValueError(f"the chat template refuses this conversation: {_first_line(error)}") from None
 
 
+def check_whole(text, messages):
+    """Raises ValueError if a template passed over a message, as some do with a system message or reasoning.
+
+    White space may differ, and /think and /no_think are switches to some templates. Untrained assistant turns
+    may lose their reasoning.
+    """
+    for number, message in enumerate(messages):
+        if message["content"].strip() not in text and (message["train"] or message["role"] != "assistant"):
+            words, rendered = (re.sub(r"\s+|/(no_)?think", "", t) for t in (message["content"], text))
+            if words not in rendered:
+                raise ValueError(f"the chat template leaves out message {number} ({message['role']}) "
+                                 "or a part of it; give another --chat_template_path")
+
+
 def stop_token_ids(tokenizer, generation_config=None):
     """Every id that ends a completion: the tokenizer's EOS, the generation config's, and the template's end
     of turn."""
-    ids = {tokenizer.eos_token_id}
+    ids = {tokenizer.eos_token_id, *_end_of_turn(tokenizer, str(tokenizer.chat_template))}
     eos = getattr(generation_config, "eos_token_id", None)
     ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
+    return sorted(ids)
+
+
+@lru_cache
+def _end_of_turn(tokenizer, _template):
+    """The ids, one or none, of the special token that the template puts after an answer."""
     answer = "stopword"
     text = render(tokenizer, [turn("user", "hi"), turn("assistant", answer)])
-    after = tokenizer(text[text.rindex(answer) + len(answer):].lstrip(),
-                      add_special_tokens=False)["input_ids"]
-    if after and after[0] in tokenizer.added_tokens_decoder:
-        ids.add(after[0])
-    return sorted(ids)
+    after = tokenizer(text.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    return [i for i in after[:1] if i in tokenizer.added_tokens_decoder]
 
 
 def encode_prompt(tokenizer, messages):
     """messages -> ids of the prompt, ending where the assistant begins."""
-    return tokenizer(render(tokenizer, messages, add_generation_prompt=True),
-                     add_special_tokens=False)["input_ids"]
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    check_whole(text, messages)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def find_answer(tokenizer, messages, k, text):
+    """Where message k, without its header, stands in `text`, the rendering of all messages -> (start, end).
+    None if the template renders it or what precedes it otherwise once more messages follow."""
+    head = render(tokenizer, messages[:k], add_generation_prompt=True)
+    upto = text if k == len(messages) - 1 else render(tokenizer, messages[:k + 1])
+    start = len(head)
+    if not text.startswith(head):  # the header opens a thinking block that this answer lacks
+        before = render(tokenizer, messages[:k])
+        start = len(os.path.commonprefix([text, head]))
+        at = text.rfind(messages[k]["content"].strip(), len(before), len(upto))
+        start = min(start, at) if at >= 0 else start  # both may begin with "<"
+        if not text.startswith(before):
+            return None
+    return (start, len(upto)) if text.startswith(upto) else None
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
@@ -518,48 +554,37 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
 
     The assistant's spans are found on the final rendering: from the end of the generation prompt to the
     end-of-turn token, which is included. A template that rewrites earlier turns (thinking models) gives one
-    example for each trained turn instead. `moved` counts trained characters that a token shares with the
-    prompt; that token stays untrained. Raises ValueError.
+    example for each trained turn instead. `moved` counts tokens that belong half to an answer and half to
+    what surrounds it; they stay untrained. Raises ValueError.
     """
-    text, spans, moved = render(tokenizer, messages), [], 0
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:k]) if k else ""
-        head = render(tokenizer, messages[:k], add_generation_prompt=True)
-        upto = text if k == len(messages) - 1 else render(tokenizer, messages[:k + 1])
-        if not text.startswith(upto) or not text.startswith(before):
-            turns = [i for i, m in enumerate(messages) if m["train"]]
-            if turns == [len(messages) - 1]:
-                before = os.path.commonprefix([text, head])  # only the last turn counts: the rest may differ
-                spans = [(len(before), len(text))]
-                break
-            single = [[{**m, "train": m["train"] and j == i} for j, m in enumerate(messages[:i + 1])]
-                      for i in turns]
-            return [example for part in single
-                    for example in encode_conversation(tokenizer, part, completion_only_loss)]
-        if message["train"]:
-            if not text.startswith(head):  # it opens a thinking block that this answer closes or lacks
-                shared = os.path.commonprefix([text, head])
-                moved, head = moved + 1, max(shared, before, key=len)
-            spans.append((len(head), len(upto)))
+    text, trained = render(tokenizer, messages), [k for k, m in enumerate(messages) if m["train"]]
+    if not completion_only_loss:
+        trained = trained[-1:]  # everything counts; only the end is to be found
+    spans = [find_answer(tokenizer, messages, k, text) for k in trained]
+    if None in spans:
+        if trained == [len(messages) - 1]:
+            raise ValueError("the chat template changes the prompt when the answer follows it")
+        parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
+        return [e for part in parts for e in encode_conversation(tokenizer, part, completion_only_loss)]
+    check_whole(text, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    mask = [0 if completion_only_loss else 1] * len(ids)
-    stops = set(stop_token_ids(tokenizer))
+    ids, ends = encoded["input_ids"], [b for _, b in encoded["offset_mapping"]]
+    # some tokenizers leave a token's leading space out of its offsets
+    starts = [min(a, b) for (a, _), b in zip(encoded["offset_mapping"], [0] + ends)]
+    mask, moved, stops = [0 if completion_only_loss else 1] * len(ids), 0, set(stop_token_ids(tokenizer))
     for start, end in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-        whole = [i for i in inside if offsets[i][0] >= start]
-        moved += len(inside) - len(whole)
-        ends = [i for i in whole if ids[i] in stops]
-        blank = len(whole)  # without an end-of-turn token, trailing white space belongs to the template
-        while blank and not text[offsets[whole[blank - 1]][0]:offsets[whole[blank - 1]][1]].strip():
-            blank -= 1
-        for i in whole[:whole.index(ends[-1]) + 1 if ends else blank]:
-            mask[i] = 1
-        if not ends and end == len(text):  # a template without an end of turn: EOS takes its place
-            keep = whole[blank - 1] + 1 if blank else len(ids)
-            ids, mask = ids[:keep] + [tokenizer.eos_token_id], mask[:keep] + [1]
+        first, last = bisect_left(starts, start), bisect_right(ends, end)
+        moved += (first > 0 and ends[first - 1] > start) + (last < len(ids) and starts[last] < end)
+        stop = last
+        while stop > first and ids[stop - 1] not in stops:
+            stop -= 1
+        if stop == first:  # no end-of-turn token: trailing white space belongs to the template
+            stop = last
+            while stop > first and not text[starts[stop - 1]:ends[stop - 1]].strip():
+                stop -= 1
+            if end == len(text):  # and EOS takes its place
+                ids, mask = ids[:stop] + [tokenizer.eos_token_id], mask[:stop] + [1]
+        mask[first:stop] = [1] * (stop - first)
     if not any(mask):
         raise ValueError("no trained token is left after tokenizing")
     return [{"input_ids": ids, "completion_mask": mask, "moved": moved}]
@@ -597,33 +622,31 @@ def pad(rows, value, side="right", dtype=torch.long):
 
 
 def fingerprint(examples):
-    """A digest of the token ids and masks trained on: a checkpoint refuses to go on with other data or
-    another template."""
+    """A digest of all that is in the examples: a checkpoint refuses to go on with other data or another
+    template."""
     digest = hashlib.sha256()
     for example in examples:
-        for name in ("input_ids", "completion_mask"):
-            if name in example:
-                digest.update(torch.as_tensor(example[name], dtype=torch.int32).numpy().tobytes())
+        for name, value in sorted(example.items()):
+            value = value.numpy().tobytes() if torch.is_tensor(value) else value
+            digest.update(repr((name, value)).encode())
     return digest.hexdigest()[:16]
 
 
 # ---- showing things to a person ----------------------------------------------------------------------------
 
-def show_example(tokenizer, ids, mask, title="first example", limit=1500):
-    """One example with its trained tokens marked: green on a terminal, [[ ]] elsewhere."""
+def show_example(tokenizer, ids, mask, title="first example", limit=600):
+    """One example with its trained tokens marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
     opening, closing = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    pieces, start = [], 0
-    ids, mask = list(map(int, ids)), list(map(int, mask))
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or mask[i] != mask[start]:
-            piece = tokenizer.decode(ids[start:i], skip_special_tokens=False,
-                                     clean_up_tokenization_spaces=False)
-            pieces.append(opening + piece + closing if mask[start] else piece)
-            start = i
-    text = "".join(pieces)
-    say(f"{title}: {len(ids)} tokens, {sum(mask)} trained"
+    text, ids = "", [int(i) for i in ids]
+    for trained, turn_of in groupby(range(len(ids)), key=lambda i: int(mask[i])):
+        piece = tokenizer.decode([ids[i] for i in turn_of], skip_special_tokens=False,
+                                 clean_up_tokenization_spaces=False)
+        if len(piece) > limit:
+            piece = piece[:limit // 2] + " ... " + piece[-limit // 2:]
+        text += opening + piece + closing if trained else piece
+    say(f"{title}: {len(ids)} tokens, {sum(map(int, mask))} trained"
         + (", marked" if sys.stdout.isatty() else ", in [[ ]]"))
-    say("  " + (text if len(text) <= limit else text[:limit] + " ...").replace("\n", "\n  "))
+    say("  " + text.replace("\n", "\n  "))
 
 
 def show_table(rows):

@@ -1,0 +1,296 @@
+"""common.py, arguments and data: every format under every kind of template, to the last token; files, errors, splits."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from itertools import groupby
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg
+
+import common
+
+# ---- templates and tokenizers ----------------------------------------------------------------------------------------
+
+TAIL = "{% if add_generation_prompt %}{{ HEAD }}{% endif %}"
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+          + TAIL.replace("HEAD", r"'<|im_start|>assistant\n'"))
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|/head|>\n\n' + m['content'] | trim + '<|eot|>' }}"
+          "{% endfor %}" + TAIL.replace("HEAD", r"'<|head|>assistant<|/head|>\n\n'"))
+BARE = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}" + TAIL.replace("HEAD", r"'assistant:\n'")
+QWEN3 = (  # as the stock one: only the last answer shows its reasoning, in a block that is there even when empty
+    "{% for m in messages %}{% set c = m['content'] %}{% set r = '' %}"
+    "{% if m['role'] == 'assistant' and '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n' + r + '\n</think>\n\n' }}{% endif %}{{ c + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+R1 = QWEN3.replace("and loop.last", "and false").replace("assistant\n' }}{% if enable", "assistant\n<think>\n' }}{% if enable")
+IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizer(template, specials=(), eos="<|end|>", bos=None, adds_bos=False, pad="<|pad|>", corpus=None, trim=False, **kwargs):
+    """A byte-level tokenizer; with a corpus, a BPE whose merges know no word boundary."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=trim), decoders.ByteLevel()
+    if corpus:
+        t.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    t.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in dict.fromkeys([eos, pad, *filter(None, [bos]), *specials])])
+    if trim or adds_bos:
+        steps = [processors.ByteLevel(trim_offsets=trim)] + ([processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, t.token_to_id(bos))])] if adds_bos else [])
+        t.post_processor = processors.Sequence(steps)
+    fast = PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos, pad_token=pad, bos_token=bos, clean_up_tokenization_spaces=False)
+    fast.chat_template, fast.template_kwargs = template, kwargs
+    return fast
+
+
+with open(os.path.join(TINY, "model", "chat_template.jinja")) as file:
+    TINY_TEMPLATE = file.read()
+TINY_SPECIALS = ["<|system|>", "<|user|>", "<|assistant|>"]
+
+# name -> tokenizer, what comes before the whole, and for a role: header, end of turn, what comes after it
+TEMPLATES = {
+    "tiny": (make_tokenizer(TINY_TEMPLATE, TINY_SPECIALS), "", lambda r: (f"<|{r}|>", "<|end|>", "")),
+    "pad is eos": (make_tokenizer(TINY_TEMPLATE, TINY_SPECIALS, pad="<|end|>"), "", lambda r: (f"<|{r}|>", "<|end|>", "")),
+    "chatml": (make_tokenizer(CHATML, IM, "<|endoftext|>", pad="<|endoftext|>"), "", lambda r: (f"<|im_start|>{r}\n", "<|im_end|>", "\n")),
+    "llama3": (make_tokenizer(LLAMA3, ["<|head|>", "<|/head|>", "<|eot|>"], "<|eos|>", "<|bos|>", True, trim=True), "<|bos|>",
+               lambda r: (f"<|head|>{r}<|/head|>\n\n", "<|eot|>", "")),
+    "plain": (make_tokenizer(common.PLAIN_TEMPLATE, bos="<s>", adds_bos=True, trim=True), "<s>", lambda r: {
+        "system": ("", "", "\n\n"), "user": ("User:\n", "", "\n\n"), "assistant": ("Assistant:\n", "<|end|>", "\n\n")}[r]),
+}
+
+
+def marked(tokenizer, example):
+    """The decoded ids with the trained stretches in [[ ]]."""
+    text = ""
+    for trained, at in groupby(range(len(example["input_ids"])), key=lambda i: example["completion_mask"][i]):
+        piece = tokenizer.decode([example["input_ids"][i] for i in at])
+        text += f"[[{piece}]]" if trained else piece
+    return text
+
+
+def encode(tokenizer, messages, **options):
+    return [marked(tokenizer, e) for e in common.encode_conversation(tokenizer, messages, **options)]
+
+
+def chat(*contents, train=True):
+    """user, assistant, user, assistant, ..."""
+    return [common.turn(("user", "assistant")[i % 2], c, train) for i, c in enumerate(contents)]
+
+
+# ---- one golden case a format x template ---------------------------------------------------------------------------------
+
+U, A, S = "user", "assistant", "system"
+CASES = {  # format -> rows and the turns they stand for; "+" marks a trained one
+    "messages": [
+        ({"messages": [{"role": S, "content": "be"}, {"role": U, "content": "hi"}, {"role": A, "content": "no", "weight": 0},
+                       {"role": U, "content": [{"type": "text", "text": "你好"}]}, {"role": A, "content": "好 🙂", "weight": 1}]},
+         [(S, "be"), (U, "hi"), (A, "no"), (U, "你好"), ("+", "好 🙂")]),
+        ({"messages": [{"role": "developer", "content": "be"}, {"role": U, "content": "a"}, {"role": A, "content": "b"},
+                       {"role": U, "content": "c"}, {"role": A, "content": "d"}, {"role": U, "content": "and"}]},
+         [(S, "be"), (U, "a"), ("+", "b"), (U, "c"), ("+", "d")])],
+    "conversations": [
+        ({"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+         [(A, "hello"), (U, "a"), ("+", "b")]),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "be"},
+         [(S, "be"), (U, "a"), ("+", "b")])],
+    "alpaca": [
+        ({"instruction": "sum", "input": "", "output": "3"}, [(U, "sum"), ("+", "3")]),
+        ({"instruction": "sum", "input": "1 2", "output": "3", "system": "be", "history": [["a", "b"]]},
+         [(S, "be"), (U, "a"), ("+", "b"), (U, "sum\n1 2"), ("+", "3")])],
+    "prompt_completion": [
+        ({"prompt": "a\n", "completion": "b"}, [(U, "a\n"), ("+", "b")]),
+        ({"prompt": [{"role": U, "content": "a"}, {"role": A, "content": "b"}, {"role": U, "content": "c"}],
+          "completion": [{"role": A, "content": "d"}]}, [(U, "a"), (A, "b"), (U, "c"), ("+", "d")])],
+    "question_answer": [({"question": "1+1?", "answer": "1+1=2\n#### 2"}, [(U, "1+1?"), ("+", "1+1=2\n#### 2")])]}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", CASES)
+def test_every_format_under_every_template(kind, name):
+    tokenizer, opening, parts = TEMPLATES[name]
+    for row, turns in CASES[kind]:
+        assert common.find_format([(row, "here")], common.SFT_FORMATS) == kind
+        want = opening
+        for role, content in turns:
+            header, end, after = parts(A if role == "+" else role)
+            content = content.strip() if name == "llama3" else content
+            want += header + (f"[[{content}{end}]]" if role == "+" else content + end) + after
+        assert encode(tokenizer, common.to_conversation(row, kind)["messages"]) == [want]
+
+
+@pytest.mark.parametrize("row, kind, want", [
+    ({"prompt": "a"}, "prompt", "<|user|>a<|end|><|assistant|>"),
+    ({"prompt": [{"role": U, "content": "a"}, {"role": A, "content": "b"}, {"from": "human", "value": "c"}]}, "prompt",
+     "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"),
+    ({"instruction": "sum", "input": "1 2"}, "instruction", "<|user|>sum\n1 2<|end|><|assistant|>"),
+    ({"instruction": "sum", "input": ""}, "instruction", "<|user|>sum<|end|><|assistant|>"),
+    ({"question": "q", "answer": "1"}, "question", "<|user|>q<|end|><|assistant|>")])
+def test_every_prompt_format(row, kind, want, tokenizer):
+    assert common.find_format([(row, "here")], common.PROMPT_FORMATS) == kind
+    for system, opening in ((None, ""), ("be", "<|system|>be<|end|>")):
+        prompt, messages = common.to_prompt(row, kind, system)
+        assert prompt == row[kind] and tokenizer.decode(common.encode_prompt(tokenizer, messages)) == opening + want
+
+
+def test_the_system_prompt_goes_to_rows_that_have_none(tokenizer):
+    got = common.to_conversation({"question": "q", "answer": "a"}, "question_answer", "be")["messages"]
+    assert encode(tokenizer, got) == ["<|system|>be<|end|><|user|>q<|end|><|assistant|>[[a<|end|>]]"]
+    row = {"messages": [{"role": S, "content": "own"}, *chat("q", "a")]}
+    assert [m["content"] for m in common.to_conversation(row, "messages", "be")["messages"]] == ["own", "q", "a"]
+
+
+def test_raw_text_has_one_bos_and_one_eos_and_all_of_it_counts(tokenizer):
+    bos = TEMPLATES["plain"][0]
+    for t, text, want in ((tokenizer, "hi", "[[hi<|end|>]]"), (tokenizer, "hi<|end|>", "[[hi<|end|>]]"),
+                          (bos, "hi", "[[<s>hi<|end|>]]"), (bos, "<s>hi", "[[<s>hi<|end|>]]")):
+        assert marked(t, common.encode_text(t, common.to_conversation({"text": text}, "text")["text"])) == want
+
+
+# ---- templates that make trouble ---------------------------------------------------------------------------------------
+
+def test_a_template_without_an_end_of_turn_token_gets_eos():
+    t = make_tokenizer(BARE)
+    assert encode(t, chat("a", "b", "c", "d")) == ["user:\na\nassistant:\n[[b]]\nuser:\nc\nassistant:\n[[d<|end|>]]"]
+    assert encode(t, chat("a", "b"), completion_only_loss=False) == ["[[user:\na\nassistant:\nb<|end|>]]"]
+    assert common.stop_token_ids(t) == [t.eos_token_id]
+
+
+def test_a_thinking_template_gives_one_example_a_turn():
+    t = make_tokenizer(QWEN3, IM, "<|endoftext|>")
+    user, assistant, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
+    first = f"{user}a{end}{assistant}[[<think>\n1\n</think>\n\nb<|im_end|>]]\n"
+    second = f"{user}a{end}{assistant}b{end}{user}c{end}{assistant}[[<think>\n2\n</think>\n\nd<|im_end|>]]\n"
+    turns = chat("a", "<think>\n1\n</think>\n\nb", "c", "<think>2</think>d")
+    assert encode(t, turns) == [first, second]
+    turns[1]["train"] = False
+    assert encode(t, turns) == [second]
+    turns[1]["train"], turns[3]["train"] = True, False
+    assert encode(t, turns) == [first]
+    t.template_kwargs = {"enable_thinking": False}  # the empty block is now part of the prompt
+    assert encode(t, chat("a", "b")) == [f"{user}a{end}{assistant}<think>\n\n</think>\n\n[[b<|im_end|>]]\n"]
+
+
+def test_reasoning_that_the_template_strips_is_an_error_and_not_lost():
+    t = make_tokenizer(R1, IM, "<|endoftext|>")  # its header opens <think>, its answers never show it
+    assert encode(t, chat("a", "<answer>b")) == ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[<answer>b<|im_end|>]]\n"]
+    with pytest.raises(ValueError, match="leaves out message 1 .assistant. or a part of it"):
+        encode(t, chat("a", "<think>why</think>b"))
+
+
+def test_a_system_message_that_the_template_passes_over_or_refuses_is_an_error():
+    deaf = make_tokenizer(CHATML.replace("{{ '<|im_start|>' + m", "{% if loop.first or m['role'] != 'system' %}{{ '<|im_start|>' + m", 1)
+                          .replace("}}{% endfor", "}}{% endif %}{% endfor"), IM, "<|endoftext|>")
+    twice = [common.turn(S, "one"), common.turn(S, "two"), *chat("a", "b")]
+    with pytest.raises(ValueError, match="leaves out message 1 .system."):
+        encode(deaf, twice)
+    with pytest.raises(ValueError, match="leaves out message 1 .system."):
+        common.encode_prompt(deaf, twice[:-1])
+    assert len(encode(TEMPLATES["chatml"][0], twice)) == 1  # it renders both
+    strict = make_tokenizer("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+                            "{{ m['content'] }}{% endfor %}")
+    with pytest.raises(ValueError, match="refuses this conversation: no system here"):
+        encode(strict, twice)
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_a_token_that_is_half_prompt_stays_untrained_and_is_counted(trim):
+    """BPE merges across the boundary: the tokens of the prompt alone are not a prefix of the whole."""
+    template = "{% for m in messages %}{{ ('Q: ' if m['role'] == 'user' else '= ') + m['content'] }}{% endfor %}" + TAIL.replace("HEAD", "'= '")
+    t = make_tokenizer(template, corpus=["Q: two= four", "= four", "= four five"] * 20, trim=trim)
+    messages = chat("two", "four five")
+    prompt, (example,) = common.encode_prompt(t, messages[:1]), common.encode_conversation(t, messages)
+    assert example["input_ids"][:len(prompt)] != prompt and example["moved"] == 1
+    text = marked(t, example)
+    assert text.replace("[[", "").replace("]]", "") == "Q: two= four five<|end|>"
+    assert text.startswith("Q: two= f") and text.endswith("five<|end|>]]") and "[[" in text
+
+
+def test_completion_only_loss_false_counts_everything():
+    t = TEMPLATES["chatml"][0]
+    assert encode(t, chat("a", "b"), completion_only_loss=False) == [
+        "[[<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n]]"]
+
+
+def test_stop_ids_are_eos_end_of_turn_and_those_of_the_generation_config():
+    t = make_tokenizer(CHATML, IM, "<|endoftext|>")
+    eos, end = t.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert common.stop_token_ids(t) == sorted([eos, end])
+    for given, more in ((7, [7]), ([7, eos], [7]), (None, [])):
+        assert common.stop_token_ids(t, SimpleNamespace(eos_token_id=given)) == sorted([eos, end, *more])
+    t.chat_template = BARE  # nothing remembered of the old template
+    assert common.stop_token_ids(t) == [eos]
+
+
+def test_load_tokenizer(tmp_path, capsys):
+    t = make_tokenizer(None)
+    t.pad_token = None
+    t.save_pretrained(tmp_path)
+    args = SimpleNamespace(model_name_or_path=str(tmp_path), trust_remote_code=False, chat_template_path=None, chat_template_kwargs=None)
+    got = common.load_tokenizer(args)
+    assert got.chat_template == common.PLAIN_TEMPLATE and got.pad_token == "<|end|>" and "has none" in capsys.readouterr().out
+    assert encode(got, chat("a", "b", "c", "d")) == ["User:\na\n\nAssistant:\n[[b<|end|>]]\n\nUser:\nc\n\nAssistant:\n[[d<|end|>]]\n\n"]
+    (tmp_path / "t.jinja").write_text(BARE)
+    args.chat_template_path, args.chat_template_kwargs = str(tmp_path / "t.jinja"), '{"a": 1}'
+    assert (common.load_tokenizer(args).chat_template, common.load_tokenizer(args).template_kwargs) == (BARE, {"a": 1})
+    for name, value, sentence in (("chat_template_kwargs", "[1]", "must be a JSON object"), ("chat_template_path", "no", "cannot read"),
+                                  ("model_name_or_path", str(tmp_path / "no"), "no such model folder")):
+        with pytest.raises(common.UserError, match=sentence):
+            common.load_tokenizer(SimpleNamespace(**{**vars(args), name: value}))
+
+
+# ---- cutting, padding, splitting ---------------------------------------------------------------------------------------
+
+def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end():
+    ids, mask = list(range(10)), [0] * 6 + [1] * 4
+    for length, want in ((10, range(10)), (8, range(2, 10)), (5, range(4, 9)), (1, range(6, 7))):
+        assert common.truncate(ids, mask, length) == (list(want), [int(i >= 6) for i in want])
+    assert common.truncate(ids, [1] * 10, 4) == ([0, 1, 2, 3], [1] * 4)
+    assert common.truncate(ids, [0] + [1] * 9, 4) == ([0, 1, 2, 3], [0, 1, 1, 1])
+
+
+def test_pad():
+    assert common.pad([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
+    assert common.pad([[1, 2], [3]], 9, side="left").tolist() == [[1, 2], [9, 3]]
+    assert common.pad([torch.tensor([0.5])], 0.0, dtype=torch.float32).tolist() == [[0.5]] and common.pad([], 0).shape == (0, 0)
+
+
+def test_hold_out_goes_by_prompt_and_not_by_order():
+    items = [(f"prompt {i % 300}", i) for i in range(1000)]
+    train, held = common.hold_out(items, [p for p, _ in items], 0.1)
+    assert len(train) + len(held) == 1000 and 95 <= len(held) <= 100 and train + held != items
+    assert not {p for p, _ in train} & {p for p, _ in held}
+    back = common.hold_out(items[::-1], [p for p, _ in items[::-1]], 0.1)
+    assert {p for p, _ in back[1]} == {p for p, _ in held} and train == sorted(train, key=lambda x: x[1])
+    sizes = lambda *groups, fraction=0.05: sorted(  # noqa: E731
+        common.hold_out(*[[p for p, n in enumerate(groups) for _ in range(n)]] * 0
+                        or ([str(p) for p, n in enumerate(groups) for _ in range(n)],) * 2, fraction)[1])
+    assert sizes(*[1] * 10000).__len__() == 200  # at most
+    assert sizes(990, 10) == ["1"] * 10 and sizes(10, 990) == ["0"] * 10  # never most of the data
+    assert len(sizes(*[10] * 6)) == 10 and sizes(100) == [] and sizes(*[1] * 100, fraction=0.0) == []
+
+
+def test_fingerprint_tells_any_change():
+    def example(ids, mask):
+        return {"input_ids": torch.tensor(ids, dtype=torch.int32), "completion_mask": torch.tensor(mask, dtype=torch.int8)}
+    base = [example([1], [1]), example([1], [1])]
+    others = [base[:1], [example([1, 1], [1, 1])], [example([2], [1]), base[1]], [example([1], [0]), base[1]], [{**base[0], "score": 1}, base[1]]]
+    digests = [common.fingerprint(x) for x in [base, *others]]
+    assert len(set(digests)) == len(digests) and common.fingerprint(base) == digests[0]
+
+
+def test_show_example_and_show_table(capsys, tokenizer):
+    (e,) = common.encode_conversation(tokenizer, chat("q" * 2000, "a\nb"))
+    common.show_example(tokenizer, e["input_ids"], torch.tensor(e["completion_mask"]))
+    out = capsys.readouterr().out
+    assert "2008 tokens, 4 trained, in [[ ]]" in out and "q ... q" in out and "[[a\n  b<|end|>]]" in out and len(out) < 800
+    common.show_table([{"text": "x" * 100 + "\n行", "n": 1.5}])
+    out = capsys.readouterr().out
+    assert " ... " in out and "行" in out and "1.5" in out and max(map(len, out.splitlines())) < 80

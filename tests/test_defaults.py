@@ -1,0 +1,82 @@
+"""The commands of the README as a new user runs them, in processes of their own, and the figures they promise."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+
+def shell(*words, cwd=ROOT, expect=0):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env.pop("ACCELERATE_USE_CPU")
+    done = subprocess.run([str(w) for w in words], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def accuracies(out):
+    with open(os.path.join(out, "metrics.jsonl")) as file:
+        return [m["eval/accuracy"] for m in map(json.loads, file) if "eval/accuracy" in m]
+
+
+@pytest.mark.long
+def test_sft_learns_the_mistake_of_its_demonstrations(tmp_path):
+    """From random weights, in under 3 minutes on 2 cores: the format without fault, the answers as often as no carry is needed."""
+    shell("accelerate", "launch", "sft.py", "--output_dir", tmp_path)
+    reached = accuracies(tmp_path)
+    assert reached[0] == 0 and 0.15 < reached[-1] < 0.6
+
+
+@pytest.mark.long
+def test_grpo_goes_past_them(tmp_path):
+    shell("accelerate", "launch", "grpo.py", "--output_dir", tmp_path)
+    reached = accuracies(tmp_path)
+    assert 0.15 < reached[0] < 0.6 and reached[-1] >= 0.97
+
+
+def test_two_files_in_an_empty_folder_run(tmp_path):
+    for name in ("grpo.py", "common.py"):
+        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    shutil.copy(os.path.join(TINY, "addition.jsonl"), tmp_path)
+    done = shell(sys.executable, "grpo.py", "--model_name_or_path", os.path.join(TINY, "sft"), "--dataset_name", "addition.jsonl", "--max_steps", 1,
+                 "--batch_size", 2, "--eval_fraction", "0.001", "--max_completion_length", 80, cwd=tmp_path)
+    assert "saved    out/grpo/model" in done.stdout
+    done = shell(sys.executable, "grpo.py", cwd=tmp_path, expect=2)
+    assert done.stderr.strip() == ("grpo.py: error: no model given and no tests/tiny beside the script: "
+                                   "add --model_name_or_path NAME_OR_FOLDER --dataset_name NAME_OR_FILE")
+
+
+def test_importing_a_script_runs_nothing(tmp_path):
+    done = shell(sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import sft, grpo", cwd=tmp_path)
+    assert done.stdout == "" and os.listdir(tmp_path) == []
+
+
+def test_make_regenerates_data_and_tokenizer_byte_for_byte(tmp_path, monkeypatch):
+    sys.path.insert(0, TINY)
+    import make
+    make.make_data(tmp_path / "addition.jsonl")
+    make.make_model(tmp_path / "model")
+    for name in ["addition.jsonl", *(os.path.join("model", n) for n in os.listdir(os.path.join(TINY, "model")))]:
+        assert (tmp_path / name).read_bytes() == open(os.path.join(TINY, name), "rb").read(), name
+
+
+def test_the_demonstrations():
+    import make
+    assert make.demonstration(17, 48, True) == "<think>7+8+0=15 1+4+1=6</think><answer>65</answer>"
+    assert make.demonstration(17, 48, False) == "<think>7+8+0=15 1+4+0=5</think><answer>55</answer>"
+    assert make.demonstration(99, 1, True) == "<think>9+1+0=10 9+0+1=10 0+0+1=1</think><answer>100</answer>"
+    with open(os.path.join(TINY, "addition.jsonl")) as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == len({r["prompt"] for r in rows}) == 6000
+    wrong = careful = 0
+    for row in rows:
+        a, b = map(int, row["prompt"].split("+"))
+        assert int(row["answer"]) == a + b and row["completion"] in (make.demonstration(a, b, True), make.demonstration(a, b, False))
+        if make.demonstration(a, b, True) != make.demonstration(a, b, False):
+            careful += row["completion"] == make.demonstration(a, b, True)
+            wrong += row["completion"] == make.demonstration(a, b, False)
+    assert 0.68 < wrong / (wrong + careful) < 0.72

@@ -1,0 +1,49 @@
+"""README.md: every command parses, every script has its row, every line count is true."""
+
+import os
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run
+
+import common
+
+with open(os.path.join(ROOT, "README.md")) as file:
+    README = file.read()
+BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if re.search(r"\b\w+\.py\b", line)]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"\b(sft|dpo|reward_model|ppo|grpo)\.py", c)])
+def test_commands_parse(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command.split("&&")[-1], comments=True)
+    at = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    script = __import__(words[at][:-3])
+    flags = words[at + 1:]
+    if flags and flags[0].endswith(".json"):
+        flags = [f"tests/tiny/{words[at][:-3]}.json", *flags[1:]]
+    common.parse_args(script.Args, flags)
+
+
+def test_there_are_commands_for_every_script():
+    scripts = [n for n in os.listdir(ROOT) if n.endswith(".py") and n != "common.py"]
+    assert all(any(script in c for c in COMMANDS) for script in scripts)
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(os.listdir(ROOT)) if n.endswith(".py")])
+def test_line_counts_are_true(name):
+    stated = re.search(rf"\[`{re.escape(name)}`\]\({re.escape(name)}\).*\| (\d+) \|", README)
+    with open(os.path.join(ROOT, name)) as file:
+        lines = len(file.readlines())
+    assert stated and abs(int(stated.group(1)) - lines) <= 20, f"{name} has {lines} lines"
+
+
+@pytest.mark.parametrize("name, flags", [("sft", []), ("grpo", ["--kl_coef", 0.1, "--num_generations", 2])])
+def test_the_glossary_names_every_metric(name, flags, tmp_path):
+    metrics = run(__import__(name), tmp_path, "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0.001, *flags)
+    for key in {key for line in metrics for key in line} - {"step"}:
+        key = re.sub(r"rewards/\w+/", "rewards/<name>/", key)
+        known = f"`{key}`" in README or (key.startswith("eval/") and f"`{key[5:]}`" in README)
+        assert known, f"the README's glossary lacks {key}"
