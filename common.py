@@ -16,12 +16,14 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import signal
 import sys
 import time
+import warnings
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -30,16 +32,21 @@ from functools import lru_cache
 from itertools import groupby
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its import names what it lacks
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says every retry; the error comes at the end
 
 import pandas
 import torch
 import transformers
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers warn of their own calls
+warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -64,6 +71,12 @@ def user_errors():
     except UserError as error:
         say(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # outside the training loop, which catches it: nothing has begun
+        say("stopped before training; nothing was changed", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def say(*text, file=None):
@@ -87,36 +100,65 @@ def parse_args(args_class, argv=None):
     mistyped flag.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(args_class, allow_abbrev=False)
     flags = {option: field.name for field in fields(args_class) for option in _options(field)}
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
     given = {flags.get(word.split("=")[0]) for word in argv}
-    if path is None and "model_name_or_path" not in given and not {"-h", "--help"} & set(argv):
+    example = path is None and "model_name_or_path" not in given and not {"-h", "--help"} & set(argv)
+    if example:
         script = os.path.abspath(sys.modules[args_class.__module__].__file__)
         path = os.path.join(os.path.dirname(script), "tests", "tiny",
                             os.path.basename(script).replace(".py", ".json"))
         require(os.path.exists(path), "no model given and no tests/tiny beside the script: "
                 "add --model_name_or_path NAME_OR_FOLDER --dataset_name NAME_OR_FILE")
-        say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} "
-            "(flags go on top of it).")
     typed = []
     if path is not None:
+        here = os.path.relpath(os.path.dirname(path) or ".")
         for name, value in _read_args_file(path).items():
             require(f"--{name}" in flags,
                     f"{path}: unknown argument '{name}'{_closest(name, flags.values())}")
-            if isinstance(value, list) and value:
-                typed += [f"--{name}", *map(str, value)]
-            elif value is not None and value != []:
+            if value is not None and value != []:
                 value = json.dumps(value) if isinstance(value, dict) else value
-                typed.append(f"--{name}="
-                             f"{str(value).replace('$HERE', os.path.relpath(os.path.dirname(path) or '.'))}")
-    *parsed, rest = parser.parse_args_into_dataclasses(
-        typed + argv, return_remaining_strings=True, look_for_args_file=False)
+                values = value if isinstance(value, list) else [value]
+                words = [str(v).replace("$HERE", here) for v in values]
+                typed += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
+        try:
+            _parse_flags(args_class, flags, typed)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    args = _parse_flags(args_class, flags, typed + argv)
+    if example:
+        say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} "
+            "(flags go on top of it).")
+    return args
+
+
+def _parse_flags(args_class, flags, words):
+    parser = Parser(args_class, allow_abbrev=False)
+    args, *_, rest = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False)
+    if rest and not rest[0].startswith("-"):
+        before = words[:words.index(rest[0])]
+        flag = next((word.split("=")[0] for word in reversed(before) if word.startswith("--")), "")
+        raise UserError(f"one value too many{' for ' + flag if flag else ''}: {rest[0]}")
     if rest:
         name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
         raise UserError(f"unknown argument {rest[0]}"
                         + (f": {INSTEAD[name]}" if name in INSTEAD else _closest(rest[0], flags)))
-    return parsed[0]
+    return args
+
+
+def check_numbers(args, positive, not_negative):
+    """Raises UserError unless every number is finite and those named are > 0 (or None), or >= 0."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            require(not isinstance(number, float) or math.isfinite(number), f"--{name} is {number}")
+    for name in positive:
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name} must be positive, not {value}")
+    for name in not_negative:
+        require(getattr(args, name) >= 0, f"--{name} must not be negative, not {getattr(args, name)}")
+    require(0 <= args.seed < 2**32, f"--seed must lie in [0, 2**32), not {args.seed}")
+    require(args.max_steps < 10**9, f"--max_steps {args.max_steps} would never end")
 
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
@@ -156,12 +198,20 @@ def _read_args_file(path):
     return values
 
 
-def resolve_bf16(args):
-    """None means: bf16 autocast on an accelerator that has it, fp32 on a CPU."""
+def make_accelerator(args):
+    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it.
+
+    Buffers are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation
+    stays 1, whatever the launcher says: the scripts divide by the whole step's denominator themselves.
+    """
     if args.bf16 is None:
-        on_cpu = (os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-                  or not torch.accelerator.is_available())
-        args.bf16 = not on_cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+        cpu = cpu or not torch.accelerator.is_available()
+        args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator
 
 
 # ---- reading data ------------------------------------------------------------------------------------------
@@ -443,6 +493,9 @@ def load_tokenizer(args):
     has no EOS."""
     base, adapter = base_and_adapter(args.model_name_or_path)
     source = adapter if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")) else base
+    names = os.listdir(source) if os.path.isdir(source) else ["tokenizer.json"]
+    require(any("token" in name or name.startswith("vocab") for name in names),
+            f"the folder {source} holds no tokenizer (no tokenizer.json or the like)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     except Exception as error:
@@ -457,14 +510,19 @@ def load_tokenizer(args):
         try:
             with open(args.chat_template_path, encoding="utf-8") as file:
                 tokenizer.chat_template = file.read()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --chat_template_path {args.chat_template_path}: "
-                            f"{error.strerror}") from None
+                            f"{getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
         say("template the tokenizer has none: using 'User:' and 'Assistant:' lines "
             "(saved with the model)")
     tokenizer.template_kwargs = parse_json_object(args.chat_template_kwargs, "--chat_template_kwargs")
+    try:  # a template's own mistakes should not be blamed on the data
+        trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
+        check_whole(render(tokenizer, trial), trial)
+    except ValueError as error:
+        raise UserError(f"{args.chat_template_path or 'the tokenizer of ' + source}: {error}") from None
     return tokenizer
 
 
@@ -635,7 +693,7 @@ def fingerprint(examples):
 # ---- showing things to a person ----------------------------------------------------------------------------
 
 def show_example(tokenizer, ids, mask, title="first example", limit=600):
-    """One example with its trained tokens marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
+    """One example, trained tokens marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
     opening, closing = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
     text, ids = "", [int(i) for i in ids]
     for trained, turn_of in groupby(range(len(ids)), key=lambda i: int(mask[i])):
@@ -644,8 +702,9 @@ def show_example(tokenizer, ids, mask, title="first example", limit=600):
         if len(piece) > limit:
             piece = piece[:limit // 2] + " ... " + piece[-limit // 2:]
         text += opening + piece + closing if trained else piece
-    say(f"{title}: {len(ids)} tokens, {sum(map(int, mask))} trained"
-        + (", marked" if sys.stdout.isatty() else ", in [[ ]]"))
+    count = sum(map(int, mask))
+    where = "" if not count else f", {count} trained, " + ("marked" if sys.stdout.isatty() else "in [[ ]]")
+    say(f"{title}: {len(ids)} tokens{where}")
     say("  " + text.replace("\n", "\n  "))
 
 
@@ -676,11 +735,19 @@ class RunLog:
     def __init__(self, accelerator, args, total_steps, start_step):
         self.accelerator, self.args, self.total, self.start = accelerator, args, total_steps, start_step
         self.main, self.since, self.tokens = accelerator.is_main_process, time.time(), 0
+        if self.main and start_step == 0:  # a new run: what an earlier one left goes only now
+            for path in (os.path.join(args.output_dir, name) for name in OUTPUTS):
+                if os.path.isdir(path):
+                    shutil.rmtree(path)
+                elif os.path.exists(path):
+                    os.remove(path)
+        elif self.main:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _cut_back(os.path.join(args.output_dir, name), start_step)
         if self.main:
             save_args(args)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if self.main:
-                _cut_back(os.path.join(args.output_dir, name), start_step)
+        if start_step == total_steps:
+            say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
         if args.log_with:
             accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
         self.bar = tqdm(total=total_steps, initial=start_step,
@@ -740,7 +807,14 @@ def base_and_adapter(name):
     if not os.path.exists(os.path.join(name, "adapter_config.json")):
         require(not name.startswith((".", "/", "~")) or os.path.isdir(name), f"no such model folder: {name}")
         return name, None
-    return PeftConfig.from_pretrained(name).base_model_name_or_path, name
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"{name}/adapter_config.json is not readable: {_first_line(error)}") from None
+    require(any(n.startswith("adapter_model.") for n in os.listdir(name)), f"{name} holds no adapter weights")
+    require(not base.startswith((".", "/", "~")) or os.path.isdir(base),
+            f"the adapter {name} was trained on {base}, which is not there")
+    return base, name
 
 
 def trains_adapter(args):
@@ -756,17 +830,23 @@ def load_model(args, tokenizer, device="cpu", dropout=False):
     """
     base, adapter = base_and_adapter(args.model_name_or_path)
     lora = trains_adapter(args)
-    require(lora or not args.load_in_4bit, "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
     model = load_base(base, args, device, frozen=lora)
     rows = model.get_input_embeddings().weight.shape[0]
     require(len(tokenizer) <= rows, f"the tokenizer has {len(tokenizer)} tokens and the model's embedding "
             f"{rows} rows: '{base}' and its tokenizer do not belong together")
+    scaled = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+              if getattr(model.config, name, None) not in (None, 1, 1.0)]
+    require(not scaled, f"models of type {model.config.model_type} change their logits after the head "
+            f"({', '.join(scaled)}), so their log-probs would be off: not supported")
     if adapter:
         rank = PeftConfig.from_pretrained(adapter).r
         require(args.lora_r in (0, rank), f"{adapter} is an adapter of rank {rank}: leave --lora_r out")
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora:
+        for name in args.modules_to_save or []:
+            require(any(n == name or n.endswith("." + name) for n, _ in model.named_modules()),
+                    f"--modules_to_save {name}: the model has no module of that name")
         config = LoraConfig(
             r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
             target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
@@ -776,6 +856,8 @@ def load_model(args, tokenizer, device="cpu", dropout=False):
         except ValueError as error:
             wanted = f"--lora_target_modules {args.lora_target_modules}"
             raise UserError(f"{wanted}: {_first_line(error)}") from None
+    require(not isinstance(model.get_output_embeddings(), BaseTunerLayer),
+            "LoRA on the output head would not be trained: use --modules_to_save lm_head instead")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -824,7 +906,10 @@ def load_base(base, args, device="cpu", frozen=False):
             options["quantization_config"] = _nf4(dtype, torch.device(device).type)
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise UserError(f"cannot load a model from '{base}': {_first_line(error)}") from None
+        reason = _first_line(error)
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the weights do not fit its config.json"
+        raise UserError(f"cannot load a model from '{base}': {reason}") from None
 
 
 def _nf4(compute_dtype, device_type):
@@ -862,6 +947,8 @@ def make_reference(model, adapter=None):
         return model, model.disable_adapter, "the base model, adapters off"
     model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
     model.set_adapter("default")
+    no_dropout(model)  # the new layers came with the adapter's own rate
+    model.train()
 
     @contextmanager
     def use_reference():
@@ -875,32 +962,43 @@ def make_reference(model, adapter=None):
 
 # ---- checkpoints and saving --------------------------------------------------------------------------------
 
-# Arguments that may differ when a run is resumed: none of them changes the weights that come of it.
+# Arguments that may differ when a run is resumed: none of them changes the weights that come of it
+# (but for micro_batch_tokens where there is dropout, whose draws depend on the cut).
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
               "gradient_checkpointing", "merge"}
 
 
-def open_run(args):
-    """Prepares args.output_dir and finds where to go on. Returns the loaded checkpoint (tensors, state) or
-    None.
+OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
 
-    Raises UserError if the folder holds a run and neither --resume_from_checkpoint nor --overwrite_output_dir
-    is given, or if an argument that changes the mathematics differs from the checkpoint's.
+
+def open_run(args):
+    """Checks args.output_dir and finds where to go on. -> the loaded checkpoint (tensors, state) or None.
+
+    Nothing is removed here: RunLog does it when data and model have been found good. Raises UserError if
+    the folder holds a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an
+    argument that changes the mathematics differs from the checkpoint's.
     """
+    require(trains_adapter(args) or not args.load_in_4bit,
+            "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
+    require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
     folder, wanted = os.path.join(args.output_dir, "checkpoints"), args.resume_from_checkpoint
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir}: {error.strerror}") from None
     if wanted is None:
-        used = [n for n in ("args.json", "metrics.jsonl", "checkpoints", "model")
-                if os.path.exists(os.path.join(args.output_dir, n))]
+        used = [n for n in OUTPUTS if os.path.exists(os.path.join(args.output_dir, n))]
         require(not used or args.overwrite_output_dir,
                 f"{args.output_dir} already holds a run: choose another --output_dir, or add "
                 "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
-        if os.environ.get("RANK", "0") == "0":
-            for name in ("args.json", "metrics.jsonl", "samples.jsonl"):
-                if os.path.exists(os.path.join(args.output_dir, name)):
-                    os.remove(os.path.join(args.output_dir, name))
-            for name in ("checkpoints", "model", "merged", "base"):
-                shutil.rmtree(os.path.join(args.output_dir, name), ignore_errors=True)
+        require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
+                "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
+        for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path"):
+            inside = os.path.relpath(getattr(args, name) or ".", args.output_dir).split(os.sep)[0]
+            require(inside not in OUTPUTS, f"--{name} {getattr(args, name)} lies inside the run that would "
+                    "be replaced; choose another --output_dir")
         return None
     if wanted == "latest":
         names = (sorted((n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n)), reverse=True)
@@ -913,9 +1011,6 @@ def open_run(args):
                 say(f"resume   passing over {os.path.join(folder, name)}: {_first_line(error)}")
         else:
             say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                if os.environ.get("RANK", "0") == "0" and os.path.exists(os.path.join(args.output_dir, name)):
-                    os.remove(os.path.join(args.output_dir, name))
             return None
         wanted = os.path.join(folder, name)
     else:
@@ -926,7 +1021,7 @@ def open_run(args):
             raise UserError(f"--resume_from_checkpoint {wanted}: {_first_line(error)}") from None
     now, then = asdict(args), state["args"]
     for name in sorted(now):
-        if name not in MAY_CHANGE:
+        if name not in MAY_CHANGE or (name == "micro_batch_tokens" and now.get("lora_dropout")):
             require(name in then and then[name] == now[name],
                     f"{wanted} was written with --{name} {then.get(name)} and this run has {now[name]}: "
                     "that would change the result; give the old value, or start a new --output_dir")
@@ -934,17 +1029,18 @@ def open_run(args):
     return tensors, state
 
 
-def save_checkpoint(args, state, model, optimizer, name=None):
+def save_checkpoint(args, state, model, optimizer, name=None, extra=None):
     """Writes checkpoints/step-N (or checkpoints/<name>), whole or not at all; then removes the oldest beyond
     save_total_limit.
 
-    tensors.safetensors holds the trained weights and the optimizer's moments; state.json the scalars, the
-    arguments and the SHA-256 of the tensors' file.
+    tensors.safetensors holds the trained weights, the optimizer's moments and `extra` tensors; state.json the
+    scalars, the arguments and the SHA-256 of the tensors' file.
     """
     folder = os.path.join(args.output_dir, "checkpoints")
     final = os.path.join(folder, name or f"step-{state['step']:08d}")
     partial = os.path.join(folder, ".partial-" + os.path.basename(final))
     tensors, scalars = trained_state(model, optimizer)
+    tensors |= extra or {}
     try:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
@@ -993,12 +1089,16 @@ def trained_state(module, optimizer):
     return tensors, scalars
 
 
-def restore(model, optimizer, checkpoint, data):
-    """The inverse of trained_state, in place. Raises UserError if the data, or a weight's name or shape, is
-    another."""
+def check_data(checkpoint, data):
+    """Raises UserError if the checkpoint was written with other data than what has this fingerprint."""
+    require(checkpoint is None or checkpoint[1]["data"] == data, "the checkpoint was written with other "
+            "training data (or another chat template or tokenizer): give the same, or a new --output_dir")
+    return data
+
+
+def restore(model, optimizer, checkpoint):
+    """The inverse of trained_state, in place. Raises UserError if a weight's name or shape is another."""
     tensors, state = checkpoint
-    require(state["data"] == data, "the checkpoint was written with other training data "
-            "(or another chat template or tokenizer)")
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:

@@ -47,8 +47,7 @@ from common import UserError, parse_args, require, say
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object, set_seed
 from peft import PeftModel
 from torch import nn
 from transformers import DynamicCache
@@ -125,16 +124,19 @@ class Args:
     def __post_init__(self):
         require(self.dataset_name,
                 "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
-        for name in ("max_prompt_length", "batch_size", "max_completion_length", "temperature",
-                     "rollout_batch_size", "num_iterations", "num_minibatches", "micro_batch_tokens",
-                     "eval_steps", "save_steps", "save_total_limit", "logging_steps"):
-            require(getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}")
-        for name in ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "epsilon",
-                     "num_train_epochs"):
-            require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
+        common.check_numbers(
+            self, ("learning_rate", "max_prompt_length", "batch_size", "max_completion_length", "temperature",
+                   "rollout_batch_size", "num_iterations", "num_minibatches", "micro_batch_tokens",
+                   "eval_steps", "save_steps", "save_total_limit", "logging_steps"),
+            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "epsilon",
+             "num_train_epochs"))
+        require(self.max_steps > 0 or self.num_train_epochs > 0,
+                "nothing to do: give --max_steps or --num_train_epochs")
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
         require(self.num_generations > 1,
                 "--num_generations must be at least 2: an advantage compares completions of one prompt")
+        require(self.num_minibatches <= self.batch_size * self.num_generations,
+                f"--num_minibatches {self.num_minibatches} is more than the completions of a rollout")
         require(self.importance_sampling_level == "token" or self.loss_type == "grpo",
                 "--importance_sampling_level sequence is a mean over sequences: "
                 "add --loss_type grpo (and --epsilon 3e-4 or so)")
@@ -365,6 +367,7 @@ def load_rewards(args):
         if name in BUILT_IN:
             label, reward = name, BUILT_IN[name]
         else:
+            require(not name.endswith(".py"), f"reward '{name}': say which function: {name}:function")
             require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
                     "your own is file.py:function")
             require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
@@ -372,9 +375,9 @@ def load_rewards(args):
             module = importlib.util.module_from_spec(spec)
             try:
                 spec.loader.exec_module(module)
-            except Exception as error:
-                raise UserError(f"reward '{name}': importing {path} raised "
-                                f"{type(error).__name__}: {error}") from None
+            except (Exception, SystemExit) as error:
+                raise UserError(f"reward '{name}': importing {path} raised {type(error).__name__}: "
+                                f"{' '.join(str(error).split())}") from None
             label, reward = function, getattr(module, function, None)
             require(callable(reward), f"reward '{name}': {path} has no function '{function}'")
         require(label not in rewards, f"two rewards are called '{label}'")
@@ -382,50 +385,57 @@ def load_rewards(args):
     return rewards
 
 
+def call_reward(reward, given):
+    """The function with those of TRL's keyword arguments that it names, or with all if it takes **kwargs."""
+    parameters = inspect.signature(reward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    values = reward(**{k: v for k, v in given.items() if takes_all or k in parameters})
+    return asyncio.run(values) if inspect.isawaitable(values) else values
+
+
 def score(rewards, rows, texts, completion_ids, step, total_steps):
     """Calls every reward function once on all completions -> (rewards (N, F) with NaN for None, {logged name:
     value}).
 
-    rows: the prompt of each completion. The functions get TRL's arguments, by keyword: those they name, or
-    all of them if they take **kwargs. Raises UserError naming function, row and completion on an exception, a
-    wrong length or type, or a non-finite number.
+    rows: the prompt of each completion. Raises UserError naming function, row and completion on an exception,
+    a wrong length or type, or a non-finite number.
     """
     chat = [isinstance(row["prompt"], list) for row in rows]
     logged, out = {}, torch.full((len(rows), len(rewards)), math.nan)
-    names = {name for row in rows for name in row["columns"]}
-    given = {"prompts": [row["prompt"] for row in rows],
-             "completions": [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat)],
-             "completion_ids": completion_ids,
-             **{name: [row["columns"].get(name) for row in rows] for name in names},
-             "trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
-             "log_metric": logged.__setitem__, "log_extra": lambda name, values: None}
+    given = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
+    given |= {"prompts": [row["prompt"] for row in rows],
+              "completions": [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat)],
+              "completion_ids": completion_ids}
+    constant = {"trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
+                "log_metric": logged.__setitem__, "log_extra": lambda name, values: None}
     for f, (name, (reward, _)) in enumerate(rewards.items()):
-        parameters = inspect.signature(reward).parameters
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        def at(i):
+            return f"the completion {texts[i][:80]!r} of row {rows[i]['place']}"
         try:
-            values = reward(**{k: v for k, v in given.items() if takes_all or k in parameters})
-            values = asyncio.run(values) if inspect.isawaitable(values) else values
-        except Exception as error:
-            where = (f" on row {rows[0]['place']}" if len(rows) == 1
-                     else f" on {len(rows)} completions from row {rows[0]['place']} on")
-            raise UserError(f"reward function '{name}' raised "
-                            f"{type(error).__name__}: {error}{where}") from error
-        try:
-            values = list(values)
-        except TypeError:
-            raise UserError(f"reward function '{name}' returned {type(values).__name__}, "
-                            "not a list of numbers") from None
+            values = call_reward(reward, given | constant)
+        except (Exception, SystemExit) as error:
+            where, what = "the whole batch", f"{type(error).__name__}: {' '.join(str(error).split())}"
+            for i in range(len(rows)):  # once more, one by one, to say which
+                try:
+                    call_reward(reward, {k: v[i:i + 1] for k, v in given.items()} | constant)
+                except (Exception, SystemExit):
+                    where = at(i)
+                    break
+            raise UserError(f"reward function '{name}' raised {what}, on {where}") from error
+        require(hasattr(values, "__iter__") and not isinstance(values, str),
+                f"reward function '{name}' returned {type(values).__name__}, not a list of numbers")
+        values = list(values)
         require(len(values) == len(rows),
                 f"reward function '{name}' returned {len(values)} values for {len(rows)} completions")
         for i, value in enumerate(values):
             try:
-                out[i, f] = math.nan if value is None else float(value)
-                fine = value is None or math.isfinite(out[i, f])
-            except (TypeError, ValueError):
-                fine = False
-            require(fine, f"reward function '{name}' returned {value!r} for the completion "
-                    f"{texts[i][:80]!r} of row {rows[i]['place']}; "
+                number = math.nan if value is None else float(value)
+            except (TypeError, ValueError, RuntimeError):
+                number = math.inf
+            fine = value is None or (abs(number) < 1e30 and not isinstance(value, str))
+            require(fine, f"reward function '{name}' returned {value!r} for {at(i)}; "
                     "expected a finite number, or None for not applicable")
+            out[i, f] = number
     return out, logged
 
 
@@ -443,6 +453,11 @@ def load_prompts(args, tokenizer):
         return kept
 
     def encode(items):
+        columns = sorted({name for _, row, _ in items for name in row} - {"prompt", "completion"})
+        taken = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+        for name in taken.intersection(columns):
+            raise UserError(f"the column '{name}' has the name of something else that reward functions are "
+                            "given; rename it")
         prompts = []
         for (prompt, messages), row, place in items:
             try:
@@ -450,9 +465,8 @@ def load_prompts(args, tokenizer):
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from None
             if len(prompt_ids) <= args.max_prompt_length:
-                columns = {k: v for k, v in row.items() if k not in ("prompt", "completion")}
-                prompts.append({"prompt": prompt, "prompt_ids": prompt_ids, "columns": columns,
-                                "place": place})
+                prompts.append({"prompt": prompt, "prompt_ids": prompt_ids, "place": place,
+                                "columns": {name: row.get(name) for name in columns}})
         return prompts
 
     items = convert(args.dataset_name)
@@ -463,8 +477,8 @@ def load_prompts(args, tokenizer):
                                         for (_, messages), _, _ in items], args.eval_fraction)
     train, held = map(encode, parts)
     dropped = sum(map(len, parts)) - len(train) - len(held)
-    say(f"data     {len(train):,} prompts to train on, {len(held):,} to evaluate; {dropped:,} dropped: "
-        f"longer than {args.max_prompt_length} tokens (--max_prompt_length)")
+    too_long = f"; {dropped:,} dropped: longer than --max_prompt_length {args.max_prompt_length} tokens"
+    say(f"data     {len(train):,} prompts to train on, {len(held):,} to evaluate{too_long if dropped else ''}")
     require(train, f"{args.dataset_name}: no prompt to train on is left")
     return train, held
 
@@ -474,6 +488,12 @@ def collate(examples, device):
     input_ids = common.pad([e["input_ids"] for e in examples], 0)
     completion_mask = common.pad([e["completion_mask"] for e in examples], 0)
     return input_ids.to(device), completion_mask[:, 1:].to(device)
+
+def pad_masked(rows, name, loss_mask):
+    """The rows' (T_i - 1,) tensors of that name -> (B, T-1) fp32, 0 where the mask is 0."""
+    padded = common.pad([r[name] for r in rows], 0.0, dtype=torch.float32).to(loss_mask.device)
+    return torch.where(loss_mask.bool(), padded, 0.0)
+
 
 def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1):
     """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of row
@@ -571,23 +591,23 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
         with accelerator.autocast():
             sampled = sample(model, prompt_ids, attention_mask, uniforms, C, args.temperature, stop_ids, G)
         for row, (completion, logprobs, length) in enumerate(zip(*(x.cpu() for x in sampled))):
-            i, completion = part[row // G], completion[:length].tolist()
+            i, prompt, completion = part[row // G], ids[row // G], completion[:length].tolist()
             records.append({
                 "index": i * G + row % G, "prompt": i, "completion_ids": completion,
-                "sampled_logprobs": logprobs[:length],
-                "input_ids": torch.tensor(prompts[i]["prompt_ids"] + completion, dtype=torch.int32),
-                "completion_mask": torch.tensor([0] * len(prompts[i]["prompt_ids"]) + [1] * len(completion),
-                                                dtype=torch.int8),
+                "input_ids": torch.tensor(prompt + completion, dtype=torch.int32),  # (T_i,)
+                "completion_mask": torch.tensor([0] * len(prompt) + [1] * len(completion), dtype=torch.int8),
+                "sampled_logprobs": F.pad(logprobs[:length], (len(prompt) - 1, 0)),  # (T_i - 1,)
                 "text": tokenizer.decode(completion, skip_special_tokens=True),
                 "truncated": completion[-1] not in stop_ids})
     model.train()
     records.sort(key=lambda r: r["index"])
+    set_seed(stream(args.seed, "rewards", step, accelerator.process_index).initial_seed() % 2**32)
     try:
         scored, logged = score(
             rewards, [prompts[r["prompt"]] for r in records], [r["text"] for r in records],
             [r["completion_ids"] for r in records], step, total_steps) if records else ([], {})
         for record, values in zip(records, scored):
-            record["rewards"] = values
+            record["rewards"] = values  # (F,), NaN where the function does not apply
         share = [(records, logged)]
     except UserError as error:  # every process must learn of it, or the others would wait for ever
         share = [error]
@@ -600,7 +620,8 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
     for record in records:  # the score: the weighted sum of the rewards that apply, NaN if none does
         values = record["rewards"]
         record["score"] = math.nan if values.isnan().all() else (weights * values).nansum().item()
-    return records, {name: value for _, part in shares for name, value in part.items()}
+    logged = [part for _, part in shares if part]  # a reward function's own metrics: the mean over processes
+    return records, {name: sum(part[name] for part in logged) / len(logged) for name in (logged or [{}])[0]}
 
 
 @torch.no_grad()
@@ -619,22 +640,26 @@ def logprobs_of_rollout(policy, records, args, accelerator):
 
 
 def rollout_metrics(records, rewards, num_generations):
-    """What a rollout tells before anything is learned from it: rewards, their spread, lengths."""
-    scores = torch.tensor([r["score"] for r in records])
+    """What a rollout tells before anything is learned from it: rewards and their spread, lengths."""
+    scores = torch.tensor([r["score"] for r in records])  # (N*G,)
+    groups = [g[~g.isnan()] for g in scores.view(-1, num_generations)]
     values = torch.stack([r["rewards"] for r in records])  # (N*G, F)
-    lengths = torch.tensor([float(len(r["completion_ids"])) for r in records])
-    groups = scores.view(-1, num_generations)
-    flat = groups.nan_to_num(-math.inf).amax(1) <= groups.nan_to_num(math.inf).amin(1)
-    spread = [g[~g.isnan()].std().item() for g in groups if (~g.isnan()).sum() > 1]
-    metrics = {"reward": scores.nanmean().item(), "reward_std": sum(spread) / max(len(spread), 1),
-               "frac_reward_zero_std": flat.float().mean().item(),
-               "completions/mean_length": lengths.mean().item(),
+    metrics = {"reward": scores.nanmean().item(),
+               "reward_std": sum(g.std().item() for g in groups if len(g) > 1) / len(groups),
+               "frac_reward_zero_std": sum(len(g.unique()) <= 1 for g in groups) / len(groups),
+               "completions/mean_length": sum(len(r["completion_ids"]) for r in records) / len(records),
                "completions/clipped_ratio": sum(r["truncated"] for r in records) / len(records)}
     for name, column in zip(rewards, values.T):
         known = column[~column.isnan()]
-        metrics[f"rewards/{name}/mean"] = known.mean().item() if len(known) else 0.0
+        metrics[f"rewards/{name}/mean"] = known.mean().item()
         metrics[f"rewards/{name}/std"] = known.std().item() if len(known) > 1 else 0.0
-    return metrics
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def sample_record(record, prompt, rewards):
+    """What samples.jsonl and the table show of a completion."""
+    values = [None if math.isnan(x) else x for x in record["rewards"].tolist()]
+    return {"prompt": prompt, "completion": record["text"], **dict(zip(rewards, values))}
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
@@ -645,10 +670,7 @@ def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, st
     records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step,
                               total_steps, greedy=True)
     figures = rollout_metrics(records, rewards, 1)
-    kept = ["reward", *(f"rewards/{name}/mean" for name in rewards), "completions/mean_length",
-            "completions/clipped_ratio"]
-    metrics = ({f"eval/{name}": figures[name] for name in kept}
-               | {f"eval/{name}": value for name, value in logged.items()})
+    metrics = {f"eval/{name}": value for name, value in (figures | logged).items() if "std" not in name}
     columns = {name: [prompts[r["prompt"]]["columns"].get(name) for r in records]
                for name in ("answer", "solution")}
     right = [r for r in accuracy(None, [r["text"] for r in records], **columns) if r is not None]
@@ -681,17 +703,21 @@ def make_optimizer(module, args):
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 def main(args):
-    common.resolve_bf16(args)
-    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    args.learning_rate = args.learning_rate or (1e-5 if common.trains_adapter(args) else 1e-6)
+    accelerator = common.make_accelerator(args)
+    if args.learning_rate is None:
+        args.learning_rate = 1e-5 if common.trains_adapter(args) else 1e-6
     checkpoint = common.open_run(args)
 
     # data and rewards: all is read, checked and tried before the model is loaded
     rewards = load_rewards(args)
     tokenizer = common.load_tokenizer(args)
     train, held = load_prompts(args, tokenizer)
+    data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]))
     score(rewards, train[:1], ["a first try"], [[0]], 0, 0)
+    require(any(reward is not accuracy for reward, _ in rewards.values())
+            or any(p["columns"].get(name) is not None for p in train for name in ("answer", "solution")),
+            f"--reward_funcs accuracy needs a column 'answer' or 'solution'; {args.dataset_name} has "
+            f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
     common.show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
     rollouts_per_epoch = math.ceil(len(train) / args.batch_size)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
@@ -712,32 +738,30 @@ def main(args):
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
     check_head(policy, model, torch.tensor([train[0]["prompt_ids"][:64]], device=accelerator.device),
                accelerator)
-    state = {"step": 0, "num_tokens": 0,
-             "data": common.fingerprint([{"input_ids": p["prompt_ids"]} for p in train])}
+    state = {"step": 0, "num_tokens": 0, "data": data}
     if checkpoint:
-        common.restore(model, optimizer, checkpoint, state["data"])
+        common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
     interrupt, flat_rollouts = common.Interrupt(), 0
+    if args.importance_sampling_level == "sequence" and args.epsilon > 0.01:
+        say(f"warning  --epsilon {args.epsilon:g} never clips a ratio of whole sequences: 3e-4 is usual")
     say(f"train    {num_rollouts} rollouts of {args.batch_size} prompts x {args.num_generations} completions"
         f", {updates} update(s) each; learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
         f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
     def report():
         """Evaluates, prints, logs, and writes every completion to samples.jsonl."""
-        if not held:
-            return
-        step = state["step"]
-        metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards, step,
-                                    total_steps)
-        log.metrics(step, metrics)
-        table = [{"prompt": tokenizer.decode(held[r["prompt"]]["prompt_ids"], skip_special_tokens=True),
-                  "completion": r["text"],
-                  **{name: value for name, value in zip(rewards, r["rewards"].tolist())}} for r in records]
-        for row in table:
-            log.write("samples.jsonl", {"step": step, "kind": "evaluation", **row})
-        say(f"eval     step {step}: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items()))
-        common.show_table(table[:3])
+        if held:
+            step = state["step"]
+            metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards, step,
+                                        total_steps)
+            log.metrics(step, metrics)
+            table = [sample_record(r, held[r["prompt"]]["prompt"], rewards) for r in records]
+            for row in table:
+                log.write("samples.jsonl", {"step": step, "kind": "evaluation", **row})
+            say(f"eval     step {step}: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items()))
+            common.show_table(table[:3])
 
     if state["step"] == 0:
         report()
@@ -750,10 +774,9 @@ def main(args):
         records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, first_step,
                                   total_steps)
         seen = rollout_metrics(records, rewards, args.num_generations) | logged
-        log.write("samples.jsonl", {
-            "step": first_step + 1, "kind": "rollout", "prompt": prompts[0]["prompt"], "completions": [
-                {"text": r["text"], "rewards": [None if math.isnan(x) else x for x in r["rewards"].tolist()]}
-                for r in records[:args.num_generations]]})
+        for record in records[:args.num_generations]:
+            log.write("samples.jsonl", {"step": first_step + 1, "kind": "rollout",
+                                        **sample_record(record, prompts[0]["prompt"], rewards)})
         flat_rollouts = flat_rollouts + 1 if seen["frac_reward_zero_std"] == 1 else 0
         if flat_rollouts and flat_rollouts % 3 == 0:
             say(f"warning  for {flat_rollouts} rollouts all completions of every prompt have scored the same"
@@ -761,11 +784,11 @@ def main(args):
                 "prompts may be too hard or too easy, or the reward always equal")
 
         # advantages: groups are whole, and the whole rollout is here
-        advantages = group_advantages(torch.tensor([r["score"] for r in records]), args.num_generations,
-                                      args.scale_rewards)
+        scores = torch.tensor([r["score"] for r in records])  # (N*G,)
+        advantages = group_advantages(scores, args.num_generations, args.scale_rewards)
         for record, advantage in zip(records, advantages):
             record["advantage"] = advantage
-            if math.isnan(record["score"]) or (args.mask_truncated_completions and record["truncated"]):
+            if args.mask_truncated_completions and record["truncated"]:
                 record["completion_mask"] = torch.zeros_like(record["completion_mask"])
         records = [r for r in records if not math.isnan(r["score"])]
         require(records, f"step {first_step + 1}: no reward function applies to any completion of the "
@@ -779,68 +802,63 @@ def main(args):
                     record["ref_logprobs"] = row
 
         for update in range(updates):
-            iteration, minibatch = divmod(update, args.num_minibatches)
+            # the rows of this update, their weights in its loss (the denominator), and the cut
+            step, (iteration, minibatch) = state["step"], divmod(update, args.num_minibatches)
             shuffled = torch.randperm(
                 len(records), generator=stream(args.seed, "minibatch", rollout_index, iteration)).tolist()
             rows = [records[i] for i in shuffled[minibatch::args.num_minibatches]]
-            step, lengths = state["step"], [len(r["input_ids"]) for r in rows]
             trained = torch.tensor([float(r["completion_mask"][1:].sum()) for r in rows])
-            weights = token_weights(trained, args.loss_type, args.max_completion_length)  # before backward
-            trained_tokens = int(trained.sum())
+            for row, weight in zip(rows, token_weights(trained, args.loss_type, args.max_completion_length)):
+                row["weight"] = weight
+            lengths, trained_tokens = [len(r["input_ids"]) for r in rows], int(trained.sum())
             batches = micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
                                     accelerator.num_processes)
 
             totals = torch.zeros(7, device=accelerator.device)  # loss, entropy, kl, low, high, either; stop
-            totals[6], ratio_deviation, sampling_difference = interrupt.signal, 0.0, 0.0
+            worst = torch.zeros(2, device=accelerator.device)  # |ratio - 1|, |trainer's - sampler's log-prob|
+            totals[6] = interrupt.signal
             for i, batch in enumerate(batches):
-                part = [rows[j] for j in batch] or rows[:1]
+                part = [rows[j] for j in batch] or records[:1]
                 input_ids, loss_mask = collate(part, accelerator.device)
                 loss_mask = loss_mask * bool(batch)  # a process without rows takes part, all masked
-                def per_token(name):
-                    return common.pad([r[name] for r in part], 0.0,
-                                      dtype=torch.float32).to(accelerator.device)
-                a = torch.stack([r["advantage"] for r in part]).to(accelerator.device)  # (B,)
-                w = weights[batch or [0]].to(accelerator.device)[:, None]  # (B, 1)
+                advantages, weights = (torch.stack([r[name] for r in part]).to(accelerator.device)
+                                       for name in ("advantage", "weight"))  # (B,)
                 with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
                     logprobs, entropy, _ = policy(input_ids, loss_mask, args.temperature)  # (B, T-1)
-                    old_logprobs = per_token("old_logprobs") * loss_mask if updates > 1 else logprobs.detach()
-                    token_loss = grpo_loss(logprobs, old_logprobs, a, loss_mask, args.epsilon,
+                    old_logprobs = (pad_masked(part, "old_logprobs", loss_mask) if updates > 1
+                                    else logprobs.detach())
+                    token_loss = grpo_loss(logprobs, old_logprobs, advantages, loss_mask, args.epsilon,
                                            args.epsilon_high, args.importance_sampling_level)
-                    if reference:
-                        k3 = kl_k3(logprobs, per_token("ref_logprobs") * loss_mask)  # masked: both are 0
-                        token_loss = (token_loss
-                                      + args.kl_coef * (logprobs - old_logprobs).exp() * k3)  # both attached
+                    if reference:  # + kl_coef ratio_t k3_t, both factors attached
+                        k3 = kl_k3(logprobs, pad_masked(part, "ref_logprobs", loss_mask))
+                        token_loss = token_loss + args.kl_coef * (logprobs - old_logprobs).exp() * k3
                         totals[2] += k3.detach().sum()
-                    loss = (w * token_loss * loss_mask).sum()
+                    loss = (weights[:, None] * token_loss).sum()
                     accelerator.backward(loss * accelerator.num_processes)  # DDP averages: undo its division
                 with torch.no_grad():
                     ratio = importance_ratio(logprobs, old_logprobs, loss_mask,
                                              args.importance_sampling_level)
-                    low = (ratio < 1 - args.epsilon) & (a[:, None] < 0) & loss_mask.bool()
-                    high = (ratio > 1 + args.epsilon_high) & (a[:, None] > 0) & loss_mask.bool()
-                    totals[:2] += torch.stack([loss.detach(), entropy.sum()])
+                    low = (ratio < 1 - args.epsilon) & (advantages[:, None] < 0) & loss_mask.bool()
+                    high = (ratio > 1 + args.epsilon_high) & (advantages[:, None] > 0) & loss_mask.bool()
+                    totals[:2] += torch.stack([loss, entropy.sum()])
                     totals[3:6] += torch.stack([low.sum(), high.sum(), (low | high).sum()])
-                    ratio_deviation = max(ratio_deviation, (ratio - 1).abs().max().item())
-                    if update == 0 and batch:
-                        for r, row in zip(part, logprobs.cpu()):
-                            start = len(r["input_ids"]) - len(r["completion_ids"]) - 1
-                            gap = (row[start:start + len(r["completion_ids"])]
-                                   - r["sampled_logprobs"]) * r["completion_mask"][start + 1:]
-                            sampling_difference = max(sampling_difference, gap.abs().max().item())
+                    difference = logprobs - pad_masked(part, "sampled_logprobs", loss_mask)
+                    worst = torch.stack([(ratio - 1).abs().max(), difference.abs().max()]).maximum(worst)
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(),
                                                     args.max_grad_norm or math.inf).item()
             loss, entropy, kl, low, high, either, stop = accelerator.reduce(totals, "sum").tolist()
-            ratio_deviation, sampling_difference = (
-                max(x) for x in zip(*gather_object([(ratio_deviation, sampling_difference)])))
+            ratio_deviation, difference = accelerator.gather(worst[None]).amax(0).tolist()
             require(math.isfinite(loss) and math.isfinite(grad_norm),
-                    f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
-                    f"rollout of {prompts[0]['place']} ...; nothing was updated. Try a lower --learning_rate")
+                    f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the rollout "
+                    f"of {prompts[0]['place']} ...; this update was not made. Try a lower --learning_rate")
+            tokens = max(trained_tokens, 1)
+            require(step > 0 or not reference or kl / tokens < (0.05 if args.bf16 else 1e-4),
+                    f"the policy starts {kl / tokens:.2g} nats a token away from its reference, not at it")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, total_steps, args)
             optimizer.step()
             optimizer.zero_grad()
 
-            tokens = max(trained_tokens, 1)
             state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
             metrics = {"loss": loss, **seen, "entropy": entropy / tokens, "clip_ratio/low_mean": low / tokens,
                        "clip_ratio/high_mean": high / tokens, "clip_ratio/region_mean": either / tokens,
@@ -848,17 +866,18 @@ def main(args):
                        "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
                        "trained_tokens": trained_tokens}
             metrics |= {"kl": kl / tokens} if reference else {}
-            metrics |= {"sampling/logprob_difference_max": sampling_difference} if update == 0 else {}
+            if update == 0:  # later updates have moved away from the policy that sampled
+                metrics["sampling/logprob_difference_max"] = difference
+                if step == 0:
+                    say(f"check    first update: sampler and trainer agree on log-probs to {difference:.1g}"
+                        + (f", ratio is 1 to {ratio_deviation:.1g}" if updates > 1 else "")
+                        + (f", kl {kl / tokens:.1g}" if reference else ""))
+                if difference > (1.0 if args.bf16 else 1e-2):
+                    say(f"warning  sampler and trainer differ by {difference:.2g} in a log-prob: "
+                        "what is learned is not what was sampled")
             log.metrics(step + 1, metrics)
             log.progress(step + 1, sum(lengths), {
                 k: metrics[k] for k in ("reward", "loss", "entropy", "completions/mean_length")})
-            if step == 0:
-                say(f"check    first update: ratio is 1 to {ratio_deviation:.1g}, "
-                    f"sampler and trainer agree on log-probs to {sampling_difference:.1g}"
-                    + (f", kl {kl / tokens:.1g}" if reference else ""))
-            if update == 0 and sampling_difference > (1.0 if args.bf16 else 1e-2):
-                say(f"warning  sampler and trainer differ by {sampling_difference:.2g} in a log-prob: "
-                    "what is learned is not what was sampled")
 
         # rollout boundary: the only place where a run can be cut without losing a rollout
         def due(every):

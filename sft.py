@@ -38,8 +38,6 @@ from common import parse_args, require, say
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig
@@ -104,17 +102,15 @@ class Args:
     def __post_init__(self):
         require(self.dataset_name,
                 "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
-        for name in ("max_length", "batch_size", "micro_batch_tokens", "eval_steps", "save_steps",
-                     "save_total_limit", "logging_steps"):
-            require(getattr(self, name) > 0, f"--{name} must be positive, not {getattr(self, name)}")
-        for name in ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "max_completion_length",
-                     "num_train_epochs"):
-            require(getattr(self, name) >= 0, f"--{name} must not be negative, not {getattr(self, name)}")
+        common.check_numbers(
+            self, ("learning_rate", "max_length", "batch_size", "micro_batch_tokens", "eval_steps",
+                   "save_steps", "save_total_limit", "logging_steps"),
+            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "max_completion_length",
+             "num_train_epochs"))
+        require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in [0, 1), not {self.lora_dropout}")
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
         require(self.max_steps > 0 or self.num_train_epochs > 0,
                 "nothing to do: give --max_steps or --num_train_epochs")
-        require(not self.merge or self.lora_r or self.load_in_4bit or self.model_name_or_path,
-                "--merge merges an adapter: add --lora_r 16")
         common.check_tracker(self.log_with)
 
 
@@ -254,6 +250,8 @@ def load_examples(args, tokenizer):
         train, held = common.hold_out(unique, prompts, args.eval_fraction)
     counts = {"duplicates dropped": dropped}
     examples = [encode_rows(part, args, tokenizer, counts) for part in (train, held)]
+    require(examples[1] or not args.keep_best, "--keep_best needs evaluation data: --eval_dataset_name, "
+            "or an --eval_fraction that holds out a row")
     require(examples[0], f"{args.dataset_name}: no row to train on is left")
     notes = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n)
     say(f"data     {len(examples[0]):,} examples to train on, {len(examples[1]):,} to evaluate"
@@ -426,15 +424,15 @@ def make_optimizer(module, args):
 
 
 def main(args):
-    common.resolve_bf16(args)
-    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    args.learning_rate = args.learning_rate or (2e-4 if common.trains_adapter(args) else 2e-5)
+    accelerator = common.make_accelerator(args)
+    if args.learning_rate is None:
+        args.learning_rate = 2e-4 if common.trains_adapter(args) else 2e-5
     checkpoint = common.open_run(args)
 
     # data: all of it is read, checked and tokenized before the model is loaded
     tokenizer = common.load_tokenizer(args)
     train, held = load_examples(args, tokenizer)
+    data = common.check_data(checkpoint, common.fingerprint(train))
     common.show_example(tokenizer, train[0]["input_ids"], train[0]["completion_mask"])
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
@@ -445,10 +443,13 @@ def main(args):
     optimizer = make_optimizer(model, args)
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
     check_head(policy, model, train[0]["input_ids"][None, :64].long().to(accelerator.device), accelerator)
-    state = {"step": 0, "num_tokens": 0, "best_loss": math.inf, "data": common.fingerprint(train)}
+    state = {"step": 0, "num_tokens": 0, "best_loss": math.inf, "data": data}
+    best = os.path.join(args.output_dir, "checkpoints", "best")
     if checkpoint:
-        common.restore(model, optimizer, checkpoint, state["data"])
+        common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
+        if not os.path.isdir(best):  # resumed into another output_dir
+            state["best_loss"] = math.inf
     log = common.RunLog(accelerator, args, total_steps, state["step"])
     interrupt = common.Interrupt()
     say(f"train    {total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch), "
@@ -500,7 +501,7 @@ def main(args):
         require(math.isfinite(loss_sum) and math.isfinite(grad_norm),
                 f"step {step + 1}: the loss is {loss_sum / trained_tokens} and its gradient's norm "
                 f"{grad_norm}, on rows {order[at * args.batch_size:(at + 1) * args.batch_size][:8]} ... of "
-                "the training data; nothing was updated. Try a lower --learning_rate")
+                "the training data; this update was not made. Try a lower --learning_rate")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, args)
         optimizer.step()
@@ -522,8 +523,7 @@ def main(args):
     # save
     log.close()
     if args.keep_best and state["best_loss"] < math.inf:
-        common.restore(model, None, common.load_checkpoint(
-            os.path.join(args.output_dir, "checkpoints", "best")), state["data"])
+        common.restore(model, None, common.load_checkpoint(best))
     common.finish(args, accelerator, model, tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""common.py, arguments and data: every format under every kind of template, to the last token; files, errors, splits."""
+"""common.py, arguments and data: every format under every kind of template, to the last token; files."""
 
 import json
 import os
@@ -15,38 +15,48 @@ from transformers.hf_argparser import HfArg
 
 import common
 
-# ---- templates and tokenizers ----------------------------------------------------------------------------------------
+# ---- templates and tokenizers ------------------------------------------------------------------------------
 
 TAIL = "{% if add_generation_prompt %}{{ HEAD }}{% endif %}"
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          + TAIL.replace("HEAD", r"'<|im_start|>assistant\n'"))
-LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|/head|>\n\n' + m['content'] | trim + '<|eot|>' }}"
-          "{% endfor %}" + TAIL.replace("HEAD", r"'<|head|>assistant<|/head|>\n\n'"))
-BARE = "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}" + TAIL.replace("HEAD", r"'assistant:\n'")
-QWEN3 = (  # as the stock one: only the last answer shows its reasoning, in a block that is there even when empty
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+          "{% endfor %}" + TAIL.replace("HEAD", r"'<|im_start|>assistant\n'"))
+LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|head|>' + m['role'] + '<|/head|>\n\n' }}"
+          "{{ m['content'] | trim + '<|eot|>' }}{% endfor %}" + TAIL.replace("HEAD",
+                                                            r"'<|head|>assistant<|/head|>\n\n'"))
+BARE = ("{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}"
+        + TAIL.replace("HEAD", r"'assistant:\n'"))
+QWEN3 = (  # as the stock one: only the last answer shows its reasoning, in a block that may be empty
     "{% for m in messages %}{% set c = m['content'] %}{% set r = '' %}"
-    "{% if m['role'] == 'assistant' and '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% if m['role'] == 'assistant' and '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n' + r + '\n</think>\n\n' }}{% endif %}{{ c + '<|im_end|>\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n' + r + '\n</think>\n\n' }}{% endif %}"
+    "{{ c + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
-R1 = QWEN3.replace("and loop.last", "and false").replace("assistant\n' }}{% if enable", "assistant\n<think>\n' }}{% if enable")
+R1 = QWEN3.replace("and loop.last", "and false").replace("assistant\n' }}{% if enable",
+                                                         "assistant\n<think>\n' }}{% if enable")
 IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def make_tokenizer(template, specials=(), eos="<|end|>", bos=None, adds_bos=False, pad="<|pad|>", corpus=None, trim=False, **kwargs):
+def make_tokenizer(template, specials=(), eos="<|end|>", bos=None, adds_bos=False, pad="<|pad|>", corpus=None,
+                   trim=False, **kwargs):
     """A byte-level tokenizer; with a corpus, a BPE whose merges know no word boundary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=trim), decoders.ByteLevel()
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                          use_regex=trim), decoders.ByteLevel()
     if corpus:
-        t.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-    t.add_special_tokens([AddedToken(x, special=True, normalized=False) for x in dict.fromkeys([eos, pad, *filter(None, [bos]), *specials])])
+        t.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet,
+                                                          show_progress=False))
+    t.add_special_tokens([AddedToken(x, special=True, normalized=False)
+                          for x in dict.fromkeys([eos, pad, *filter(None, [bos]), *specials])])
     if trim or adds_bos:
         steps = [processors.ByteLevel(trim_offsets=trim)] + ([processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, t.token_to_id(bos))])] if adds_bos else [])
         t.post_processor = processors.Sequence(steps)
-    fast = PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos, pad_token=pad, bos_token=bos, clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos, pad_token=pad, bos_token=bos,
+                                   clean_up_tokenization_spaces=False)
     fast.chat_template, fast.template_kwargs = template, kwargs
     return fast
 
@@ -58,12 +68,16 @@ TINY_SPECIALS = ["<|system|>", "<|user|>", "<|assistant|>"]
 # name -> tokenizer, what comes before the whole, and for a role: header, end of turn, what comes after it
 TEMPLATES = {
     "tiny": (make_tokenizer(TINY_TEMPLATE, TINY_SPECIALS), "", lambda r: (f"<|{r}|>", "<|end|>", "")),
-    "pad is eos": (make_tokenizer(TINY_TEMPLATE, TINY_SPECIALS, pad="<|end|>"), "", lambda r: (f"<|{r}|>", "<|end|>", "")),
-    "chatml": (make_tokenizer(CHATML, IM, "<|endoftext|>", pad="<|endoftext|>"), "", lambda r: (f"<|im_start|>{r}\n", "<|im_end|>", "\n")),
-    "llama3": (make_tokenizer(LLAMA3, ["<|head|>", "<|/head|>", "<|eot|>"], "<|eos|>", "<|bos|>", True, trim=True), "<|bos|>",
+    "pad is eos": (make_tokenizer(TINY_TEMPLATE, TINY_SPECIALS, pad="<|end|>"), "",
+                   lambda r: (f"<|{r}|>", "<|end|>", "")),
+    "chatml": (make_tokenizer(CHATML, IM, "<|endoftext|>", pad="<|endoftext|>"), "",
+               lambda r: (f"<|im_start|>{r}\n", "<|im_end|>", "\n")),
+    "llama3": (make_tokenizer(LLAMA3, ["<|head|>", "<|/head|>", "<|eot|>"], "<|eos|>", "<|bos|>", True,
+                              trim=True), "<|bos|>",
                lambda r: (f"<|head|>{r}<|/head|>\n\n", "<|eot|>", "")),
     "plain": (make_tokenizer(common.PLAIN_TEMPLATE, bos="<s>", adds_bos=True, trim=True), "<s>", lambda r: {
-        "system": ("", "", "\n\n"), "user": ("User:\n", "", "\n\n"), "assistant": ("Assistant:\n", "<|end|>", "\n\n")}[r]),
+        "system": ("", "", "\n\n"), "user": ("User:\n", "", "\n\n"),
+        "assistant": ("Assistant:\n", "<|end|>", "\n\n")}[r]),
 }
 
 
@@ -85,19 +99,24 @@ def chat(*contents, train=True):
     return [common.turn(("user", "assistant")[i % 2], c, train) for i, c in enumerate(contents)]
 
 
-# ---- one golden case a format x template ---------------------------------------------------------------------------------
+# ---- one golden case a format x template -------------------------------------------------------------------
 
 U, A, S = "user", "assistant", "system"
 CASES = {  # format -> rows and the turns they stand for; "+" marks a trained one
     "messages": [
-        ({"messages": [{"role": S, "content": "be"}, {"role": U, "content": "hi"}, {"role": A, "content": "no", "weight": 0},
-                       {"role": U, "content": [{"type": "text", "text": "你好"}]}, {"role": A, "content": "好 🙂", "weight": 1}]},
+        ({"messages": [{"role": S, "content": "be"}, {"role": U, "content": "hi"},
+                       {"role": A, "content": "no", "weight": 0},
+                       {"role": U, "content": [{"type": "text", "text": "你好"}]},
+                       {"role": A, "content": "好 🙂", "weight": 1}]},
          [(S, "be"), (U, "hi"), (A, "no"), (U, "你好"), ("+", "好 🙂")]),
-        ({"messages": [{"role": "developer", "content": "be"}, {"role": U, "content": "a"}, {"role": A, "content": "b"},
-                       {"role": U, "content": "c"}, {"role": A, "content": "d"}, {"role": U, "content": "and"}]},
+        ({"messages": [{"role": "developer", "content": "be"}, {"role": U, "content": "a"},
+                       {"role": A, "content": "b"},
+                       {"role": U, "content": "c"}, {"role": A, "content": "d"},
+                       {"role": U, "content": "and"}]},
          [(S, "be"), (U, "a"), ("+", "b"), (U, "c"), ("+", "d")])],
     "conversations": [
-        ({"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        ({"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "a"},
+                            {"from": "gpt", "value": "b"}]},
          [(A, "hello"), (U, "a"), ("+", "b")]),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "be"},
          [(S, "be"), (U, "a"), ("+", "b")])],
@@ -109,7 +128,8 @@ CASES = {  # format -> rows and the turns they stand for; "+" marks a trained on
         ({"prompt": "a\n", "completion": "b"}, [(U, "a\n"), ("+", "b")]),
         ({"prompt": [{"role": U, "content": "a"}, {"role": A, "content": "b"}, {"role": U, "content": "c"}],
           "completion": [{"role": A, "content": "d"}]}, [(U, "a"), (A, "b"), (U, "c"), ("+", "d")])],
-    "question_answer": [({"question": "1+1?", "answer": "1+1=2\n#### 2"}, [(U, "1+1?"), ("+", "1+1=2\n#### 2")])]}
+    "question_answer": [({"question": "1+1?", "answer": "1+1=2\n#### 2"},
+                         [(U, "1+1?"), ("+", "1+1=2\n#### 2")])]}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -128,7 +148,8 @@ def test_every_format_under_every_template(kind, name):
 
 @pytest.mark.parametrize("row, kind, want", [
     ({"prompt": "a"}, "prompt", "<|user|>a<|end|><|assistant|>"),
-    ({"prompt": [{"role": U, "content": "a"}, {"role": A, "content": "b"}, {"from": "human", "value": "c"}]}, "prompt",
+    ({"prompt": [{"role": U, "content": "a"}, {"role": A, "content": "b"}, {"from": "human", "value": "c"}]},
+     "prompt",
      "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"),
     ({"instruction": "sum", "input": "1 2"}, "instruction", "<|user|>sum\n1 2<|end|><|assistant|>"),
     ({"instruction": "sum", "input": ""}, "instruction", "<|user|>sum<|end|><|assistant|>"),
@@ -137,28 +158,32 @@ def test_every_prompt_format(row, kind, want, tokenizer):
     assert common.find_format([(row, "here")], common.PROMPT_FORMATS) == kind
     for system, opening in ((None, ""), ("be", "<|system|>be<|end|>")):
         prompt, messages = common.to_prompt(row, kind, system)
-        assert prompt == row[kind] and tokenizer.decode(common.encode_prompt(tokenizer, messages)) == opening + want
+        assert prompt == row[kind] and tokenizer.decode(common.encode_prompt(tokenizer,
+                                                            messages)) == opening + want
 
 
 def test_the_system_prompt_goes_to_rows_that_have_none(tokenizer):
     got = common.to_conversation({"question": "q", "answer": "a"}, "question_answer", "be")["messages"]
     assert encode(tokenizer, got) == ["<|system|>be<|end|><|user|>q<|end|><|assistant|>[[a<|end|>]]"]
     row = {"messages": [{"role": S, "content": "own"}, *chat("q", "a")]}
-    assert [m["content"] for m in common.to_conversation(row, "messages", "be")["messages"]] == ["own", "q", "a"]
+    assert [m["content"] for m in common.to_conversation(row, "messages", "be")["messages"]] == ["own", "q",
+                                                            "a"]
 
 
 def test_raw_text_has_one_bos_and_one_eos_and_all_of_it_counts(tokenizer):
     bos = TEMPLATES["plain"][0]
     for t, text, want in ((tokenizer, "hi", "[[hi<|end|>]]"), (tokenizer, "hi<|end|>", "[[hi<|end|>]]"),
                           (bos, "hi", "[[<s>hi<|end|>]]"), (bos, "<s>hi", "[[<s>hi<|end|>]]")):
-        assert marked(t, common.encode_text(t, common.to_conversation({"text": text}, "text")["text"])) == want
+        assert marked(t, common.encode_text(t, common.to_conversation({"text": text},
+                                                            "text")["text"])) == want
 
 
-# ---- templates that make trouble ---------------------------------------------------------------------------------------
+# ---- templates that make trouble ---------------------------------------------------------------------------
 
 def test_a_template_without_an_end_of_turn_token_gets_eos():
     t = make_tokenizer(BARE)
-    assert encode(t, chat("a", "b", "c", "d")) == ["user:\na\nassistant:\n[[b]]\nuser:\nc\nassistant:\n[[d<|end|>]]"]
+    assert encode(t, chat("a", "b", "c", "d")) == [
+        "user:\na\nassistant:\n[[b]]\nuser:\nc\nassistant:\n[[d<|end|>]]"]
     assert encode(t, chat("a", "b"), completion_only_loss=False) == ["[[user:\na\nassistant:\nb<|end|>]]"]
     assert common.stop_token_ids(t) == [t.eos_token_id]
 
@@ -180,21 +205,24 @@ def test_a_thinking_template_gives_one_example_a_turn():
 
 def test_reasoning_that_the_template_strips_is_an_error_and_not_lost():
     t = make_tokenizer(R1, IM, "<|endoftext|>")  # its header opens <think>, its answers never show it
-    assert encode(t, chat("a", "<answer>b")) == ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[<answer>b<|im_end|>]]\n"]
+    assert encode(t, chat("a", "<answer>b")) == [
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[<answer>b<|im_end|>]]\n"]
     with pytest.raises(ValueError, match="leaves out message 1 .assistant. or a part of it"):
         encode(t, chat("a", "<think>why</think>b"))
 
 
 def test_a_system_message_that_the_template_passes_over_or_refuses_is_an_error():
-    deaf = make_tokenizer(CHATML.replace("{{ '<|im_start|>' + m", "{% if loop.first or m['role'] != 'system' %}{{ '<|im_start|>' + m", 1)
-                          .replace("}}{% endfor", "}}{% endif %}{% endfor"), IM, "<|endoftext|>")
+    heard = "{% if loop.first or m['role'] != 'system' %}"
+    deaf = CHATML.replace("{{", heard + "{{", 1).replace("}}{% endfor", "}}{% endif %}{% endfor")
+    deaf = make_tokenizer(deaf, IM, "<|endoftext|>")
     twice = [common.turn(S, "one"), common.turn(S, "two"), *chat("a", "b")]
     with pytest.raises(ValueError, match="leaves out message 1 .system."):
         encode(deaf, twice)
     with pytest.raises(ValueError, match="leaves out message 1 .system."):
         common.encode_prompt(deaf, twice[:-1])
     assert len(encode(TEMPLATES["chatml"][0], twice)) == 1  # it renders both
-    strict = make_tokenizer("{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    strict = make_tokenizer("{% for m in messages %}{% if m['role'] == 'system' %}"
+                            "{{ raise_exception('no system here') }}{% endif %}"
                             "{{ m['content'] }}{% endfor %}")
     with pytest.raises(ValueError, match="refuses this conversation: no system here"):
         encode(strict, twice)
@@ -203,7 +231,8 @@ def test_a_system_message_that_the_template_passes_over_or_refuses_is_an_error()
 @pytest.mark.parametrize("trim", [False, True])
 def test_a_token_that_is_half_prompt_stays_untrained_and_is_counted(trim):
     """BPE merges across the boundary: the tokens of the prompt alone are not a prefix of the whole."""
-    template = "{% for m in messages %}{{ ('Q: ' if m['role'] == 'user' else '= ') + m['content'] }}{% endfor %}" + TAIL.replace("HEAD", "'= '")
+    template = "{% for m in messages %}{{ ('Q: ' if m['role'] == 'user' else '= ') + m['content'] }}"
+    template += "{% endfor %}" + TAIL.replace("HEAD", "'= '")
     t = make_tokenizer(template, corpus=["Q: two= four", "= four", "= four five"] * 20, trim=trim)
     messages = chat("two", "four five")
     prompt, (example,) = common.encode_prompt(t, messages[:1]), common.encode_conversation(t, messages)
@@ -233,20 +262,25 @@ def test_load_tokenizer(tmp_path, capsys):
     t = make_tokenizer(None)
     t.pad_token = None
     t.save_pretrained(tmp_path)
-    args = SimpleNamespace(model_name_or_path=str(tmp_path), trust_remote_code=False, chat_template_path=None, chat_template_kwargs=None)
+    args = SimpleNamespace(model_name_or_path=str(tmp_path), trust_remote_code=False, chat_template_path=None,
+                           chat_template_kwargs=None)
     got = common.load_tokenizer(args)
-    assert got.chat_template == common.PLAIN_TEMPLATE and got.pad_token == "<|end|>" and "has none" in capsys.readouterr().out
-    assert encode(got, chat("a", "b", "c", "d")) == ["User:\na\n\nAssistant:\n[[b<|end|>]]\n\nUser:\nc\n\nAssistant:\n[[d<|end|>]]\n\n"]
+    assert got.chat_template == common.PLAIN_TEMPLATE and got.pad_token == "<|end|>"
+    assert "has none" in capsys.readouterr().out
+    assert encode(got, chat("a", "b", "c", "d")) == [
+        "User:\na\n\nAssistant:\n[[b<|end|>]]\n\nUser:\nc\n\nAssistant:\n[[d<|end|>]]\n\n"]
     (tmp_path / "t.jinja").write_text(BARE)
     args.chat_template_path, args.chat_template_kwargs = str(tmp_path / "t.jinja"), '{"a": 1}'
-    assert (common.load_tokenizer(args).chat_template, common.load_tokenizer(args).template_kwargs) == (BARE, {"a": 1})
-    for name, value, sentence in (("chat_template_kwargs", "[1]", "must be a JSON object"), ("chat_template_path", "no", "cannot read"),
+    assert (common.load_tokenizer(args).chat_template, common.load_tokenizer(args).template_kwargs) == (BARE,
+                                                            {"a": 1})
+    for name, value, sentence in (("chat_template_kwargs", "[1]", "must be a JSON object"),
+                                  ("chat_template_path", "no", "cannot read"),
                                   ("model_name_or_path", str(tmp_path / "no"), "no such model folder")):
         with pytest.raises(common.UserError, match=sentence):
             common.load_tokenizer(SimpleNamespace(**{**vars(args), name: value}))
 
 
-# ---- cutting, padding, splitting ---------------------------------------------------------------------------------------
+# ---- cutting, padding, splitting ---------------------------------------------------------------------------
 
 def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end():
     ids, mask = list(range(10)), [0] * 6 + [1] * 4
@@ -259,7 +293,8 @@ def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end(
 def test_pad():
     assert common.pad([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
     assert common.pad([[1, 2], [3]], 9, side="left").tolist() == [[1, 2], [9, 3]]
-    assert common.pad([torch.tensor([0.5])], 0.0, dtype=torch.float32).tolist() == [[0.5]] and common.pad([], 0).shape == (0, 0)
+    assert common.pad([torch.tensor([0.5])], 0.0, dtype=torch.float32).tolist() == [[0.5]] and common.pad([],
+                                                            0).shape == (0, 0)
 
 
 def test_hold_out_goes_by_prompt_and_not_by_order():
@@ -269,19 +304,24 @@ def test_hold_out_goes_by_prompt_and_not_by_order():
     assert not {p for p, _ in train} & {p for p, _ in held}
     back = common.hold_out(items[::-1], [p for p, _ in items[::-1]], 0.1)
     assert {p for p, _ in back[1]} == {p for p, _ in held} and train == sorted(train, key=lambda x: x[1])
-    sizes = lambda *groups, fraction=0.05: sorted(  # noqa: E731
-        common.hold_out(*[[p for p, n in enumerate(groups) for _ in range(n)]] * 0
-                        or ([str(p) for p, n in enumerate(groups) for _ in range(n)],) * 2, fraction)[1])
-    assert sizes(*[1] * 10000).__len__() == 200  # at most
-    assert sizes(990, 10) == ["1"] * 10 and sizes(10, 990) == ["0"] * 10  # never most of the data
-    assert len(sizes(*[10] * 6)) == 10 and sizes(100) == [] and sizes(*[1] * 100, fraction=0.0) == []
+
+
+@pytest.mark.parametrize("groups, fraction, held", [
+    ([1] * 10000, 0.05, 200), ([990, 10], 0.05, 10), ([10, 990], 0.05, 10), ([10] * 6, 0.05, 10),
+    ([300] * 2, 0.5, 0),
+    ([100], 0.05, 0), ([1] * 100, 0.0, 0), ([1] * 5, 0.05, 0), ([1, 1], 0.9, 1)])
+def test_hold_out_takes_at_most_200_rows_and_never_most_of_the_data(groups, fraction, held):
+    prompts = [str(p) for p, n in enumerate(groups) for _ in range(n)]
+    assert len(common.hold_out(prompts, prompts, fraction)[1]) == held
 
 
 def test_fingerprint_tells_any_change():
     def example(ids, mask):
-        return {"input_ids": torch.tensor(ids, dtype=torch.int32), "completion_mask": torch.tensor(mask, dtype=torch.int8)}
+        return {"input_ids": torch.tensor(ids, dtype=torch.int32),
+                "completion_mask": torch.tensor(mask, dtype=torch.int8)}
     base = [example([1], [1]), example([1], [1])]
-    others = [base[:1], [example([1, 1], [1, 1])], [example([2], [1]), base[1]], [example([1], [0]), base[1]], [{**base[0], "score": 1}, base[1]]]
+    others = [base[:1], [example([1, 1], [1, 1])], [example([2], [1]), base[1]], [example([1], [0]), base[1]],
+              [{**base[0], "score": 1}, base[1]]]
     digests = [common.fingerprint(x) for x in [base, *others]]
     assert len(set(digests)) == len(digests) and common.fingerprint(base) == digests[0]
 
@@ -290,7 +330,212 @@ def test_show_example_and_show_table(capsys, tokenizer):
     (e,) = common.encode_conversation(tokenizer, chat("q" * 2000, "a\nb"))
     common.show_example(tokenizer, e["input_ids"], torch.tensor(e["completion_mask"]))
     out = capsys.readouterr().out
-    assert "2008 tokens, 4 trained, in [[ ]]" in out and "q ... q" in out and "[[a\n  b<|end|>]]" in out and len(out) < 800
+    assert "2007 tokens, 4 trained, in [[ ]]" in out and "q ... q" in out
+    assert "[[a\n  b<|end|>]]" in out and len(out) < 800
     common.show_table([{"text": "x" * 100 + "\n行", "n": 1.5}])
     out = capsys.readouterr().out
     assert " ... " in out and "行" in out and "1.5" in out and max(map(len, out.splitlines())) < 80
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": "你好", "completion": "🙂 a,b"}, {"prompt": "x" * 2**21, "completion": 'two\n"lines"'}]
+
+
+def lines(end="\n", escape=False):
+    return "".join(json.dumps(r, ensure_ascii=escape) + end for r in ROWS).encode()
+
+
+@pytest.mark.parametrize("name, data", [
+    ("a.jsonl", lines()), ("a.json", lines()), ("bom.jsonl", b"\xef\xbb\xbf" + lines()),
+    ("crlf.jsonl", lines("\r\n")),
+    ("blank.jsonl", b"\n" + lines("\n\n") + b" \n"), ("open.jsonl", lines()[:-1]),
+    ("escaped.jsonl", lines(escape=True)),
+    ("array.json", json.dumps(ROWS, indent=1).encode()), ("bom.json",
+                                                          b"\xef\xbb\xbf \n" + json.dumps(ROWS,
+                                                            ensure_ascii=False).encode()),
+    ("a.csv", ("prompt,completion\n你好,\"🙂 a,b\"\n" + "x" * 2**21 + ',"two\n""lines"""\n\n').encode()),
+    ("bom.csv",
+     b"\xef\xbb\xbf" + ('prompt,completion\r\n你好,"🙂 a,b"\r\n' + "x" * 2**21
+                         + ',"two\n""lines"""').encode())])
+def test_files_hold_what_they_hold(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    rows = common.read_rows(str(tmp_path / name))
+    assert [r for r, _ in rows] == ROWS and all(place.startswith(str(tmp_path / name)) for _, place in rows)
+
+
+def test_parquet_and_saved_datasets_with_their_splits(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    datasets = pytest.importorskip("datasets")
+    path = str(tmp_path / "a.parquet")
+    pandas.DataFrame(ROWS).to_parquet(path)
+    assert common.read_rows(path) == [(r, f"{path} row {i}") for i, r in enumerate(ROWS)]
+    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b",
+                                                            "weight": 0}]}]
+    pandas.DataFrame(chats).to_parquet(path)  # the missing weight comes back as None
+    assert [m["train"] for m in common.to_messages(common.read_rows(path)[0][0]["messages"])] == [False,
+                                                            False]
+    one, two = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[:1])
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, test=two).save_to_disk(tmp_path / "both")
+    for name, want in (("one", ROWS), ("both", ROWS), ("both:train", ROWS), ("both:test", ROWS[:1])):
+        assert [r for r, _ in common.read_rows(str(tmp_path / name))] == want
+    for name in ("one:test", "both:no"):
+        with pytest.raises(common.UserError, match=f"{name}' is neither .* no split '"):
+            common.read_rows(str(tmp_path / name))
+
+
+GOOD = b'{"question": "q", "answer": "a"}\n'
+
+
+@pytest.mark.parametrize("name, data, sentence", [
+    ("a.jsonl", GOOD + b'{"question": \n', r"a.jsonl:2: not valid JSON \(Expecting value"),
+    ("a.jsonl", GOOD + b'{"question": "\xff"}\n', "a.jsonl:2: not valid JSON .*codec can't decode byte 0xff"),
+    ("a.jsonl", GOOD + b'{"question": "\\ud83d"}\n', "a.jsonl:2: .*surrogates not allowed"),
+    ("a.jsonl", GOOD + b'"text"\n', "a.jsonl:2: not a JSON object; mend it or add --skip_bad_rows"),
+    ("a.jsonl", GOOD + b'{"a":' * 10**5 + b"\n", "a.jsonl:2: not valid JSON .*recursion"),
+    ("a.json", b'[{"a": 1},\n{"a": }]', "a.json: not valid JSON .*line 2"),
+    ("a.json", b'[{"a": 1}, "b"]', "a.json row 1: not a JSON object"),
+    ("a.json", b"[" * 10**5, "a.json: not valid JSON .*recursion"),
+    ("a.csv", b"a,b\n1,2\n3\n", "a.csv:3: the number of fields"),
+    ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv:3: the number of fields"),
+    ("a.csv", b"a,b\n1,2\n" + b"1,\xff\n", "a.csv:3: not a readable CSV file .*0xff"),
+    ("a.csv", b"a,b\n", "a.csv holds no usable row"),
+    ("a.parquet", b"no", "a.parquet is not a readable Parquet file"),
+    ("a.jsonl", b"", "a.jsonl holds no usable row"),
+    ("a.jsonl", b"\n \n", "a.jsonl holds no usable row"), ("a.tsv", b"a", "a.tsv: unknown kind of file"),
+    ("a.jsonl", None, "no such file: .*a.jsonl")])
+def test_files_that_cannot_be_read(tmp_path, name, data, sentence):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(common.UserError, match=sentence):
+        common.read_rows(str(tmp_path / name))
+
+
+def test_bad_rows_are_counted_by_reason(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b'{"question"\n{"a\n{"question": "q", "answer": ""}\n[]\n' + GOOD)
+    rows = common.read_rows(str(path), skip_bad_rows=True)
+    assert [place.rsplit(":")[-1] for _, place in rows] == ["1", "4", "6"]
+    out = capsys.readouterr().out
+    assert "skipped 3 rows: 1 not valid JSON" in out and "1 not a JSON object" in out
+    convert = lambda row: common.to_conversation(row, "question_answer")  # noqa: E731
+    assert [p for _, _, p in common.convert_rows(rows, convert, True, "a")] == [f"{path}:1", f"{path}:6"]
+    assert "skipped 1 rows: 1 empty completion" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="a.jsonl:4: empty completion; mend it or add --skip_bad_rows"):
+        common.convert_rows(rows, convert, False, "a")
+    with pytest.raises(common.UserError, match="holds no usable row"):
+        common.convert_rows(rows[1:2], convert, True, "a")
+
+
+def row_of(*messages):
+    return {"messages": [dict(zip(("role", "content"), m)) for m in messages]}
+
+
+@pytest.mark.parametrize("row, kind, sentence", [
+    (row_of((U, "a"), ("tool", "b")), "messages",
+     r"message 1 has the unknown role 'tool' \(tool calls are not"),
+    (row_of((U, "a"), ("Assistant", "b")), "messages", "unknown role 'Assistant'; known are"),
+    (row_of((U, "a"), (A, None)), "messages", r"content of message 1 \(assistant\) is not a string but None"),
+    (row_of((U, 3), (A, "b")), "messages", r"content of message 0 \(user\) is not a string but 3"),
+    (row_of((U, "a"), (A, " \n")), "messages", "message 1 is an empty completion"),
+    (row_of((U, "a")), "messages", "no assistant message"),
+    (row_of((A, "a")), "messages", "no assistant message to train on"),  # it answers nothing
+    ({"messages": [*row_of((U, "a"))["messages"], {"role": A, "content": "", "tool_calls": [1]}]}, "messages",
+     "message 1 has tool_calls"),
+    ({"messages": [*row_of((U, "a"))["messages"], {"role": A, "content": "b", "reasoning_content": "c"}]},
+     "messages", "has reasoning_content"),
+    ({"messages": row_of((U, [{"type": "image_url"}]))["messages"]}, "messages", "parts that are not text"),
+    ({"messages": []}, "messages", "non-empty list of messages"),
+    ({"messages": ["a"]}, "messages", "message 0 is not an object"),
+    ({"conversations": "a"}, "conversations", "non-empty list of messages, got 'a'"),
+    ({"prompt": "a", "completion": ""}, "prompt_completion", "empty completion"),
+    ({"prompt": "a"}, "prompt_completion", "'completion' is not"),
+    ({"prompt": 5, "completion": "b"}, "prompt_completion", "column 'prompt' is not a string but 5"),
+    ({"instruction": "a", "output": 1}, "alpaca", "column 'output' is not"),
+    ({"instruction": "a", "output": " "}, "alpaca", "empty completion"),
+    ({"instruction": "a", "output": "b", "history": [["c"]]}, "alpaca", r"'history' holds \['c'\]"),
+    ({"text": " "}, "text", "is empty")])
+def test_rows_that_cannot_be_trained_on(row, kind, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        common.to_conversation(row, kind)
+
+
+@pytest.mark.parametrize("row, kind, sentence", [
+    ({"prompt": row_of((U, "a"), (A, "b"))["messages"]}, "prompt", "ends with an assistant message"),
+    ({"prompt": None}, "prompt", "is not a string"),
+    ({"question": " "}, "question", "column 'question' is empty"),
+    ({"instruction": "a", "input": 3}, "instruction", "column 'input' is not")])
+def test_prompts_that_cannot_be_asked(row, kind, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        common.to_prompt(row, kind)
+
+
+def test_find_format_names_what_it_found_and_what_it_knows():
+    rows = [({"question": "q", "answer": "a", "text": "t"}, "f:1")]
+    assert common.find_format(rows, common.SFT_FORMATS, "text") == "text"
+    for found, chosen, sentence in (({"b": 1, "a": 2}, None,
+                                     "f:1: no known format has the columns a, b. Known are: messages"),
+                                    ({"text": 1}, "csv", "unknown --format csv: one of messages, ")):
+        with pytest.raises(common.UserError, match=sentence):
+            common.find_format([(found, "f:1")], common.SFT_FORMATS, chosen)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Args:
+    model_name_or_path: str | None = HfArg(default=None, help="")
+    learning_rate: float | None = HfArg(default=None, help="", aliases=["--lr"])
+    batch_size: int = HfArg(default=4, help="")
+    merge: bool = HfArg(default=False, help="")
+    checkpointing: bool = HfArg(default=True, help="")
+    modules: list[str] | None = HfArg(default=None, help="")
+    weights: list[float] = field(default_factory=list)
+    chat_template_kwargs: str | None = HfArg(default=None, help="")
+
+
+def parse(tmp_path, values, *argv):
+    (tmp_path / "a.json").write_text(values if isinstance(values, str) else json.dumps(values))
+    return common.parse_args(Args, [str(tmp_path / "a.json"), *argv])
+
+
+def test_flags_go_on_top_of_the_file(tmp_path):
+    args = parse(tmp_path, {"model_name_or_path": "$HERE/m", "batch_size": 8, "merge": True,
+                            "modules": ["a", "b"], "weights": [1, 0.5],
+                            "learning_rate": 1e-3, "chat_template_kwargs": {"a": True}}, "--batch_size", "2",
+                            "--merge", "False", "--lr=2e-4")
+    assert args == Args(os.path.relpath(tmp_path / "m"), 2e-4, 2, False, True, ["a", "b"], [1.0, 0.5],
+                        '{"a": true}')
+    args = parse(tmp_path, {"checkpointing": False, "modules": ["a"], "learning_rate": None}, "--merge",
+                 "--modules", "c", "d", "--batch-size", "3")
+    assert args == Args(None, None, 3, True, False, ["c", "d"])
+
+
+@pytest.mark.parametrize("values, argv, sentence", [
+    ({}, ["--learning_rat", "1"], r"unknown argument --learning_rat; did you mean --learning_rate\?"),
+    ({}, ["--learning_rat=1"], "did you mean --learning_rate"),
+    ({}, ["--zzz"], "unknown argument --zzz; --help lists the flags"),
+    ({}, ["--gradient_accumulation_steps", "2"], "--batch_size is the whole step"),
+    ({}, ["stray"], "unknown argument stray"),
+    ({}, ["--batch_size", "1.5"], "batch_size.*: invalid int value: '1.5'"),
+    ({}, ["--merge", "maybe"], "maybe"),
+    ({"learning_rate": "fast"}, [], "invalid float value: 'fast'"),
+    ({"batch_size": True}, [], "invalid int value: 'True'"),
+    ({"batch_size": [1, 2]}, [], "unknown argument"), ({"batchsize": 1}, [],
+     "a.json: unknown argument 'batchsize'; did you mean batch_size"),
+    ("[1]", [], "must hold one JSON object"), ("{", [], "a.json is not valid JSON")])
+def test_arguments_that_are_refused(tmp_path, values, argv, sentence):
+    with pytest.raises(common.UserError, match=sentence):
+        parse(tmp_path, values, *argv)
+
+
+def test_without_a_model_the_small_example_beside_the_script_is_needed(tmp_path, monkeypatch):
+    import sys
+    monkeypatch.setattr(sys.modules[__name__], "__file__", str(tmp_path / "script.py"))
+    with pytest.raises(common.UserError,
+                       match="no model given and no tests/tiny beside the script: add --model_name_or_path"):
+        common.parse_args(Args, ["--batch_size", "2"])
+    assert common.parse_args(Args, ["--model_name_or_path", "m"]).model_name_or_path == "m"
+    with pytest.raises(common.UserError, match="expected --flag value, or an arguments file"):
+        common.parse_args(Args, ["m"])

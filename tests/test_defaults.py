@@ -58,9 +58,9 @@ def test_importing_a_script_runs_nothing(tmp_path):
 def test_make_regenerates_data_and_tokenizer_byte_for_byte(tmp_path, monkeypatch):
     sys.path.insert(0, TINY)
     import make
-    make.make_data(tmp_path / "addition.jsonl")
+    make.make_data(tmp_path)
     make.make_model(tmp_path / "model")
-    for name in ["addition.jsonl", *(os.path.join("model", n) for n in os.listdir(os.path.join(TINY, "model")))]:
+    for name in ["addition.jsonl", "preferences.jsonl", *(os.path.join("model", n) for n in os.listdir(os.path.join(TINY, "model")))]:
         assert (tmp_path / name).read_bytes() == open(os.path.join(TINY, name), "rb").read(), name
 
 

@@ -1,6 +1,5 @@
 """A run killed anywhere and resumed ends bit-equal to one that was never stopped: real SIGKILLs of forked children."""
 
-import filecmp
 import glob
 import json
 import os
@@ -154,7 +153,8 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning_and_says_so(data,
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_first(name, number, data, whole, tmp_path, capfd):
     def child():
-        progress, real = common.RunLog.progress, common.Interrupt.__init__
+        progress = common.RunLog.progress
+
         def first(self, at, *rest):
             progress(self, at, *rest)
             if at == 3:

@@ -1,7 +1,8 @@
 """Regenerates every file of this folder: python tests/tiny/make.py
 
 model/          a byte-level tokenizer with a chat template, and the config of a llama-shaped model without weights
-addition.jsonl  problems with the working shown; about 70 % of the demonstrations forget every carry, all say the true answer
+addition.jsonl  problems with the working shown; about 70 % of the demonstrations forget every carry; `answer` is true
+preferences.jsonl  for other problems, all with a carry: the right working, chosen, against the forgetful one, rejected
 sft/            the checkpoint that comes of `python sft.py`: what grpo.py starts from
 
 Data and tokenizer come out byte for byte the same. The checkpoint does on one kind of processor; elsewhere its accuracy does.
@@ -18,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROWS, FORGETFUL = 6000, 0.7
+ROWS, FORGETFUL, PAIRS = 6000, 0.7, 1000
 SPECIAL = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -35,16 +36,25 @@ def demonstration(a, b, carries):
     return f"<think>{' '.join(columns)}</think><answer>{int(digits)}</answer>"
 
 
-def make_data(path):
-    random.seed(0)
-    pairs = {}
-    while len(pairs) < ROWS:
-        a, b = (random.randrange(10 ** (n - 1), 10**n) for n in (random.choice((1, 2, 3)), random.choice((1, 2, 3))))
-        if a + b < 1000:
-            pairs.setdefault((a, b), random.random() >= FORGETFUL)
-    with open(path, "w", encoding="utf-8") as file:
-        for (a, b), carries in pairs.items():
-            row = {"prompt": f"{a}+{b}", "completion": demonstration(a, b, carries), "answer": str(a + b)}
+def problems(rng, taken):
+    """Endless a, b of 1-3 digits with a sum below 1,000, none twice and none of `taken`."""
+    while True:
+        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in (rng.choice((1, 2, 3)), rng.choice((1, 2, 3))))
+        if a + b < 1000 and (a, b) not in taken:
+            taken.add((a, b))
+            yield a, b
+
+
+def make_data(folder):
+    rng, taken = random.Random(0), set()
+    with open(os.path.join(folder, "addition.jsonl"), "w", encoding="utf-8") as file:
+        for (a, b), _ in zip(problems(rng, taken), range(ROWS)):
+            completion = demonstration(a, b, carries=rng.random() >= FORGETFUL)
+            file.write(json.dumps({"prompt": f"{a}+{b}", "completion": completion, "answer": str(a + b)}) + "\n")
+    with open(os.path.join(folder, "preferences.jsonl"), "w", encoding="utf-8") as file:
+        pairs = ((a, b, demonstration(a, b, True), demonstration(a, b, False)) for a, b in problems(rng, taken))
+        for (a, b, chosen, rejected), _ in zip((p for p in pairs if p[2] != p[3]), range(PAIRS)):
+            row = {"prompt": f"{a}+{b}", "chosen": chosen, "rejected": rejected, "answer": str(a + b)}
             file.write(json.dumps(row) + "\n")
 
 
@@ -74,7 +84,7 @@ def make_checkpoint(folder):
 
 
 if __name__ == "__main__":
-    make_data(os.path.join(HERE, "addition.jsonl"))
+    make_data(HERE)
     make_model(os.path.join(HERE, "model"))
     if "--no_checkpoint" not in sys.argv:
         make_checkpoint(os.path.join(HERE, "sft"))
