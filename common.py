@@ -209,6 +209,7 @@ def make_accelerator(args):
         cpu = cpu or not torch.accelerator.is_available()
         args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
+                              project_dir=args.output_dir,
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     accelerator.gradient_accumulation_steps = 1
     return accelerator

@@ -478,7 +478,8 @@ def load_prompts(args, tokenizer):
     train, held = map(encode, parts)
     dropped = sum(map(len, parts)) - len(train) - len(held)
     too_long = f"; {dropped:,} dropped: longer than --max_prompt_length {args.max_prompt_length} tokens"
-    say(f"data     {len(train):,} prompts to train on, {len(held):,} to evaluate{too_long if dropped else ''}")
+    say(f"data     {len(train):,} prompts to train on, {len(held):,} to evaluate"
+        f"{too_long if dropped else ''}")
     require(train, f"{args.dataset_name}: no prompt to train on is left")
     return train, held
 
@@ -849,8 +850,9 @@ def main(args):
             loss, entropy, kl, low, high, either, stop = accelerator.reduce(totals, "sum").tolist()
             ratio_deviation, difference = accelerator.gather(worst[None]).amax(0).tolist()
             require(math.isfinite(loss) and math.isfinite(grad_norm),
-                    f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the rollout "
-                    f"of {prompts[0]['place']} ...; this update was not made. Try a lower --learning_rate")
+                    f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
+                    f"rollout of {prompts[0]['place']} ...; this update was not made, and the checkpoints are "
+                    "whole. Try a lower --learning_rate")
             tokens = max(trained_tokens, 1)
             require(step > 0 or not reference or kl / tokens < (0.05 if args.bf16 else 1e-4),
                     f"the policy starts {kl / tokens:.2g} nats a token away from its reference, not at it")

@@ -501,7 +501,8 @@ def main(args):
         require(math.isfinite(loss_sum) and math.isfinite(grad_norm),
                 f"step {step + 1}: the loss is {loss_sum / trained_tokens} and its gradient's norm "
                 f"{grad_norm}, on rows {order[at * args.batch_size:(at + 1) * args.batch_size][:8]} ... of "
-                "the training data; this update was not made. Try a lower --learning_rate")
+                "the training data; this update was not made, and the checkpoints are whole. "
+                "Try a lower --learning_rate")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, args)
         optimizer.step()

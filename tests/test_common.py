@@ -517,12 +517,12 @@ def test_flags_go_on_top_of_the_file(tmp_path):
     ({}, ["--learning_rat=1"], "did you mean --learning_rate"),
     ({}, ["--zzz"], "unknown argument --zzz; --help lists the flags"),
     ({}, ["--gradient_accumulation_steps", "2"], "--batch_size is the whole step"),
-    ({}, ["stray"], "unknown argument stray"),
+    ({}, ["stray"], "one value too many: stray"),
     ({}, ["--batch_size", "1.5"], "batch_size.*: invalid int value: '1.5'"),
     ({}, ["--merge", "maybe"], "maybe"),
     ({"learning_rate": "fast"}, [], "invalid float value: 'fast'"),
     ({"batch_size": True}, [], "invalid int value: 'True'"),
-    ({"batch_size": [1, 2]}, [], "unknown argument"), ({"batchsize": 1}, [],
+    ({"batch_size": [1, 2]}, [], "a.json: one value too many for --batch_size: 2"), ({"batchsize": 1}, [],
      "a.json: unknown argument 'batchsize'; did you mean batch_size"),
     ("[1]", [], "must hold one JSON object"), ("{", [], "a.json is not valid JSON")])
 def test_arguments_that_are_refused(tmp_path, values, argv, sentence):

@@ -168,6 +168,48 @@ def test_wrong_rewards_are_named(returned, sentence):
         grpo.score({"f": (lambda completions: returned, 1.0)}, rows(), ["a", "b"], [[1], [2]], 0, 1)
 
 
+def test_a_column_cannot_take_the_place_of_what_was_sampled(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1", "completions": "2"}\n' * 2)
+    with pytest.raises(common.UserError, match="column 'completions' has the name of something else"):
+        run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "d.jsonl")
+
+
+def test_a_failing_reward_is_narrowed_down_to_its_completion():
+    def picky(completions):
+        return [1 / (c != "b") for c in completions]
+    with pytest.raises(common.UserError, match="'picky' raised ZeroDivisionError: .*on the completion 'b' of row file:2"):
+        grpo.score({"picky": (picky, 1.0)}, rows(), ["a", "b"], [[1], [2]], 0, 1)
+
+
+def test_columns_that_only_some_rows_have_are_none_elsewhere(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1"}\n{"prompt": "1+2", "level": 3}\n')
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--dataset_name", f"{tmp_path}/d.jsonl", "--eval_fraction", "0"])
+    train, _ = grpo.load_prompts(args, common.load_tokenizer(args))
+    assert [p["columns"] for p in train] == [{"level": None}, {"level": 3}]
+
+
+def test_lora_on_the_head_is_refused(tmp_path):
+    with pytest.raises(common.UserError, match="--modules_to_save lm_head"):
+        run(grpo, tmp_path / "out", "--lora_r", 4, "--lora_target_modules", "q_proj", "lm_head", "--max_steps", 1)
+
+
+def test_more_minibatches_than_rows_of_the_last_rollout(tmp_path):
+    """5 prompts, 4 a rollout: the second rollout has one prompt, and with None rewards fewer rows than minibatches."""
+    with open(os.path.join(TINY, "addition.jsonl")) as file:
+        (tmp_path / "d.jsonl").write_text("".join(file.readlines()[:5]))
+    (tmp_path / "r.py").write_text("def some(completions):\n    return [None] * (len(completions) - 1) + [1.0]\n")
+    metrics = run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0, "--batch_size", 4, "--num_generations", 2,
+                  "--num_minibatches", 4, "--max_steps", 8, "--reward_funcs", f"{tmp_path}/r.py:some", "--kl_coef", 0.1)
+    assert len(metrics) == 8 and min(m["trained_tokens"] for m in metrics) == 0
+
+
+def test_the_launchers_accumulation_does_not_scale_the_gradient(monkeypatch, tmp_path):
+    (want,), _ = gradient(monkeypatch, tmp_path)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    (got,), _ = gradient(monkeypatch, tmp_path, "--logging_steps", 2)
+    assert torch.equal(got, want)
+
+
 def test_numpy_scalars_ints_and_bools_are_numbers():
     import numpy
     values, _ = grpo.score({"f": (lambda completions: numpy.array([1, 2]), 1.0), "g": (lambda completions: [True, numpy.float32(.5)], 1.0)},
@@ -256,7 +298,8 @@ def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers
     (got,), metrics = gradient(monkeypatch, tmp_path)
     assert sum(r["score"] for r in kept[0][0]) > 0
     records = kept[0][0]
-    model = common.load_model(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json")]))
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json")])
+    model = common.load_model(args, common.load_tokenizer(args))
     rewards = tensor([r["score"] for r in records])
     groups = rewards.view(6, 4)
     a = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
@@ -283,13 +326,17 @@ def test_the_first_update_of_every_rollout_has_ratio_one_and_later_ones_have_not
     assert all(m["sampling/logprob_difference_max"] < 1e-3 for m in metrics[::4])
 
 
-@pytest.mark.parametrize("start", ["lora", "adapter", "full"])
+@pytest.mark.parametrize("start", ["lora", "adapter", "adapter with dropout", "full"])
 def test_the_reference_is_the_start_and_stays(monkeypatch, tmp_path, start):
     """kl is 0 at first and the reference's log-probs do not move, however the reference is kept."""
-    flags = ["--eval_fraction", 0, "--batch_size", 2, "--max_steps", 2, "--learning_rate", 1e-2, "--kl_coef", 0.1]
+    (tmp_path / "r.py").write_text("def vowels(completion_ids):\n    return [sum(i % 7 for i in c) for c in completion_ids]\n")
+    flags = ["--eval_fraction", 0, "--batch_size", 2, "--max_steps", 2, "--learning_rate", 1e-3, "--kl_coef", 0.1,
+             "--reward_funcs", f"{tmp_path}/r.py:vowels", "--temperature", 1.5]
     flags += ["--lora_r", 4] if start == "lora" else []
-    if start == "adapter":
+    if start.startswith("adapter"):
         run(grpo, tmp_path / "first", *flags, "--lora_r", 4)
+        config = tmp_path / "first" / "model" / "adapter_config.json"
+        config.write_text(config.read_text().replace('"lora_dropout": 0.0', f'"lora_dropout": {0.5 * ("with" in start)}'))
         flags += ["--model_name_or_path", tmp_path / "first" / "model"]
     seen = []
     logprobs_of_rollout = grpo.logprobs_of_rollout
@@ -309,8 +356,9 @@ def test_dropout_is_off_where_logprobs_are_compared(tmp_path, tokenizer):
     from transformers import LlamaConfig
     config = LlamaConfig.from_pretrained(os.path.join(TINY, "model"), attention_dropout=0.5)
     config.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--model_name_or_path", str(tmp_path / "model")])
-    model, ids = common.load_model(args, common.load_tokenizer(args)), tensor([PROMPTS[1]])
+    model, ids = common.load_model(args, tokenizer), tensor([PROMPTS[1]])
     assert model.training and torch.equal(model(ids).logits, model(ids).logits)
 
 

@@ -1,0 +1,166 @@
+"""A user's mistake is one sentence on stderr with its place and remedy, exit code 2, and loses nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, in_child, tiny_model
+from transformers import AutoTokenizer
+
+import common
+import grpo
+import sft
+
+SFT, CHECKPOINT = os.path.join(TINY, "sft.json"), os.path.join(TINY, "sft")
+FILES = {
+    "ok.jsonl": '{"prompt": "1+1", "completion": "2", "answer": "2"}\n' * 3,
+    "broken.jsonl": '{"prompt": "1+1", "completion": "2"}\n{"prompt": "1+1", \n',
+    "role.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}\n',
+    "empty.jsonl": "", "blank.jsonl": "\n\n", "array.json": "[1, 2", "columns.jsonl": '{"x": 1}\n', "notes.txt": "hello",
+    "no_answer.jsonl": '{"prompt": "1+1"}\n{"prompt": "1+2"}\n', "nothing.jsonl": '{"prompt": "1+1", "completion": " "}\n',
+    "tools.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}\n',
+    "raises.py": "def f(completions):\n    raise RuntimeError('no network\\nat all')\n",
+    "short.py": "def f(completions):\n    return []\n", "nan.py": "def f(completions):\n    return [float('nan')] * len(completions)\n",
+    "text.py": "def f(completions):\n    return '1' * len(completions)\n", "syntax.py": "def f(:\n",
+    "exits.py": "import sys\nsys.exit(3)\n", "late.py": "def f(trainer_state, completions):\n    return [1 / (trainer_state.max_steps == 0)] * len(completions)\n",
+    "args.json": '{"learning_rate": "fast"}', "unknown.json": '{"learning_rat": 1}', "list.json": "[1]", "broken.json": "{",
+    "template.jinja": "{{ messages[0].content", "lossy.jinja": "{{ 'always the same' }}",
+}
+CASES = [  # (script, flags on top of its small example, what the sentence must say)
+    (sft, ["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate?"),
+    (grpo, ["--use_vllm"], "unknown argument --use_vllm: rollouts are sampled in the script itself"),
+    (sft, ["--packing", "True"], "rows are sorted by length"),
+    (sft, ["--learning_rate", "fast"], "invalid float value: 'fast'"),
+    (sft, ["--learning_rate", "0"], "--learning_rate must be positive"), (grpo, ["--learning_rate", "nan"], "--learning_rate is nan"),
+    (sft, ["--num_train_epochs", "inf"], "--num_train_epochs is inf"), (grpo, ["--seed", "-3"], "--seed must lie in"),
+    (grpo, ["--num_generations", "1"], "--num_generations must be at least 2"), (sft, ["--batch_size", "0"], "--batch_size must be positive"),
+    (grpo, ["--num_minibatches", "1000"], "--num_minibatches 1000 is more than"), (sft, ["--lora_dropout", "2"], "--lora_dropout must lie in"),
+    (grpo, ["--reward_weights", "1", "2"], "--reward_weights has 2 numbers for 1 reward"),
+    (grpo, ["--importance_sampling_level", "sequence"], "add --loss_type grpo"),
+    (sft, ["--lr_scheduler_type", "wavy"], "invalid choice: 'wavy'"), (sft, ["--log_with", "wandb"], "pip install wandb"),
+    (sft, ["--load_in_4bit"], "add --lora_r 16"), (grpo, ["--merge"], "--merge merges an adapter"),
+    (sft, ["--lora_r", "4", "--lora_target_modules", "nope"], "--lora_target_modules ['nope']"),
+    (sft, ["--lora_r", "4", "--modules_to_save", "nope"], "no module of that name"),
+    (sft, ["--model_name_or_path", "./nowhere"], "no such model folder: ./nowhere"),
+    (sft, ["--model_name_or_path", "./empty"], "holds no tokenizer"), (sft, ["--model_name_or_path", "./wide"], "do not belong together"),
+    (sft, ["--model_name_or_path", "./orphan"], "was trained on /nowhere/base, which is not there"),
+    (sft, ["--model_name_or_path", "./bare"], "holds no adapter weights"),
+    (sft, ["--dataset_name", "missing.jsonl"], "no such file: missing.jsonl"), (sft, ["--dataset_name", "empty.jsonl"], "empty.jsonl holds no usable row"),
+    (sft, ["--dataset_name", "blank.jsonl"], "holds no usable row"), (grpo, ["--dataset_name", "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
+    (sft, ["--dataset_name", "array.json"], "array.json"), (sft, ["--dataset_name", "role.jsonl"], "role.jsonl:1: message 1 has the unknown role 'robot'"),
+    (sft, ["--dataset_name", "tools.jsonl"], "tool calls are not supported"), (sft, ["--dataset_name", "columns.jsonl"], "no known format has the columns x"),
+    (sft, ["--dataset_name", "notes.txt"], "unknown kind of file"), (sft, ["--dataset_name", "bytes.jsonl"], "bytes.jsonl:1: not valid JSON ('utf-8'"),
+    (sft, ["--dataset_name", "nothing.jsonl"], "nothing.jsonl:1: empty completion"), (sft, ["--format", "xml"], "unknown --format xml"),
+    (sft, ["--eval_dataset_name", "missing.jsonl"], "no such file: missing.jsonl"),
+    (sft, ["--keep_best", "--eval_fraction", "0"], "--keep_best needs evaluation data"),
+    (grpo, ["--dataset_name", "no_answer.jsonl"], "needs a column 'answer' or 'solution'"),
+    (grpo, ["--max_prompt_length", "1"], "no prompt to train on is left"),
+    (sft, ["--chat_template_path", "nope.jinja"], "cannot read --chat_template_path"),
+    (sft, ["--chat_template_path", "template.jinja"], "template.jinja: the chat template refuses"),
+    (sft, ["--chat_template_path", "lossy.jinja"], "lossy.jinja: the chat template leaves out"),
+    (sft, ["--chat_template_path", "bytes.jsonl"], "not UTF-8"), (sft, ["--chat_template_kwargs", "[1]"], "must be a JSON object"),
+    (grpo, ["--reward_funcs", "nope"], "no reward 'nope': built in are accuracy, format"),
+    (grpo, ["--reward_funcs", "raises.py"], "say which function"), (grpo, ["--reward_funcs", "nope.py:f"], "no such file: nope.py"),
+    (grpo, ["--reward_funcs", "raises.py:g"], "no function 'g'"), (grpo, ["--reward_funcs", "syntax.py:f"], "raised SyntaxError"),
+    (grpo, ["--reward_funcs", "exits.py:f"], "raised SystemExit: 3"),
+    (grpo, ["--reward_funcs", "raises.py:f"], "'f' raised RuntimeError: no network at all, on the completion 'a first try' of row"),
+    (grpo, ["--reward_funcs", "short.py:f"], "returned 0 values for 1 completions"), (grpo, ["--reward_funcs", "nan.py:f"], "returned nan"),
+    (grpo, ["--reward_funcs", "text.py:f"], "returned str"),
+    (grpo, ["--reward_funcs", "late.py:f", "--batch_size", "2", "--eval_fraction", "0"], "raised ZeroDivisionError"),
+    (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
+    (sft, ["--resume_from_checkpoint", "nowhere"], "no such folder (or say 'latest')"),
+    (sft, ["--learning_rate", "1e20", "--max_grad_norm", "0", "--max_steps", "40"], "gradient's norm nan"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("errors")
+    for name, text in FILES.items():
+        (path / name).write_text(text)
+    (path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}\n')
+    (path / "empty").mkdir()
+    (path / "foreign" / "model").mkdir(parents=True)
+    (path / "foreign" / "model" / "precious").write_text("keep me")
+    tiny_model("llama").save_pretrained(path / "wide")
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    tokenizer.add_tokens([f"<{i}>" for i in range(100)])
+    tokenizer.save_pretrained(path / "wide")
+    for name, base, weights in (("orphan", "/nowhere/base", True), ("bare", CHECKPOINT, False)):
+        (path / name).mkdir()
+        (path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base, "r": 4}))
+        if weights:
+            (path / name / "adapter_model.safetensors").write_text("")
+    return path
+
+
+@pytest.mark.parametrize("script, flags, sentence", CASES, ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "")
+def test_one_sentence(script, flags, sentence, folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script.__file__])
+    argv = [os.path.join(TINY, os.path.basename(script.__file__).replace(".py", ".json")), "--output_dir", "out", "--max_steps", "1",
+            "--batch_size", "4", "--max_completion_length", "8", *flags]
+
+    def child():
+        with common.user_errors():
+            script.main(common.parse_args(script.Args, argv))
+    status = in_child(child)
+    error = capfd.readouterr().err
+    assert os.WEXITSTATUS(status) == 2, error
+    assert error.startswith(os.path.basename(script.__file__) + ": error: ") and error.count("\n") == 1, error
+    assert sentence in error
+    assert (folder / "foreign" / "model" / "precious").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("name, sentence", [("args.json", "args.json: argument --learning_rate"), ("unknown.json", "did you mean learning_rate"),
+                                            ("list.json", "must hold one JSON object"), ("broken.json", "is not valid JSON"),
+                                            ("missing.json", "cannot read the arguments file"), ("stray", "expected --flag value")])
+def test_arguments_files(name, sentence, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(common.UserError, match=sentence):
+        common.parse_args(sft.Args, [name])
+
+
+@pytest.mark.parametrize("flags", [["--dataset_name", "missing.jsonl"], ["--learning_rate", "0"], ["--chat_template_path", "nope"],
+                                   ["--model_name_or_path", "out/model"], ["--model_name_or_path", "./nowhere"]], ids=str)
+def test_a_mistake_does_not_cost_the_run_that_was_there(flags, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    argv = [SFT, "--output_dir", "out", "--max_steps", "1", "--batch_size", "2", "--eval_fraction", "0", "--overwrite_output_dir"]
+    sft.main(common.parse_args(sft.Args, argv))
+    before = sorted((p, os.path.getmtime(os.path.join(p, f)), f) for p, _, fs in os.walk("out") for f in fs)
+    assert len(before) > 5
+    with pytest.raises(common.UserError):
+        sft.main(common.parse_args(sft.Args, argv + flags))
+    assert before == sorted((p, os.path.getmtime(os.path.join(p, f)), f) for p, _, fs in os.walk("out") for f in fs)
+
+
+def test_a_real_process_exits_with_2_and_says_it_once(tmp_path):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "grpo.py"), "--learning_rat", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
+    assert done.stderr == "grpo.py: error: unknown argument --learning_rat; did you mean --learning_rate?\n"
+
+
+def test_skip_bad_rows_counts_them(folder, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(folder)
+    argv = [SFT, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--eval_fraction", "0", "--dataset_name", "broken.jsonl", "--skip_bad_rows"]
+    sft.main(common.parse_args(sft.Args, argv))
+    assert "broken.jsonl: skipped 1" in capfd.readouterr().out
+
+
+def test_no_pickle_is_loaded_and_nothing_is_evaluated():
+    for name in ("common.py", "sft.py", "grpo.py"):
+        with open(os.path.join(ROOT, name)) as file:
+            source = file.read()
+        for word in ("torch.load(", "pickle.load", " eval(", "exec("):
+            assert word not in source.replace("spec.loader.exec_module(", ""), f"{name} has {word}"
+
+
+def test_trackers_through_accelerate(tmp_path):
+    pytest.importorskip("tensorboard")
+    from conftest import run
+    run(sft, tmp_path / "out", "--max_steps", 2, "--batch_size", 2, "--logging_steps", 1, "--eval_fraction", 0.001, "--report_to", "tensorboard")
+    events = [f for _, _, files in os.walk(tmp_path / "out") for f in files if "tfevents" in f]
+    assert events, "the tracker's files belong into output_dir"
