@@ -851,8 +851,8 @@ def main(args):
             ratio_deviation, difference = accelerator.gather(worst[None]).amax(0).tolist()
             require(math.isfinite(loss) and math.isfinite(grad_norm),
                     f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
-                    f"rollout of {prompts[0]['place']} ...; this update was not made, and the checkpoints are "
-                    "whole. Try a lower --learning_rate")
+                    f"rollout of {prompts[0]['place']} ...; this update was not made, and the checkpoints "
+                    "are whole. Try a lower --learning_rate")
             tokens = max(trained_tokens, 1)
             require(step > 0 or not reference or kl / tokens < (0.05 if args.bf16 else 1e-4),
                     f"the policy starts {kl / tokens:.2g} nats a token away from its reference, not at it")
