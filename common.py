@@ -1,9 +1,7 @@
 """common.py - turns names on disk into models, tokenizers and tokens, and back.
 
-It holds what the five scripts would otherwise repeat and what no loss depends on: reading arguments, reading
-a dataset and recognising its format, rendering and tokenizing with masks, loading a model (full, LoRA, QLoRA)
-and its reference, checkpoints, saving, and showing tokens and progress to a person. It knows nothing of
-losses, optimizers, sampling or rewards.
+What the five scripts would otherwise repeat and no loss depends on. It knows nothing of losses, optimizers,
+sampling or rewards.
 
 Data flow: file -> read_rows (dicts with a place) -> to_conversation (one form for every format) ->
 encode_conversation (ids and mask built together) -> pad (B, T).
@@ -12,6 +10,7 @@ encode_conversation (ids and mask built together) -> pad (B, T).
 import copy
 import csv
 import difflib
+import glob
 import hashlib
 import importlib.util
 import json
@@ -26,7 +25,7 @@ import time
 import warnings
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from functools import lru_cache
 from itertools import groupby
@@ -43,7 +42,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          BitsAndBytesConfig, HfArgumentParser)
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers warn of their own calls
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
@@ -64,6 +64,21 @@ def require(ok, sentence):
 
 
 @contextmanager
+def explain(sentence, kinds=Exception):
+    """Turns a library's exception of these kinds into UserError("sentence: what it says")."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{sentence}: {reason_of(error)}") from None
+
+
+def reason_of(error):
+    """The first line of what an exception says."""
+    text = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", None)
+    return (text or str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
 def user_errors():
     """Prints a UserError as one sentence on stderr (first process only) and exits with code 2."""
     try:
@@ -71,79 +86,100 @@ def user_errors():
     except UserError as error:
         say(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # outside the training loop, which catches it: nothing has begun
-        say("stopped before training; nothing was changed", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except KeyboardInterrupt:  # outside the training loop, which catches it: nothing has begun
+        say("stopped before training; nothing was changed", file=sys.stderr)
+        sys.exit(130)
 
 
 def say(*text, file=None):
-    """print() on the first process only, without tearing a progress bar."""
+    """print() on the first process only, above a progress bar where there is one."""
     if os.environ.get("RANK", "0") == "0":
-        tqdm.write(" ".join(str(t) for t in text), file=file or sys.stdout)
+        tqdm.write(" ".join(map(str, text)), file=file or sys.stdout)
         (file or sys.stdout).flush()
 
 
+INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
+    "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step over all processes, "
+                                   "--micro_batch_tokens what one forward pass holds",
+    "gradient_accumulation_steps": "--batch_size is the whole step; "
+                                   "--micro_batch_tokens cuts it to fit the memory",
+    "packing": "rows are sorted by length inside a step instead, which removes the padding",
+    "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
+    "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
+    "max_seq_length": "--max_length", "use_peft": "--lora_r 16", "fp16": "bf16 autocast or fp32 only: --bf16",
+    "per_device_eval_batch_size": "--micro_batch_tokens", "tools": "tool calls are not supported"}
+
+
 class Parser(HfArgumentParser):
+    """A dataclass's flags, with a UserError for every mistake."""
+
+    def __init__(self, args_class):
+        super().__init__(args_class, allow_abbrev=False)
+        self.names = [field.name for field in fields(args_class)]
+
     def error(self, message):
         raise UserError(message)
 
+    def unknown(self, word):
+        """The sentence about a flag, or a file's argument, that there is not."""
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        close = difflib.get_close_matches(name, self.names, n=1)
+        dashes = "--" if word.startswith("--") else ""
+        hint = f"; did you mean {dashes}{close[0]}?" if close else "; --help lists the flags"
+        return f"unknown argument {word}" + (f": {INSTEAD[name]}" if name in INSTEAD else hint)
+
+    def values(self, words):
+        """["--flag", "value", ...] -> {field name: value}, defaults filled in."""
+        known, rest = self.parse_known_args(words)
+        if rest:
+            require(not rest[0].startswith("-"), self.unknown(rest[0]))
+            flags = [word.split("=")[0] for word in words[:words.index(rest[0])] if word.startswith("--")]
+            raise UserError(f"one value too many{' for ' + flags[-1] if flags else ''}: {rest[0]}")
+        return vars(known)
+
+    def words_of_file(self, path):
+        """An arguments file as if its values had been typed: they pass the same checks."""
+        require(path.endswith(".json"),
+                f"'{path}': expected --flag value, or an arguments file ending in .json first")
+        with (explain(f"cannot read the arguments file {path}", OSError),
+              explain(f"{path} is not valid JSON", ValueError), open(path, encoding="utf-8-sig") as file):
+            given = json.load(file)
+        require(isinstance(given, dict), f"{path} must hold one JSON object of arguments")
+        here, words = os.path.relpath(os.path.dirname(path) or "."), []
+        for name, value in given.items():
+            require(name in self.names, f"{path}: {self.unknown(name)}")
+            if value is None or value == []:
+                continue
+            value = json.dumps(value) if isinstance(value, dict) else value
+            texts = [str(v).replace("$HERE", here) for v in (value if isinstance(value, list) else [value])]
+            words += [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+        with explain(path, UserError):
+            self.values(words)
+        return words
+
 
 def parse_args(args_class, argv=None):
-    """[FILE.json] [--flag value ...] -> args_class. Without a model and a file: tests/tiny/<script>.json
-    beside the script.
+    """[FILE.json] [--flag value ...] -> args_class. Flags win over the file; "$HERE" in it is its own folder.
 
-    A file's values are read as if they had been typed before the flags, so they pass the same checks and the
-    flags win. "$HERE" in a file is the folder it lies in. Raises UserError on an unknown, abbreviated or
-    mistyped flag.
+    Without file and model the small example runs: tests/tiny/<script>.json beside the script. UserError on an
+    unknown, abbreviated or mistyped flag.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    flags = {option: field.name for field in fields(args_class) for option in _options(field)}
+    argv, parser = list(sys.argv[1:] if argv is None else argv), Parser(args_class)
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    given = {flags.get(word.split("=")[0]) for word in argv}
-    example = path is None and "model_name_or_path" not in given and not {"-h", "--help"} & set(argv)
+    example = path is None and parser.values(argv)["model_name_or_path"] is None
     if example:
-        script = os.path.abspath(sys.modules[args_class.__module__].__file__)
-        path = os.path.join(os.path.dirname(script), "tests", "tiny",
-                            os.path.basename(script).replace(".py", ".json"))
+        folder, script = os.path.split(os.path.abspath(sys.modules[args_class.__module__].__file__))
+        path = os.path.join(folder, "tests", "tiny", script.replace(".py", ".json"))
         require(os.path.exists(path), "no model given and no tests/tiny beside the script: "
                 "add --model_name_or_path NAME_OR_FOLDER --dataset_name NAME_OR_FILE")
-    typed = []
-    if path is not None:
-        here = os.path.relpath(os.path.dirname(path) or ".")
-        for name, value in _read_args_file(path).items():
-            require(f"--{name}" in flags,
-                    f"{path}: unknown argument '{name}'{_closest(name, flags.values())}")
-            if value is not None and value != []:
-                value = json.dumps(value) if isinstance(value, dict) else value
-                values = value if isinstance(value, list) else [value]
-                words = [str(v).replace("$HERE", here) for v in values]
-                typed += [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
-        try:
-            _parse_flags(args_class, flags, typed)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-    args = _parse_flags(args_class, flags, typed + argv)
+    typed = parser.words_of_file(path) if path else []
+    args = args_class(**parser.values(typed + argv))
     if example:
         say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} "
             "(flags go on top of it).")
-    return args
-
-
-def _parse_flags(args_class, flags, words):
-    parser = Parser(args_class, allow_abbrev=False)
-    args, *_, rest = parser.parse_args_into_dataclasses(
-        words, return_remaining_strings=True, look_for_args_file=False)
-    if rest and not rest[0].startswith("-"):
-        before = words[:words.index(rest[0])]
-        flag = next((word.split("=")[0] for word in reversed(before) if word.startswith("--")), "")
-        raise UserError(f"one value too many{' for ' + flag if flag else ''}: {rest[0]}")
-    if rest:
-        name = rest[0].split("=")[0].lstrip("-").replace("-", "_")
-        raise UserError(f"unknown argument {rest[0]}"
-                        + (f": {INSTEAD[name]}" if name in INSTEAD else _closest(rest[0], flags)))
     return args
 
 
@@ -159,43 +195,6 @@ def check_numbers(args, positive, not_negative):
         require(getattr(args, name) >= 0, f"--{name} must not be negative, not {getattr(args, name)}")
     require(0 <= args.seed < 2**32, f"--seed must lie in [0, 2**32), not {args.seed}")
     require(args.max_steps < 10**9, f"--max_steps {args.max_steps} would never end")
-
-
-INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
-    "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step over all processes, "
-                                   "--micro_batch_tokens what one forward pass holds",
-    "gradient_accumulation_steps": "--batch_size is the whole step; "
-                                   "--micro_batch_tokens cuts it to fit the memory",
-    "packing": "rows are sorted by length inside a step instead, which removes the padding",
-    "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
-    "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
-    "max_seq_length": "--max_length", "use_peft": "--lora_r 16", "fp16": "bf16 autocast or fp32 only: --bf16",
-    "per_device_eval_batch_size": "--micro_batch_tokens", "tools": "tool calls are not supported"}
-
-
-def _options(field):
-    aliases = field.metadata.get("aliases", [])
-    names = [f"--{field.name}"] + ([aliases] if isinstance(aliases, str) else list(aliases))
-    return names + [name.replace("_", "-") for name in names if "_" in name]
-
-
-def _closest(name, names):
-    close = difflib.get_close_matches(name.split("=")[0], list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else "; --help lists the flags"
-
-
-def _read_args_file(path):
-    require(path.endswith(".json"),
-            f"'{path}': expected --flag value, or an arguments file ending in .json first")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            values = json.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read the arguments file {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    require(isinstance(values, dict), f"{path} must hold one JSON object of arguments")
-    return values
 
 
 def make_accelerator(args):
@@ -230,79 +229,70 @@ PROMPT_FORMATS = {"prompt": ("prompt",), "instruction": ("instruction",), "quest
 def read_rows(name, skip_bad_rows=False):
     """A local .json, .jsonl, .csv or .parquet file, or a dataset name[:split] -> [(row dict, place)].
 
-    Raises UserError with file, line and reason on what cannot be read; with skip_bad_rows such lines are
-    counted and printed.
+    UserError with file, line and reason on what cannot be read; skip_bad_rows counts and prints it instead.
     """
     def readable(row):
-        if not isinstance(row, dict):
-            raise row if isinstance(row, ValueError) else ValueError("not a JSON object")
+        if isinstance(row, ValueError):
+            raise row
+        expect(isinstance(row, dict), "not a JSON object")
+        try:
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:  # broken bytes, or half an emoji: no tokenizer takes them
+            raise ValueError(f"text that is not valid UTF-8 ({error.reason})") from None
+        return row
 
     looks_local = re.search(r"\.(jsonl?|csv|parquet|txt)$", name) or name.startswith((".", "/", "~"))
     require(os.path.exists(name) or os.path.isdir(name.split(":")[0]) or not looks_local,
             f"no such file: {name}")
-    try:
+    with explain(f"cannot read {name}", (OSError, csv.Error)):
         rows = _read_file(name) if os.path.isfile(name) else _read_dataset(name)
-        return [(row, place) for _, row, place in convert_rows(rows, readable, skip_bad_rows, name)]
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}") from None
-
-
-def _parse(data):
-    """bytes of JSON -> its value, or a ValueError that says what is wrong with them."""
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-        if b"\\ud" in data or b"\\uD" in data:  # half of an emoji is a character that nothing can encode
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not valid JSON ({str(error).replace(': line 1 column', ' at column')})")
+        return [(row, place) for row, _, place in convert_rows(rows, readable, skip_bad_rows, name)]
 
 
 def _read_file(path):
-    """Yields (row, place), with a ValueError in place of a row that cannot be read."""
+    """Yields (row, place); in place of a row that cannot be read stands the ValueError that says why."""
     if path.endswith(".csv"):
         csv.field_size_limit(2**30)
-        with open(path, "rb") as file:
-            reader = csv.DictReader((line.decode("utf-8-sig") for line in file), restkey="_more")
-            try:
-                for row in reader:
-                    whole = "_more" not in row and None not in row.values()
-                    yield (row if whole else ValueError("the number of fields differs from the header's"),
-                           f"{path}:{reader.line_num}")
-            except (UnicodeDecodeError, csv.Error) as error:
-                raise UserError(f"{path}:{reader.line_num + 1}: not a readable CSV file ({error})") from None
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, restkey="_more")
+            for row in reader:
+                whole = "_more" not in row and None not in row.values()
+                yield (row if whole else ValueError("the number of fields differs from the header's"),
+                       f"{path}:{reader.line_num}")
     elif path.endswith(".parquet"):
         import pyarrow.parquet
-        try:
+        with explain(f"{path} is not a readable Parquet file"):
             table = pyarrow.parquet.read_table(path)
-        except Exception as error:
-            raise UserError(f"{path} is not a readable Parquet file ({error})") from None
-        for i, row in enumerate(table.to_pylist()):
-            yield row, f"{path} row {i}"
+        yield from ((row, f"{path} row {i}") for i, row in enumerate(table.to_pylist()))
     elif path.endswith((".json", ".jsonl")):
         with open(path, "rb") as file:
-            is_array = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+            is_array = re.match(rb"(\xef\xbb\xbf)?\s*\[", file.read(64))
             file.seek(0)
             if is_array:
                 rows = _parse(file.read())
                 require(isinstance(rows, list), f"{path}: {rows}")
                 yield from ((row, f"{path} row {i}") for i, row in enumerate(rows))
             else:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _parse(line), f"{path}:{number}"
+                yield from ((_parse(line), f"{path}:{n}") for n, line in enumerate(file, 1) if line.strip())
     else:
         raise UserError(f"{path}: unknown kind of file; .json, .jsonl, .csv and .parquet are read")
 
 
+def _parse(data):
+    """bytes of JSON -> its value, or a ValueError that says what is wrong with them."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not valid JSON ({str(error).replace(': line 1 column', ' at column')})")
+
+
 def _read_dataset(name):
-    """A dataset name on the hub, or a folder, with an optional :split (default train). Yields (row,
-    place)."""
+    """A folder, or a dataset's name on the hub, with an optional :split. Yields (row, place)."""
     import datasets
     datasets.disable_progress_bars()
     path, _, split = name.partition(":")
     split = split or "train"
-    try:
+    with explain(f"'{name}' is neither a file here nor a dataset that could be loaded"):
         if any(os.path.exists(os.path.join(path, f"dataset_{kind}.json")) for kind in ("info", "dict")):
             data = datasets.load_from_disk(path)
             splits = data if isinstance(data, datasets.DatasetDict) else {"train": data}
@@ -310,58 +300,41 @@ def _read_dataset(name):
             data = splits[split]
         else:
             data = datasets.load_dataset(path, split=split)
-    except Exception as error:  # the library raises dozens of kinds; the user needs the sentence
-        raise UserError(f"'{name}' is neither a file here nor a dataset that could be loaded: "
-                        f"{_first_line(error)}") from None
-    for i, row in enumerate(data):
-        yield row, f"{name} row {i}"
+    yield from ((row, f"{name} row {i}") for i, row in enumerate(data))
+
+
+def convert_rows(rows, convert, skip_bad_rows, name):
+    """[(row, place)] -> [(convert(row), row, place)]. A ValueError becomes a UserError with the place; with
+    skip_bad_rows it is counted and printed."""
+    kept, bad = [], Counter()
+    for row, place in rows:
+        try:
+            kept.append((convert(row), row, place))
+        except ValueError as error:
+            require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
+            bad[re.sub(r"\d+", "N", str(error))] += 1
+    if bad:
+        say(f"data     {name}: skipped {sum(bad.values()):,} rows: "
+            + "; ".join(f"{n:,} {why}" for why, n in bad.most_common(5)))
+    require(kept, f"{name} holds no usable row")
+    return kept
 
 
 def find_format(rows, formats, chosen=None):
-    """The first format whose columns the first row has, or `chosen`. Raises UserError naming what was found
-    and expected."""
-    columns, place = set(rows[0][0]), rows[0][1]
+    """`chosen`, or the first format whose columns the first row has. UserError if there is none."""
+    row, place = rows[0]
     require(chosen is None or chosen in formats, f"unknown --format {chosen}: one of {', '.join(formats)}")
-    for name, needed in formats.items():
-        if name == chosen or (chosen is None and columns.issuperset(needed)):
-            return name
+    fitting = [name for name, needed in formats.items() if set(needed) <= set(row)]
     known = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in formats.items())
-    raise UserError(f"{place}: no known format has the columns {', '.join(sorted(map(str, columns)))}. "
-                    f"Known are: {known}")
+    columns = ", ".join(sorted(map(str, row)))
+    require(chosen or fitting, f"{place}: no known format has the columns {columns}. Known are: {known}")
+    return chosen or fitting[0]
 
 
-def to_messages(value, train=True):
-    """A list of {"role", "content"} or {"from", "value"} -> [{"role", "content", "train"}]. Raises ValueError
-    with the reason.
-
-    `train` is whether assistant turns count for the loss; a message's own "weight" 0 (OpenAI fine-tuning
-    files) takes it out.
-    """
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a non-empty list of messages, got {_short(value)}")
-    messages = []
-    for number, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {number} is not an object: {_short(message)}")
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role not in ROLES:
-            tool = (" (tool calls are not supported)"
-                    if role in ("tool", "function", "observation", "function_call") else "")
-            raise ValueError(f"message {number} has the unknown role {_short(role)}{tool}; "
-                             "known are system, user (human), assistant (gpt)")
-        for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
-            if message.get(key):
-                raise ValueError(f"message {number} has {key}, which is not supported")
-        if isinstance(content, list):  # parts: text alone can be trained on
-            if not all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content):
-                raise ValueError(f"message {number} has parts that are not text, which is not supported")
-            content = "".join(_text(part.get("text"), "text of a part") for part in content)
-        role, content = ROLES[role], _text(content, f"content of message {number} ({role})")
-        if role == "assistant" and not content.strip():
-            raise ValueError(f"message {number} is an empty completion")
-        counts = train and role == "assistant" and message.get("weight", 1) != 0
-        messages.append({"role": role, "content": content, "train": counts})
-    return messages
+def expect(ok, sentence):
+    """Raises ValueError(sentence) unless `ok`: a mistake in a row, which convert_rows gives a place."""
+    if not ok:
+        raise ValueError(sentence)
 
 
 def _short(value):
@@ -376,89 +349,98 @@ def _text(value, what):
 
 
 def turn(role, content, train=True):
+    """One message; `train` counts for the assistant's alone."""
     return {"role": role, "content": content, "train": train and role == "assistant"}
 
 
+def to_messages(value, train=True):
+    """A list of {"role", "content"} or {"from", "value"} -> [turn]. ValueError with the reason.
+
+    `train` is whether assistant turns count for the loss; a message's own "weight" 0 (OpenAI fine-tuning
+    files) takes it out.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a non-empty list of messages, got {_short(value)}")
+    messages = []
+    for number, message in enumerate(value):
+        at = f"message {number}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{at} is not an object: {_short(message)}")
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        is_tool = role in ("tool", "function", "observation", "function_call")
+        expect(role in ROLES, f"{at} has the unknown role {_short(role)}"
+               f"{' (tool calls are not supported)' if is_tool else ''}; "
+               "known are system, user (human), assistant (gpt)")
+        for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
+            expect(not message.get(key), f"{at} has {key}, which is not supported")
+        if isinstance(content, list):  # parts: text alone can be trained on
+            expect(all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content),
+                   f"{at} has parts that are not text, which is not supported")
+            content = "".join(_text(part.get("text"), "text of a part") for part in content)
+        content = _text(content, f"content of {at} ({ROLES[role]})")
+        messages.append(turn(ROLES[role], content, train and message.get("weight", 1) != 0))
+    return messages
+
+
+def column_messages(row, column, role="user", train=True):
+    """A column of messages, or a string (an instruction with its input) as one turn of `role` -> [turn]."""
+    value = row.get(column)
+    if isinstance(value, list):
+        return to_messages(value, train)
+    text = _text(value, f"column '{column}'")
+    if column == "instruction" and row.get("input"):
+        text += "\n" + _text(row["input"], "column 'input'")
+    return [turn(role, text, train)]
+
+
+def with_system(messages, row, system_prompt):
+    """Puts the row's `system` first, else system_prompt unless the messages begin with a system turn."""
+    if row.get("system"):
+        return [turn("system", _text(row["system"], "column 'system'")), *messages]
+    own = not system_prompt or messages[0]["role"] == "system"
+    return messages if own else [turn("system", system_prompt), *messages]
+
+
 def to_conversation(row, format, system_prompt=None):
-    """A row of any SFT format -> {"messages": [...]} or {"text": str}. Raises ValueError with the reason.
+    """A row of any SFT format -> {"messages": [turn]} or {"text": str}. ValueError with the reason.
 
     What follows the last answer is dropped. An assistant turn before anything else is no answer: not trained.
     """
     if format == "text":
         text = _text(row.get("text"), "column 'text'")
-        if not text.strip():
-            raise ValueError("column 'text' is empty")
+        expect(text.strip(), "column 'text' is empty")
         return {"text": text}
     if format in ("messages", "conversations"):
         messages = to_messages(row.get(format))
-        if row.get("system"):
-            messages.insert(0, turn("system", _text(row["system"], "column 'system'")))
-    elif format == "alpaca":
-        instruction, extra = _text(row.get("instruction"), "column 'instruction'"), row.get("input") or ""
-        messages = [turn("system", _text(row["system"], "column 'system'"))] if row.get("system") else []
-        for pair in row.get("history") or []:
+    else:
+        messages, history = [], row.get("history") if format == "alpaca" else None
+        for pair in history or []:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise ValueError(f"column 'history' holds {_short(pair)} "
                                  "where a [user, assistant] pair is expected")
-            messages += [turn("user", _text(pair[0], "history")),
-                         turn("assistant", _text(pair[1], "history"))]
-        extra = _text(extra, "column 'input'")
-        messages += [turn("user", instruction + ("\n" + extra if extra else "")),
-                     turn("assistant", _text(row.get("output"), "column 'output'"))]
-    else:
-        first, second = SFT_FORMATS[format]
-        prompt, completion = row.get(first), row.get(second)
-        messages = (to_messages(prompt, train=False) if isinstance(prompt, list)
-                    else [turn("user", _text(prompt, f"column '{first}'"))])
-        messages += (to_messages(completion) if isinstance(completion, list)
-                     else [turn("assistant", _text(completion, f"column '{second}'"))])
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, turn("system", system_prompt))
-    while messages and messages[-1]["role"] != "assistant":  # nothing after the last answer is trained on
+            said = [_text(text, "history") for text in pair]
+            messages += [turn("user", said[0]), turn("assistant", said[1])]
+        prompt, completion = SFT_FORMATS[format]
+        messages += column_messages(row, prompt, train=False) + column_messages(row, completion, "assistant")
+    for number, message in enumerate(messages):
+        expect(message["role"] != "assistant" or message["content"].strip(),
+               f"empty completion (message {number})")
+    messages = with_system(messages, row, system_prompt)
+    while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if messages:
         messages[0]["train"] = False
-    if not any(m["train"] for m in messages):
-        raise ValueError("no assistant message to train on")
-    if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
-        raise ValueError("empty completion")
+    expect(any(m["train"] for m in messages), "no assistant message to train on")
     return {"messages": messages}
 
 
 def to_prompt(row, format, system_prompt=None):
-    """A row -> (the prompt as it stands in the row, its messages). Raises ValueError with the reason."""
-    prompt = row.get(format)
-    if isinstance(prompt, list):
-        messages = to_messages(prompt, train=False)
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("the prompt ends with an assistant message; it must end with the user's")
-    else:
-        text = _text(prompt, f"column '{format}'")
-        if format == "instruction" and row.get("input"):
-            text += "\n" + _text(row["input"], "column 'input'")
-        if not text.strip():
-            raise ValueError(f"column '{format}' is empty")
-        messages = [turn("user", text)]
-    if system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, turn("system", system_prompt))
-    return prompt, messages
-
-
-def convert_rows(rows, convert, skip_bad_rows, name):
-    """[(row, place)] -> [(convert(row), row, place)], every row checked. A ValueError names file, line and
-    reason."""
-    kept, bad = [], Counter()
-    for row, place in rows:
-        try:
-            kept.append((convert(row), row, place))
-        except ValueError as error:
-            require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
-            bad[re.sub(r"\d+", "N", str(error))] += 1
-    if bad:
-        say(f"data     {name}: skipped {sum(bad.values()):,} rows: "
-            + "; ".join(f"{n:,} {why}" for why, n in bad.most_common(5)))
-    require(kept, f"{name} holds no usable row")
-    return kept
+    """A row -> (the prompt as it stands in the row, its messages). ValueError with the reason."""
+    messages = column_messages(row, format, train=False)
+    expect(messages[-1]["role"] != "assistant",
+           "the prompt ends with an assistant message; it must end with the user's")
+    expect(messages[-1]["content"].strip(), f"column '{format}' is empty")
+    return row[format], with_system(messages, row, system_prompt)
 
 
 def hold_out(items, prompts, fraction, most=200):
@@ -490,71 +472,51 @@ PLAIN_TEMPLATE = (
 
 
 def load_tokenizer(args):
-    """The tokenizer of args.model_name_or_path, with a chat template and a pad token. Raises UserError if it
-    has no EOS."""
+    """The tokenizer of args.model_name_or_path with a chat template, .template_kwargs and a pad token.
+    UserError if it has no EOS, no offsets, or a template that loses messages."""
     base, adapter = base_and_adapter(args.model_name_or_path)
     source = adapter if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")) else base
     names = os.listdir(source) if os.path.isdir(source) else ["tokenizer.json"]
     require(any("token" in name or name.startswith("vocab") for name in names),
             f"the folder {source} holds no tokenizer (no tokenizer.json or the like)")
-    try:
+    with explain(f"cannot load a tokenizer from '{source}'"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-    except Exception as error:
-        raise UserError(f"cannot load a tokenizer from '{source}': {_first_line(error)}") from None
     require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, "
             "which the masks need (is_fast is False)")
     require(tokenizer.eos_token_id is not None,
             f"the tokenizer of '{source}' has no EOS token: a model could never learn to stop")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask is derived from a token id
-    if args.chat_template_path:
-        try:
-            with open(args.chat_template_path, encoding="utf-8") as file:
-                tokenizer.chat_template = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --chat_template_path {args.chat_template_path}: "
-                            f"{getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    path = args.chat_template_path
+    if path:
+        with (explain(f"cannot read --chat_template_path {path}", (OSError, UnicodeDecodeError)),
+              open(path, encoding="utf-8") as file):
+            tokenizer.chat_template = file.read()
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
-        say("template the tokenizer has none: using 'User:' and 'Assistant:' lines "
-            "(saved with the model)")
-    tokenizer.template_kwargs = parse_json_object(args.chat_template_kwargs, "--chat_template_kwargs")
-    try:  # a template's own mistakes should not be blamed on the data
+        say("template the tokenizer has none: using 'User:' and 'Assistant:' lines (saved with the model)")
+    with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
+                 (ValueError, TypeError)):
+        tokenizer.template_kwargs = {**json.loads(args.chat_template_kwargs or "{}")}
+    with explain(path or f"the tokenizer of {source}", ValueError):  # not to be blamed on the data
         trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
         check_whole(render(tokenizer, trial), trial)
-    except ValueError as error:
-        raise UserError(f"{args.chat_template_path or 'the tokenizer of ' + source}: {error}") from None
     return tokenizer
 
 
-def parse_json_object(text, flag):
-    try:
-        value = json.loads(text) if text else {}
-    except ValueError:
-        value = None
-    require(isinstance(value, dict),
-            f"{flag} must be a JSON object such as '{{\"enable_thinking\": false}}', not {text}")
-    return value
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def render(tokenizer, messages, add_generation_prompt=False):
-    """The chat template applied, as text: special tokens and all. Raises ValueError with the template's own
-    complaint."""
+    """The chat template applied, as text with special tokens. ValueError with the template's complaint."""
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     try:
         return tokenizer.apply_chat_template(
             plain, tokenize=False, add_generation_prompt=add_generation_prompt,
             **getattr(tokenizer, "template_kwargs", {}))
     except Exception as error:  # templates call raise_exception with their own words
-        raise ValueError(f"the chat template refuses this conversation: {_first_line(error)}") from None
+        raise ValueError(f"the chat template refuses this conversation: {reason_of(error)}") from None
 
 
 def check_whole(text, messages):
-    """Raises ValueError if a template passed over a message, as some do with a system message or reasoning.
+    """ValueError if a template passed over a message, as some do with a system message or reasoning.
 
     White space may differ, and /think and /no_think are switches to some templates. Untrained assistant turns
     may lose their reasoning.
@@ -562,18 +524,16 @@ def check_whole(text, messages):
     for number, message in enumerate(messages):
         if message["content"].strip() not in text and (message["train"] or message["role"] != "assistant"):
             words, rendered = (re.sub(r"\s+|/(no_)?think", "", t) for t in (message["content"], text))
-            if words not in rendered:
-                raise ValueError(f"the chat template leaves out message {number} ({message['role']}) "
-                                 "or a part of it; give another --chat_template_path")
+            expect(words in rendered, f"the chat template leaves out message {number} ({message['role']}) "
+                   "or a part of it; give another --chat_template_path")
 
 
 def stop_token_ids(tokenizer, generation_config=None):
-    """Every id that ends a completion: the tokenizer's EOS, the generation config's, and the template's end
-    of turn."""
-    ids = {tokenizer.eos_token_id, *_end_of_turn(tokenizer, str(tokenizer.chat_template))}
+    """Every id that ends a completion: EOS, those of the generation config, the template's end of turn."""
     eos = getattr(generation_config, "eos_token_id", None)
-    ids.update(eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])
-    return sorted(ids)
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, (list, tuple)) else [eos]),
+           *_end_of_turn(tokenizer, str(tokenizer.chat_template))}
+    return sorted(ids - {None})
 
 
 @lru_cache
@@ -609,20 +569,20 @@ def find_answer(tokenizer, messages, k, text):
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
-    """messages -> [{"input_ids": [...], "completion_mask": [...], "moved": n}], usually one.
+    """messages -> [{"input_ids": [...], "completion_mask": [...], "moved": n}], usually one. ValueError.
 
     The assistant's spans are found on the final rendering: from the end of the generation prompt to the
     end-of-turn token, which is included. A template that rewrites earlier turns (thinking models) gives one
-    example for each trained turn instead. `moved` counts tokens that belong half to an answer and half to
-    what surrounds it; they stay untrained. Raises ValueError.
+    example for each trained turn. `moved` counts tokens that belong half to an answer and half to what
+    surrounds it; they stay untrained.
     """
     text, trained = render(tokenizer, messages), [k for k, m in enumerate(messages) if m["train"]]
     if not completion_only_loss:
         trained = trained[-1:]  # everything counts; only the end is to be found
     spans = [find_answer(tokenizer, messages, k, text) for k in trained]
     if None in spans:
-        if trained == [len(messages) - 1]:
-            raise ValueError("the chat template changes the prompt when the answer follows it")
+        expect(trained != [len(messages) - 1],
+               "the chat template changes the prompt when the answer follows it")
         parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
         return [e for part in parts for e in encode_conversation(tokenizer, part, completion_only_loss)]
     check_whole(text, messages)
@@ -634,18 +594,14 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
     for start, end in spans:
         first, last = bisect_left(starts, start), bisect_right(ends, end)
         moved += (first > 0 and ends[first - 1] > start) + (last < len(ids) and starts[last] < end)
-        stop = last
-        while stop > first and ids[stop - 1] not in stops:
-            stop -= 1
-        if stop == first:  # no end-of-turn token: trailing white space belongs to the template
-            stop = last
-            while stop > first and not text[starts[stop - 1]:ends[stop - 1]].strip():
-                stop -= 1
+        backwards = range(last, first, -1)
+        stop = next((i for i in backwards if ids[i - 1] in stops), None)
+        if stop is None:  # no end-of-turn token: trailing white space belongs to the template
+            stop = next((i for i in backwards if text[starts[i - 1]:ends[i - 1]].strip()), first)
             if end == len(text):  # and EOS takes its place
                 ids, mask = ids[:stop] + [tokenizer.eos_token_id], mask[:stop] + [1]
         mask[first:stop] = [1] * (stop - first)
-    if not any(mask):
-        raise ValueError("no trained token is left after tokenizing")
+    expect(any(mask), "no trained token is left after tokenizing")
     return [{"input_ids": ids, "completion_mask": mask, "moved": moved}]
 
 
@@ -659,13 +615,8 @@ def encode_text(tokenizer, text):
 
 
 def truncate(ids, mask, max_length):
-    """Cuts ids and mask together to max_length: first the prompt's beginning, down to half of it, then the
-    completion's end."""
-    if len(ids) <= max_length:
-        return ids, mask
-    prompt = mask.index(1)
-    keep = max(max_length - (len(ids) - prompt), min(prompt, max_length // 2))
-    start = prompt - keep
+    """Cuts both to max_length: the prompt's beginning, down to max_length / 2, then the completion's end."""
+    start = max(0, min(len(ids) - max_length, mask.index(1) - max_length // 2))
     return ids[start:start + max_length], mask[start:start + max_length]
 
 
@@ -674,15 +625,13 @@ def pad(rows, value, side="right", dtype=torch.long):
     width = max((len(row) for row in rows), default=0)
     out = torch.full((len(rows), width), value, dtype=dtype)
     for i, row in enumerate(rows):
-        if len(row):
-            at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-            out[i, at] = torch.as_tensor(row, dtype=dtype)
+        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        out[i, at] = torch.as_tensor(row, dtype=dtype)
     return out
 
 
 def fingerprint(examples):
-    """A digest of all that is in the examples: a checkpoint refuses to go on with other data or another
-    template."""
+    """A digest of all that is in the examples, by which a checkpoint knows its data."""
     digest = hashlib.sha256()
     for example in examples:
         for name, value in sorted(example.items()):
@@ -691,68 +640,193 @@ def fingerprint(examples):
     return digest.hexdigest()[:16]
 
 
+# ---- preferences and scores --------------------------------------------------------------------------------
+
+PAIR_FORMATS = {"sharegpt_pair": ("conversations", "chosen", "rejected"),
+                "alpaca_pair": ("instruction", "chosen", "rejected"),
+                "prompt_pair": ("prompt", "chosen", "rejected"), "conversation_pair": ("chosen", "rejected")}
+SCORE_FORMATS = {"prompt_completion_score": ("prompt", "completion", "score")}
+
+
+def transcript(text):
+    """hh-rlhf's "\\n\\nHuman: ... \\n\\nAssistant: ..." -> messages. Raises ValueError if it is none."""
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
+    if len(parts) < 4 or parts[0].strip() or parts[-2] != "Assistant":
+        raise ValueError("expected a transcript that ends with '\\n\\nAssistant: ...', or messages, or a "
+                         f"column 'prompt' beside the strings; got {_short(text)}")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [turn(roles[who], said.strip(), train=False) for who, said in zip(parts[1::2], parts[2::2])]
+
+
+def to_pair(row, format, system_prompt=None):
+    """A row of any preference format -> {"prompt", "chosen", "rejected"}, each a list of messages.
+
+    Full conversations are split after the messages they share, transcripts before their last answer. A side
+    may come out empty: encode_pairs drops and counts such pairs. Raises ValueError with the reason.
+    """
+    prompt = []
+    if format == "alpaca_pair":
+        prompt = to_prompt(row, "instruction", system_prompt)[1]
+    elif format == "sharegpt_pair":
+        prompt = to_messages(row["conversations"], train=False)
+    elif format == "prompt_pair":
+        prompt = to_prompt(row, "prompt", system_prompt)[1]
+    sides = []
+    for name in ("chosen", "rejected"):
+        value = row.get(name)
+        if isinstance(value, str):
+            value = transcript(value) if format == "conversation_pair" else [turn("assistant", value)]
+        elif isinstance(value, (dict, list)):
+            value = to_messages(value if isinstance(value, list) else [value])
+        else:
+            raise ValueError(f"column '{name}' is neither a string nor messages but {_short(value)}")
+        sides.append(value)
+    said = [[(m["role"], m["content"]) for m in side] for side in sides]
+    shared = len(os.path.commonprefix(said))
+    shared = min(shared, *(len(side) - 1 for side in sides))  # identical sides: the last turn is the answer
+    if shared:
+        beginning = sides[0][:shared]  # full conversations hold the prompt themselves
+        known = [(m["role"], m["content"]) for m in prompt]
+        full = said[0][:len(known)] == known or any(m in beginning for m in prompt if m["role"] == "user")
+        prompt = beginning if full else prompt + beginning
+        sides = [side[shared:] for side in sides]
+    for name, side in zip(("chosen", "rejected"), sides):
+        if side[0]["role"] != "assistant":
+            raise ValueError(f"'{name}' does not begin with an answer after what both sides share: their "
+                             "prompts differ")
+    if not prompt or prompt[-1]["role"] == "assistant":
+        raise ValueError("the prompt of chosen and rejected must end with a user message")
+    if format in ("conversation_pair", "sharegpt_pair"):  # to_prompt has done it for the others
+        prompt = with_system(prompt, row, system_prompt)
+    prompt = [{**m, "train": False} for m in prompt]
+    return {"prompt": prompt, **{name: [{**m, "train": m["role"] == "assistant"} for m in side]
+                                 for name, side in zip(("chosen", "rejected"), sides)}}
+
+
+def upto_answer(example):
+    """(ids, mask) up to the last answer's end of turn: what a template puts after it is never sampled."""
+    ids, mask = example["input_ids"], example["completion_mask"]
+    end = len(mask) - mask[::-1].index(1)
+    return ids[:end], mask[:end]
+
+
+def prompt_key(messages):
+    """What hold_out splits by: the same for the same prompt in every script."""
+    return repr([m["content"] for m in messages if m["role"] != "assistant"])
+
+
+def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
+    """[(pair, row, place)] -> [{"chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask", "prompt_ids",
+    "row"}], tensors.
+
+    Both sides lose the same tokens of the prompt's beginning, then each its completion's end. Empty and
+    identical pairs are dropped; `counts` (a Counter) says how many, and what was cut.
+    """
+    examples = []
+    for pair, row, place in items:
+        if not all(pair[side][-1]["content"].strip() for side in ("chosen", "rejected")):
+            counts["dropped: an empty completion"] += 1
+            continue
+        try:
+            sides = [encode_conversation(tokenizer, pair["prompt"] + pair[side])
+                     for side in ("chosen", "rejected")]
+            if any(len(parts) > 1 for parts in sides):
+                raise ValueError("the chat template rewrites earlier turns, so a completion of several turns "
+                                 "cannot be one example")
+        except ValueError as error:
+            require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
+            counts["skipped in tokenizing"] += 1
+            continue
+        sides = [upto_answer(parts[0]) for parts in sides]
+        prompt = min(mask.index(1) for _, mask in sides)
+        longest = max(len(ids) for ids, _ in sides)
+        keep = max(max_length - (longest - prompt), min(prompt, max_length // 2))
+        cut = max(prompt - keep, 0) if longest > max_length else 0
+        counts["cut to max_length"] += longest > max_length
+        sides = [(ids[cut:cut + max_length], mask[cut:cut + max_length]) for ids, mask in sides]
+        if sides[0] == sides[1] or not all(any(mask[1:]) for _, mask in sides):
+            counts["dropped: the two sides are identical"] += sides[0] == sides[1]
+            counts["dropped: no trained token left"] += sides[0] != sides[1]
+            continue
+        example = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"])[-max_length:], "row": row}
+        for name, (ids, mask) in zip(("chosen", "rejected"), sides):
+            example[f"{name}_ids"] = torch.tensor(ids, dtype=torch.int32)
+            example[f"{name}_mask"] = torch.tensor(mask, dtype=torch.int8)
+        examples.append(example)
+    return examples
+
+
+def to_scored(row, format, system_prompt=None):
+    """prompt, completion and score (a number, or several named ones) -> ({"messages"}, {name: float})."""
+    conversation = to_conversation(row, "prompt_completion", system_prompt)
+    scores = row["score"] if isinstance(row.get("score"), dict) else {"score": row.get("score")}
+    for name, value in scores.items():
+        try:
+            scores = {**scores, name: float(value)}
+        except (TypeError, ValueError):
+            raise ValueError(f"the score '{name}' is not a number but {_short(value)}") from None
+        if isinstance(value, bool) or not math.isfinite(scores[name]):
+            raise ValueError(f"the score '{name}' is {_short(value)}; expected a finite number")
+    if not scores:
+        raise ValueError("column 'score' holds no score")
+    return conversation, scores
+
+
 # ---- showing things to a person ----------------------------------------------------------------------------
 
 def show_example(tokenizer, ids, mask, title="first example", limit=600):
     """One example, trained tokens marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
-    opening, closing = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
-    text, ids = "", [int(i) for i in ids]
-    for trained, turn_of in groupby(range(len(ids)), key=lambda i: int(mask[i])):
-        piece = tokenizer.decode([ids[i] for i in turn_of], skip_special_tokens=False,
-                                 clean_up_tokenization_spaces=False)
+    terminal = sys.stdout.isatty()
+    opening, closing = ("\033[32m", "\033[0m") if terminal else ("[[", "]]")
+    text, count = "", sum(map(int, mask))
+    for trained, part in groupby(zip(ids, mask), key=lambda token: int(token[1])):
+        piece = tokenizer.decode([int(i) for i, _ in part], clean_up_tokenization_spaces=False)
         if len(piece) > limit:
             piece = piece[:limit // 2] + " ... " + piece[-limit // 2:]
         text += opening + piece + closing if trained else piece
-    count = sum(map(int, mask))
-    where = "" if not count else f", {count} trained, " + ("marked" if sys.stdout.isatty() else "in [[ ]]")
+    where = f", {count} trained, in {'green' if terminal else '[[ ]]'}" if count else ""
     say(f"{title}: {len(ids)} tokens{where}")
     say("  " + text.replace("\n", "\n  "))
 
 
 def show_table(rows):
     """[{column: value}] as a table; long texts are cut."""
-    cells = [{k: " ".join(v.split()) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
-    cells = [{k: v[:27] + " ... " + v[-27:] if isinstance(v, str) and len(v) > 60 else v
-              for k, v in row.items()} for row in cells]
+    def cut(value):
+        text = " ".join(value.split()) if isinstance(value, str) else ""
+        return text[:27] + " ... " + text[-27:] if len(text) > 60 else text or value
     if rows:
-        say("  " + pandas.DataFrame(cells).to_string(index=False, max_colwidth=60).replace("\n", "\n  "))
-
-
-TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+        table = pandas.DataFrame(rows).map(cut).to_string(index=False, max_colwidth=60)
+        say("  " + table.replace("\n", "\n  "))
 
 
 def check_tracker(log_with):
     """accelerate would go on unlogged when the package is missing; this raises UserError."""
-    if log_with is not None:
-        require(importlib.util.find_spec(TRACKER_PACKAGES[log_with]) is not None,
-                f"--log_with {log_with} needs the package '{TRACKER_PACKAGES[log_with]}': "
-                f"pip install {TRACKER_PACKAGES[log_with]}")
+    require(log_with is None or importlib.util.find_spec(log_with),
+            f"--log_with {log_with} needs the package '{log_with}': pip install {log_with}")
 
 
 class RunLog:
-    """metrics.jsonl, samples.jsonl, the trackers and the progress line of one run. Only the first process
-    writes."""
+    """metrics.jsonl, samples.jsonl, trackers and progress lines of a run; only the first process writes."""
 
     def __init__(self, accelerator, args, total_steps, start_step):
         self.accelerator, self.args, self.total, self.start = accelerator, args, total_steps, start_step
         self.main, self.since, self.tokens = accelerator.is_main_process, time.time(), 0
-        if self.main and start_step == 0:  # a new run: what an earlier one left goes only now
-            for path in (os.path.join(args.output_dir, name) for name in OUTPUTS):
-                if os.path.isdir(path):
-                    shutil.rmtree(path)
-                elif os.path.exists(path):
-                    os.remove(path)
-        elif self.main:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                _cut_back(os.path.join(args.output_dir, name), start_step)
         if self.main:
-            save_args(args)
+            for path in (os.path.join(args.output_dir, name) for name in OUTPUTS):
+                if start_step == 0:  # a new run: what an earlier one left goes only now
+                    shutil.rmtree(path, ignore_errors=True)
+                    with suppress(FileNotFoundError):
+                        os.remove(path)
+                elif path.endswith(".jsonl"):
+                    _cut_back(path, start_step)
+            with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
+                json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
         if start_step == total_steps:
             say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
         if args.log_with:
             accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
-        self.bar = tqdm(total=total_steps, initial=start_step,
-                        disable=not (self.main and sys.stderr.isatty()), unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+                        disable=not (self.main and sys.stderr.isatty()))
 
     def write(self, name, record):
         if self.main:
@@ -768,14 +842,14 @@ class RunLog:
     def progress(self, step, tokens, shown):
         """One step done, `tokens` of it processed; `shown` are the figures worth a glance."""
         self.tokens += tokens
-        text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-        rate = self.tokens / max(time.time() - self.since, 1e-9)
-        self.bar.set_postfix_str(f"{text}  {rate:,.0f} tok/s", refresh=False)
+        seconds = max(time.time() - self.since, 1e-9)
+        figures = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+        figures += f"  {self.tokens / seconds:,.0f} tok/s"
+        self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step % self.args.logging_steps == 0 or step == self.total):
-            done = step - self.start
-            left = (time.time() - self.since) / max(done, 1) * (self.total - step)
-            say(f"step {step}/{self.total}  {text}  {rate:,.0f} tok/s  {left:.0f} s left")
+            left = seconds / max(step - self.start, 1) * (self.total - step)
+            say(f"step {step}/{self.total}  {figures}  {left:.0f} s left")
 
     def close(self):
         self.bar.close()
@@ -787,17 +861,12 @@ def _cut_back(path, step):
     """Keeps the lines up to `step`: what a killed run wrote after its last checkpoint is written again."""
     if not os.path.exists(path):
         return
-    kept = []
-    with open(path, encoding="utf-8") as file:
+    with (open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept,
+          suppress(ValueError)):  # half a line: the run was killed while writing it
         for line in file:
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except ValueError:  # half a line: the run was killed while writing it
+            if json.loads(line)["step"] > step:
                 break
-            kept.append(line)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(kept)
+            kept.write(line)
     os.replace(path + ".tmp", path)
 
 
@@ -808,10 +877,8 @@ def base_and_adapter(name):
     if not os.path.exists(os.path.join(name, "adapter_config.json")):
         require(not name.startswith((".", "/", "~")) or os.path.isdir(name), f"no such model folder: {name}")
         return name, None
-    try:
+    with explain(f"{name}/adapter_config.json is not readable"):
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(f"{name}/adapter_config.json is not readable: {_first_line(error)}") from None
     require(any(n.startswith("adapter_model.") for n in os.listdir(name)), f"{name} holds no adapter weights")
     require(not base.startswith((".", "/", "~")) or os.path.isdir(base),
             f"the adapter {name} was trained on {base}, which is not there")
@@ -823,79 +890,85 @@ def trains_adapter(args):
     return args.lora_r > 0 or base_and_adapter(args.model_name_or_path)[1] is not None
 
 
-def load_model(args, tokenizer, device="cpu", dropout=False):
-    """The policy, ready to train: trained weights fp32, all else frozen; LoRA and 4-bit as the arguments say.
+def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
+    """The model, ready to train: trained weights fp32, all else frozen; LoRA and 4-bit as the arguments say.
 
-    dropout=False turns every rate off, functional ones included; the model stays in train() mode, where
-    checkpointing works. Its generation config stops at every id of stop_token_ids.
+    A policy, whose generation config stops at every id of stop_token_ids; or, with score_names, a reward
+    model with one output a name. dropout=False turns every rate off, functional ones included; the model
+    stays in train() mode, where checkpointing works.
     """
     base, adapter = base_and_adapter(args.model_name_or_path)
     lora = trains_adapter(args)
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
-    model = load_base(base, args, device, frozen=lora)
+    model = load_base(base, args, device, lora, score_names and score_config(score_names, tokenizer))
     rows = model.get_input_embeddings().weight.shape[0]
     require(len(tokenizer) <= rows, f"the tokenizer has {len(tokenizer)} tokens and the model's embedding "
             f"{rows} rows: '{base}' and its tokenizer do not belong together")
     scaled = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
               if getattr(model.config, name, None) not in (None, 1, 1.0)]
-    require(not scaled, f"models of type {model.config.model_type} change their logits after the head "
-            f"({', '.join(scaled)}), so their log-probs would be off: not supported")
+    require(score_names or not scaled, f"models of type {model.config.model_type} change their logits after "
+            f"the head ({', '.join(scaled)}), so their log-probs would be off: not supported")
     if adapter:
         rank = PeftConfig.from_pretrained(adapter).r
         require(args.lora_r in (0, rank), f"{adapter} is an adapter of rank {rank}: leave --lora_r out")
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora:
         for name in args.modules_to_save or []:
-            require(any(n == name or n.endswith("." + name) for n, _ in model.named_modules()),
+            require(any(f".{n}".endswith(f".{name}") for n, _ in model.named_modules()),
                     f"--modules_to_save {name}: the model has no module of that name")
         config = LoraConfig(
             r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
             target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
-            task_type="CAUSAL_LM")
-        try:
+            task_type="SEQ_CLS" if score_names else "CAUSAL_LM")  # SEQ_CLS trains and saves the head too
+        with explain(f"--lora_target_modules {args.lora_target_modules}", ValueError):
             model = get_peft_model(model, config)
-        except ValueError as error:
-            wanted = f"--lora_target_modules {args.lora_target_modules}"
-            raise UserError(f"{wanted}: {_first_line(error)}") from None
-    require(not isinstance(model.get_output_embeddings(), BaseTunerLayer),
+    require(score_names or not isinstance(model.get_output_embeddings(), BaseTunerLayer),
             "LoRA on the output head would not be trained: use --modules_to_save lm_head instead")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
     if not dropout:
         no_dropout(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
+    if not score_names:
+        model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
     kind = "a LoRA adapter goes on" if adapter else f"LoRA r={args.lora_r}" if lora else "full fine-tuning"
     say(f"model    {args.model_name_or_path} ({model.config.model_type}): {kind}"
-        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} weights "
+        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {sum(p.numel() for p in trained):,} of "
+        f"{sum(p.numel() for p in model.parameters()):,} weights "
         f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
     return model
 
 
-def load_base(base, args, device="cpu", frozen=False):
+def score_config(names, tokenizer):
+    """The config entries of a reward model with one score a name."""
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_token_id}
+
+
+def load_base(base, args, device="cpu", frozen=False, scores=None):
     """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
+    With `scores` (a score_config) a reward model.
 
     A folder with a config but no weights starts from random weights, drawn from args.seed, and says so; if
     they stay frozen they are saved in output_dir/base: an adapter is worth nothing without its base.
     """
     dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
     options = {"trust_remote_code": args.trust_remote_code}
-    if args.attn_implementation:
-        options["attn_implementation"] = args.attn_implementation
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    with explain(f"cannot load a model from '{base}'"):
+        auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        config = AutoConfig.from_pretrained(base, **options, **(scores or {}))
         require(not hasattr(config, "vision_config"),
                 f"{base} is a vision-language model: images are not supported")
         require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts "
                 "auxiliary loss (output_router_logits), which is not supported")
+        if args.attn_implementation:
+            options["attn_implementation"] = args.attn_implementation
         if os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base)):
             say(f"model    {base} has a config but no weights: starting from random ones (seed {args.seed})")
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+            model = auto.from_config(config, dtype=torch.float32, **options)
             if not frozen:
                 return model
             base = os.path.join(args.output_dir, "base")
@@ -905,34 +978,70 @@ def load_base(base, args, device="cpu", frozen=False):
                 torch.distributed.barrier()
         if args.load_in_4bit:
             options["quantization_config"] = _nf4(dtype, torch.device(device).type)
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = _first_line(error)
-        if "ignore_mismatched_sizes" in reason:
-            reason = "the weights do not fit its config.json"
-        raise UserError(f"cannot load a model from '{base}': {reason}") from None
+        return auto.from_pretrained(base, config=config, dtype=dtype, **options)
+
+
+def use_scoring_pad_token(tokenizer):
+    """Gives the tokenizer a pad token that ends no text, and returns its id.
+
+    transformers reads a reward model's score before the last run of pad tokens: were that the EOS of a text,
+    it would read the token before it. Any other token will do; no mask is derived from it.
+    """
+    stops = stop_token_ids(tokenizer)
+    if tokenizer.pad_token_id in stops:
+        others = [t for t in (tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1)
+                  if t is not None and t not in stops]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
+    return tokenizer.pad_token_id
+
+
+def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16):
+    """A reward model's folder (full, merged or adapter) -> (names of its scores, score).
+
+    score(conversations: lists of turns) -> (N, K) fp32 on the CPU, read at the end of the last answer.
+    """
+    base, adapter = base_and_adapter(folder)
+    with explain(f"{folder} is no reward model that can be loaded"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        names, options = [config.id2label[i] for i in range(config.num_labels)], {}
+        if hasattr(config, "quantization_config"):  # an adapter that was trained on a 4-bit base
+            del config.quantization_config
+            options["quantization_config"] = _nf4(torch.float32, torch.device(device).type)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, **options)
+        model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        model = (model if options else model.to(device)).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+    @torch.no_grad()
+    def score(conversations):
+        rows = [upto_answer(encode_conversation(tokenizer, messages)[-1])[0] for messages in conversations]
+        scores = torch.zeros(len(rows), len(names))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for at in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+            input_ids = pad([rows[i] for i in at], tokenizer.pad_token_id).to(device)
+            mask = pad([[1] * len(rows[i]) for i in at], 0).to(device)
+            scores[at] = model(input_ids=input_ids, attention_mask=mask).logits.float().cpu()
+        return scores
+    return names, score
 
 
 def _nf4(compute_dtype, device_type):
-    """NF4 with double quantisation. On a CPU an eval forward would repack the weights and spoil the
-    gradients: switched off."""
-    try:
+    """NF4 with double quantisation."""
+    with explain("--load_in_4bit needs the package 'bitsandbytes' (pip install bitsandbytes)", ImportError):
         import bitsandbytes.nn.modules
-    except ImportError:
-        raise UserError("--load_in_4bit needs the package 'bitsandbytes': pip install bitsandbytes") from None
-    if device_type == "cpu":
+    if device_type == "cpu":  # an eval forward would repack the weights and spoil the gradients
         bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=compute_dtype)
 
 
 def no_dropout(model):
-    """Sets every dropout rate to 0: modules, and the floats that attention layers pass to functional
-    dropout."""
+    """Sets every dropout rate to 0: modules', and the floats that layers pass to functional dropout."""
     for module in model.modules():
-        for name in ([n for n in vars(module) if "drop" in n]
-                     + (["p"] if isinstance(module, torch.nn.Dropout) else [])):
-            if isinstance(getattr(module, name), float):
+        for name, value in vars(module).items():
+            rate = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
+            if rate and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -968,101 +1077,109 @@ def make_reference(model, adapter=None):
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
               "gradient_checkpointing", "merge"}
-
-
 OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
 
 
 def open_run(args):
     """Checks args.output_dir and finds where to go on. -> the loaded checkpoint (tensors, state) or None.
 
-    Nothing is removed here: RunLog does it when data and model have been found good. Raises UserError if
-    the folder holds a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an
-    argument that changes the mathematics differs from the checkpoint's.
+    Removes nothing: RunLog does when data and model have been found good. UserError if the folder holds a run
+    and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that changes
+    the mathematics differs from the checkpoint's.
     """
     require(trains_adapter(args) or not args.load_in_4bit,
             "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
     require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
-    folder, wanted = os.path.join(args.output_dir, "checkpoints"), args.resume_from_checkpoint
-    try:
+    with explain(f"--output_dir {args.output_dir}", OSError):
         os.makedirs(args.output_dir, exist_ok=True)
-        require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir}: {error.strerror}") from None
-    if wanted is None:
-        used = [n for n in OUTPUTS if os.path.exists(os.path.join(args.output_dir, n))]
-        require(not used or args.overwrite_output_dir,
-                f"{args.output_dir} already holds a run: choose another --output_dir, or add "
-                "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
-        require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
-                "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
-        for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path"):
-            inside = os.path.relpath(getattr(args, name) or ".", args.output_dir).split(os.sep)[0]
-            require(inside not in OUTPUTS, f"--{name} {getattr(args, name)} lies inside the run that would "
-                    "be replaced; choose another --output_dir")
+    require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
+    if args.resume_from_checkpoint is None:
+        _check_free(args)
         return None
-    if wanted == "latest":
-        names = (sorted((n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n)), reverse=True)
-                 if os.path.isdir(folder) else [])
-        for name in names:
-            try:
-                tensors, state = load_checkpoint(os.path.join(folder, name))
-                break
-            except Exception as error:
-                say(f"resume   passing over {os.path.join(folder, name)}: {_first_line(error)}")
-        else:
-            say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
-            return None
-        wanted = os.path.join(folder, name)
-    else:
-        require(os.path.isdir(wanted), f"--resume_from_checkpoint {wanted}: no such folder (or say 'latest')")
-        try:
-            tensors, state = load_checkpoint(wanted)
-        except Exception as error:
-            raise UserError(f"--resume_from_checkpoint {wanted}: {_first_line(error)}") from None
-    now, then = asdict(args), state["args"]
+    path, checkpoint = _find_checkpoint(args)
+    if checkpoint is None:
+        return None
+    now, then = asdict(args), checkpoint[1]["args"]
     for name in sorted(now):
         if name not in MAY_CHANGE or (name == "micro_batch_tokens" and now.get("lora_dropout")):
             require(name in then and then[name] == now[name],
-                    f"{wanted} was written with --{name} {then.get(name)} and this run has {now[name]}: "
+                    f"{path} was written with --{name} {then.get(name)} and this run has {now[name]}: "
                     "that would change the result; give the old value, or start a new --output_dir")
-    say(f"resume   from {wanted}, step {state['step']}")
-    return tensors, state
+    say(f"resume   from {path}, step {checkpoint[1]['step']}")
+    return checkpoint
+
+
+def _check_free(args):
+    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs."""
+    used = [n for n in OUTPUTS if os.path.exists(os.path.join(args.output_dir, n))]
+    require(not used or args.overwrite_output_dir,
+            f"{args.output_dir} already holds a run: choose another --output_dir, or add "
+            "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
+    require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
+            "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
+    for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path"):
+        inside = os.path.relpath(getattr(args, name) or ".", args.output_dir).split(os.sep)[0]
+        require(inside not in OUTPUTS, f"--{name} {getattr(args, name)} lies inside the run that would "
+                "be replaced; choose another --output_dir")
+
+
+def _find_checkpoint(args):
+    """-> (folder, (tensors, state)) to resume from; of "latest" the newest that is whole, or two Nones."""
+    wanted = args.resume_from_checkpoint
+    if wanted != "latest":
+        require(os.path.isdir(wanted), f"--resume_from_checkpoint {wanted}: no such folder (or say 'latest')")
+        with explain(f"--resume_from_checkpoint {wanted}"):
+            return wanted, load_checkpoint(wanted)
+    folder = os.path.join(args.output_dir, "checkpoints")
+    for path in reversed(_steps(folder)):
+        try:
+            return path, load_checkpoint(path)
+        except Exception as error:
+            say(f"resume   passing over {path}: {reason_of(error)}")
+    say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
+    return None, None
+
+
+def _steps(folder):
+    """The checkpoints of a folder, oldest first."""
+    return [os.path.join(folder, n) for n in sorted(glob.glob("step-" + "[0-9]" * 8, root_dir=folder))]
+
+
+@contextmanager
+def written_whole(folder):
+    """Yields an empty folder that replaces `folder` once it is complete; on failure UserError, all stays."""
+    partial = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with explain(f"could not write {folder} (the checkpoints before it are whole)"):
+            os.makedirs(partial)
+            yield partial
+            for name in [*os.listdir(partial), "."]:  # on the disk before its name says so
+                handle = os.open(os.path.join(partial, name), os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_checkpoint(args, state, model, optimizer, name=None, extra=None):
-    """Writes checkpoints/step-N (or checkpoints/<name>), whole or not at all; then removes the oldest beyond
-    save_total_limit.
+    """Writes checkpoints/step-N (or checkpoints/<name>); then removes the oldest beyond save_total_limit.
 
     tensors.safetensors holds the trained weights, the optimizer's moments and `extra` tensors; state.json the
     scalars, the arguments and the SHA-256 of the tensors' file.
     """
     folder = os.path.join(args.output_dir, "checkpoints")
-    final = os.path.join(folder, name or f"step-{state['step']:08d}")
-    partial = os.path.join(folder, ".partial-" + os.path.basename(final))
     tensors, scalars = trained_state(model, optimizer)
-    tensors |= extra or {}
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in (tensors | (extra or {})).items()}
+    with written_whole(os.path.join(folder, name or f"step-{state['step']:08d}")) as partial:
         path = os.path.join(partial, "tensors.safetensors")
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, path)
+        save_file(tensors, path)
         with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
             json.dump({**state, "optimizer": scalars, "args": asdict(args), "sha256": _sha256(path)}, file)
-        for each in (path, os.path.join(partial, "state.json"), partial):  # on disk before the name says so
-            handle = os.open(each, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        if os.path.exists(final):
-            shutil.rmtree(final)
-        os.rename(partial, final)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"could not write {final}: {_first_line(error)}; "
-                        "earlier checkpoints are whole") from None
-    kept = sorted(n for n in os.listdir(folder) if re.fullmatch(r"step-\d+", n))
-    for old in kept[:-args.save_total_limit]:
-        shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
+    for old in _steps(folder)[:-args.save_total_limit]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(folder):
@@ -1070,8 +1187,7 @@ def load_checkpoint(folder):
     with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
         state = json.load(file)
     path = os.path.join(folder, "tensors.safetensors")
-    if _sha256(path) != state["sha256"]:
-        raise ValueError("damaged: the tensors differ from their checksum")
+    expect(_sha256(path) == state["sha256"], "damaged: the tensors differ from their checksum")
     return load_file(path), state
 
 
@@ -1091,14 +1207,14 @@ def trained_state(module, optimizer):
 
 
 def check_data(checkpoint, data):
-    """Raises UserError if the checkpoint was written with other data than what has this fingerprint."""
+    """The fingerprint `data`; UserError if the checkpoint was written with another."""
     require(checkpoint is None or checkpoint[1]["data"] == data, "the checkpoint was written with other "
             "training data (or another chat template or tokenizer): give the same, or a new --output_dir")
     return data
 
 
 def restore(model, optimizer, checkpoint):
-    """The inverse of trained_state, in place. Raises UserError if a weight's name or shape is another."""
+    """The inverse of trained_state, in place. UserError if a weight's name or shape is another."""
     tensors, state = checkpoint
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -1119,7 +1235,7 @@ def restore(model, optimizer, checkpoint):
 
 
 def finish(args, accelerator, model, tokenizer):
-    """Writes args.json's companion model/ (and merged/ with --merge) and says where."""
+    """Writes model/ (and merged/ with --merge) and says where."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder = os.path.join(args.output_dir, "model")
@@ -1131,65 +1247,49 @@ def finish(args, accelerator, model, tokenizer):
     accelerator.wait_for_everyone()
 
 
-def save_args(args):
-    os.makedirs(args.output_dir, exist_ok=True)
-    with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
-        json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
-
-
 def save_model(model, tokenizer, folder):
-    """model/ : an adapter or full weights with tokenizer, template and generation config; swapped in when
-    complete."""
-    partial = folder + ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    """An adapter or full weights, with tokenizer, template and generation config."""
     model.config.use_cache = True
     options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
-    try:
+    with written_whole(folder) as partial:
         model.save_pretrained(partial, **options)
-        model.generation_config.save_pretrained(partial)
+        if model.can_generate():
+            model.generation_config.save_pretrained(partial)
+        else:  # a reward model: an adapter's folder too tells the names of its scores
+            model.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder}: {error.strerror or error}; "
-                        "the checkpoints are whole") from None
 
 
 def merge_adapter(args, tokenizer, folder, adapter, device):
-    """Merges the adapter folder into its base and saves plain weights to `folder`; prints how far the logits
-    moved.
+    """Merges the adapter into its base, saves plain weights to `folder`, prints how far the logits moved.
 
-    A 4-bit base is dequantised first: merging into the original weights, or back into 4 bits, is off ten
-    times as much.
+    A 4-bit base is dequantised first: merging into its original weights, or in 4 bits, is off tenfold.
     """
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    base, _ = base_and_adapter(adapter)
-    options = {"quantization_config": _nf4(dtype, torch.device(device).type)} if args.load_in_4bit else {}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code,
-                                                 **options)
-    model = model if args.load_in_4bit else model.to(device)
-    ids = torch.arange(min(64, model.config.vocab_size), device=model.device)[None]
+    reward = os.path.exists(os.path.join(adapter, "config.json"))
+    names = AutoConfig.from_pretrained(adapter).id2label.values() if reward else []
+
+    def load():
+        model = load_base(base_and_adapter(adapter)[0], args, device, True,
+                          score_config(list(names), tokenizer) if reward else None)
+        return model if args.load_in_4bit else model.to(device)
+
+    ids = torch.arange(min(64, len(tokenizer)), device=device)[None]
     with torch.no_grad():
-        before = PeftModel.from_pretrained(model, adapter).eval()(ids).logits.float()
+        before = PeftModel.from_pretrained(load(), adapter).eval()(ids).logits.float()
+        model = load()
         if args.load_in_4bit:
-            del model
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype, trust_remote_code=args.trust_remote_code, **options)
-            model = model.dequantize(dtype=dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype, trust_remote_code=args.trust_remote_code).to(device)
+            model = model.dequantize(dtype=torch.bfloat16 if args.bf16 else torch.float32)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
         after = merged(ids).logits.float()
-    merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter)
+    if not reward:
+        merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter)
     save_model(merged, tokenizer, folder)
     say(f"merged   {folder}: logits moved by at most {(after - before).abs().max():.2g} "
         f"(their spread is {before.std():.2g})")
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM set .signal; the loop saves a checkpoint and stops. A second one ends the process at
-    once."""
+    """Ctrl-C and SIGTERM set .signal: the loop saves a checkpoint and stops. A second one ends at once."""
 
     def __init__(self):
         self.signal = 0

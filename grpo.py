@@ -359,17 +359,39 @@ def format_reward(prompts, completions, **columns):
 BUILT_IN = {"accuracy": accuracy, "format": format_reward}
 
 
-def load_rewards(args):
+def reward_of_model(name, path, score_name, args, device):
+    """A reward model's folder, or folder:score_name, as a reward function -> (label, function)."""
+    folder = name if os.path.isdir(name) else path
+    names, score_texts = common.load_reward_model(folder, device, args.trust_remote_code)
+    wanted = score_name if folder == path else names[0]
+    require(folder == path or len(names) == 1,
+            f"reward '{name}': it has several scores ({', '.join(names)}): say which, as {name}:{names[0]}")
+    require(wanted in names, f"reward '{name}': the model's scores are {', '.join(names)}")
+
+    def reward(prompts, completions):
+        conversations = []
+        for prompt, completion in zip(prompts, completions):
+            messages = ([common.turn("user", prompt)] if isinstance(prompt, str)
+                        else common.to_messages(prompt, train=False))
+            conversations.append([*messages, common.turn("assistant", text_of(completion))])
+        return score_texts(conversations)[:, names.index(wanted)].tolist()
+    parent = os.path.basename(os.path.dirname(os.path.abspath(folder)))
+    return wanted if folder == path else f"{parent}_score", reward
+
+
+def load_rewards(args, device="cpu"):
     """--reward_funcs -> {name: (function, weight)}. Raises UserError if a file or function is not there."""
     rewards = {}
     for name, weight in zip(args.reward_funcs, args.reward_weights):
         path, _, function = name.rpartition(":")
         if name in BUILT_IN:
             label, reward = name, BUILT_IN[name]
+        elif os.path.isdir(name) or os.path.isdir(path):
+            label, reward = reward_of_model(name, path, function, args, device)
         else:
             require(not name.endswith(".py"), f"reward '{name}': say which function: {name}:function")
             require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
-                    "your own is file.py:function")
+                    "your own is file.py:function, or a reward model's folder")
             require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
             spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
             module = importlib.util.module_from_spec(spec)
@@ -710,7 +732,7 @@ def main(args):
     checkpoint = common.open_run(args)
 
     # data and rewards: all is read, checked and tried before the model is loaded
-    rewards = load_rewards(args)
+    rewards = load_rewards(args, accelerator.device)
     tokenizer = common.load_tokenizer(args)
     train, held = load_prompts(args, tokenizer)
     data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]))

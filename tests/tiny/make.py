@@ -2,12 +2,13 @@
 
 model/          a byte-level tokenizer with a chat template, and the config of a llama-shaped model without weights
 addition.jsonl  problems with the working shown; about 70 % of the demonstrations forget every carry; `answer` is true
-preferences.jsonl  for other problems, all with a carry: the right working, chosen, against the forgetful one, rejected
+preferences.jsonl  for 1,000 of these problems, all with a carry: the right working, chosen, against the forgetful one
 sft/            the checkpoint that comes of `python sft.py`: what grpo.py starts from
 
 Data and tokenizer come out byte for byte the same. The checkpoint does on one kind of processor; elsewhere its accuracy does.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROWS, FORGETFUL, PAIRS = 6000, 0.7, 1000
+ROWS, FORGETFUL, PAIRS = 8000, 0.7, 1000
 SPECIAL = ["<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -36,26 +37,29 @@ def demonstration(a, b, carries):
     return f"<think>{' '.join(columns)}</think><answer>{int(digits)}</answer>"
 
 
-def problems(rng, taken):
-    """Endless a, b of 1-3 digits with a sum below 1,000, none twice and none of `taken`."""
-    while True:
-        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in (rng.choice((1, 2, 3)), rng.choice((1, 2, 3))))
-        if a + b < 1000 and (a, b) not in taken:
-            taken.add((a, b))
-            yield a, b
-
-
 def make_data(folder):
-    rng, taken = random.Random(0), set()
-    with open(os.path.join(folder, "addition.jsonl"), "w", encoding="utf-8") as file:
-        for (a, b), _ in zip(problems(rng, taken), range(ROWS)):
+    rng, rows = random.Random(0), {}
+    while len(rows) < ROWS:
+        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in (rng.choice((1, 2, 3)), rng.choice((1, 2, 3))))
+        # no carry out of the last column: right and forgetful working then differ in digits, never in length
+        if len(str(a + b)) == len(str(max(a, b))) and f"{a}+{b}" not in rows:
             completion = demonstration(a, b, carries=rng.random() >= FORGETFUL)
-            file.write(json.dumps({"prompt": f"{a}+{b}", "completion": completion, "answer": str(a + b)}) + "\n")
-    with open(os.path.join(folder, "preferences.jsonl"), "w", encoding="utf-8") as file:
-        pairs = ((a, b, demonstration(a, b, True), demonstration(a, b, False)) for a, b in problems(rng, taken))
-        for (a, b, chosen, rejected), _ in zip((p for p in pairs if p[2] != p[3]), range(PAIRS)):
-            row = {"prompt": f"{a}+{b}", "chosen": chosen, "rejected": rejected, "answer": str(a + b)}
-            file.write(json.dumps(row) + "\n")
+            rows[f"{a}+{b}"] = {"prompt": f"{a}+{b}", "completion": completion, "answer": str(a + b)}
+    write(os.path.join(folder, "addition.jsonl"), rows.values())
+
+    # in the order in which common.hold_out holds prompts out: what sft.py and grpo.py hold out comes first here
+    pairs = []
+    for prompt in sorted(rows, key=lambda p: hashlib.sha256(repr([p]).encode()).digest()):
+        a, b = map(int, prompt.split("+"))
+        chosen, rejected = demonstration(a, b, True), demonstration(a, b, False)
+        if chosen != rejected:
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "answer": str(a + b)})
+    write(os.path.join(folder, "preferences.jsonl"), pairs[:PAIRS])
+
+
+def write(path, rows):
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def make_model(folder):

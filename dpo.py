@@ -1,0 +1,571 @@
+"""dpo.py - direct preference optimization: a policy learns to prefer the chosen of two completions.
+
+Objective   L = - log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)]), mean over the pairs of
+            the step; log pi = sum over the completion's tokens. Rafailov 2023, arXiv 2305.18290, eq. 7.
+            --loss_type ipo: Azar 2023, arXiv 2310.12036; hinge: Zhao 2023, arXiv 2305.10425 (SLiC-HF).
+            --sft_coef adds the chosen completion's mean NLL (Pang 2024, arXiv 2404.19733).
+Shapes      B pairs of a micro-batch, 2B rows (chosen first, then rejected), T tokens of the longest row,
+            V vocabulary, d hidden size, N trained tokens. Index t of a (2B, T-1) tensor is the prediction of
+            token t+1; the causal shift is done once, in Policy.forward.
+
+Differences from the papers
+1. ipo divides each log-prob by its completion's length, as its authors confirmed; the paper has sums.
+2. label_smoothing eps gives the conservative loss (1 - eps) L + eps L(swapped), for sigmoid alone.
+Differences from TRL's DPOTrainer
+1. Only the completion's tokens count, for any chat template; both sides keep the same prompt tokens.
+2. Full fine-tuning computes the reference log-probs once, before the first step: two numbers a pair, kept in
+   the checkpoint (--precompute_ref_log_probs False keeps a frozen copy of the model instead).
+3. Started from an adapter, the reference is a frozen copy of that adapter, never the bare base.
+4. Dropout is off, the mean is over the pairs of the whole step, and a resumed run ends bit-equal.
+
+Run   python dpo.py                                                   the small example, CPU, about a minute
+      python dpo.py --model_name_or_path out/sft/model --dataset_name pairs.jsonl --load_in_4bit
+      accelerate launch --multi_gpu --num_processes 8 dpo.py --model_name_or_path ... --dataset_name ...
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import common  # first: it quiets the libraries below
+from common import parse_args, require, say
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import nn
+from transformers import GenerationConfig
+from transformers.hf_argparser import HfArg
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Args:
+    # model
+    model_name_or_path: str | None = HfArg(default=None, help="name or folder of a model or a LoRA adapter")
+    attn_implementation: str | None = HfArg(default=None, help="kernel, such as sdpa or flash_attention_2")
+    trust_remote_code: bool = HfArg(default=False, help="run Python code that comes with the model")
+    chat_template_path: str | None = HfArg(default=None, help="Jinja file that replaces the chat template")
+    chat_template_kwargs: str | None = HfArg(default=None, help="JSON object passed to the chat template")
+    load_in_4bit: bool = HfArg(default=False, help="QLoRA: the frozen base in NF4 with double quantisation")
+    lora_r: int = HfArg(default=0, help="rank of the LoRA adapters; 0 trains all weights")
+    lora_alpha: int = HfArg(default=32, help="LoRA scale: updates are multiplied by lora_alpha / lora_r")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="modules to adapt; default: all linear")
+    modules_to_save: list[str] | None = HfArg(default=None, help="modules trained in full beside adapters")
+    gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: saves memory")
+    bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
+    # data
+    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or name[:split]")
+    eval_dataset_name: str | None = HfArg(default=None, help="default: eval_fraction of the training data")
+    eval_fraction: float = HfArg(default=0.05, help="share held out by prompt, at most 200 pairs")
+    format: str | None = HfArg(default=None, help="prompt_, conversation_, alpaca_ or sharegpt_pair")
+    system_prompt: str | None = HfArg(default=None, help="system message for rows that have none")
+    max_length: int = HfArg(default=1024, help="tokens of a row; beyond: prompt starts, then ends, are cut")
+    skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
+    # objective
+    beta: float = HfArg(default=0.1, help="strength of the pull towards the reference policy")
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = HfArg(default="sigmoid", help="the loss of a pair")
+    label_smoothing: float = HfArg(default=0.0, help="share of pairs taken to be mislabelled")
+    sft_coef: float = HfArg(default=0.0, help="weight of the chosen completion's mean NLL")
+    precompute_ref_log_probs: bool | None = HfArg(
+        default=None, help="reference log-probs once, before training; default: in full fine-tuning")
+    # optimization
+    learning_rate: float | None = HfArg(default=None, help="peak; default 1e-6 (all weights), 1e-5 (LoRA)")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to zero")
+    warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
+    weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
+    optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
+    batch_size: int = HfArg(default=32, help="pairs of one optimizer step, over all processes")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
+    num_train_epochs: float = HfArg(default=1.0, help="passes over the data")
+    max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
+    seed: int = HfArg(default=0, help="decides the order of the pairs and random weights")
+    # evaluation
+    eval_steps: int = HfArg(default=50, help="steps between evaluations; also at start and end")
+    max_completion_length: int = HfArg(default=256, help="tokens generated where rows have answers; 0: none")
+    # output
+    output_dir: str = HfArg(default="out/dpo", help="where everything goes")
+    overwrite_output_dir: bool = HfArg(default=False, help="replace the run that is there")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's folder")
+    save_steps: int = HfArg(default=200, help="steps between checkpoints")
+    save_total_limit: int = HfArg(default=2, help="checkpoints that are kept")
+    logging_steps: int = HfArg(default=10, help="steps between printed/tracked lines; metrics.jsonl has all")
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"],
+                                                                        help="tracker")
+    merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
+
+    def __post_init__(self):
+        require(self.dataset_name,
+                "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
+        common.check_numbers(
+            self, ("learning_rate", "max_length", "beta", "batch_size", "micro_batch_tokens", "eval_steps",
+                   "save_steps", "save_total_limit", "logging_steps"),
+            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "sft_coef", "max_completion_length",
+             "num_train_epochs"))
+        require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
+        require(0 <= self.label_smoothing < 0.5,
+                f"--label_smoothing must lie in [0, 0.5), not {self.label_smoothing}")
+        require(self.label_smoothing == 0 or self.loss_type == "sigmoid",
+                f"--label_smoothing is defined for --loss_type sigmoid alone, not for {self.loss_type}")
+        require(self.max_steps > 0 or self.num_train_epochs > 0,
+                "nothing to do: give --max_steps or --num_train_epochs")
+        common.check_tracker(self.log_with)
+
+
+# ---- loss --------------------------------------------------------------------------------------------------
+
+def dpo_loss(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,
+             beta, loss_type="sigmoid", label_smoothing=0.0):
+    """-> (losses, chosen_rewards, rejected_rewards), each (B,), from four (B,) sums over the completions.
+
+    For ipo give log-probs divided by the completion's length. The rewards are beta (log pi - log ref).
+    With log-ratios 2 (chosen) and -1 (rejected) and beta 0.1 the margin is 3: sigmoid gives
+    -log s(0.3) = 0.5544, hinge 1 - 0.3 = 0.7, ipo (3 - 5)^2 = 4. At policy = reference sigmoid gives ln 2.
+    """
+    chosen_logratios = policy_chosen_logprobs - ref_chosen_logprobs  # log pi_w - log ref_w
+    rejected_logratios = policy_rejected_logprobs - ref_rejected_logprobs
+    margins = chosen_logratios - rejected_logratios  # (B,)
+    if loss_type == "sigmoid":  # eq. 7; smoothed: (1 - eps) of it and eps of its mirror
+        losses = (-(1 - label_smoothing) * F.logsigmoid(beta * margins)
+                  - label_smoothing * F.logsigmoid(-beta * margins))
+    elif loss_type == "ipo":  # eq. 17 of Azar 2023
+        losses = (margins - 1 / (2 * beta)).square()
+    elif loss_type == "hinge":
+        losses = torch.relu(1 - beta * margins)
+    else:
+        raise ValueError(f"unknown loss_type {loss_type}")
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
+class ChunkedLogprobs(torch.autograd.Function):
+    """Log-prob, entropy and top-1 hit of N target tokens, without the (N, V) logits ever being whole in
+    memory.
+
+    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
+    fp32. Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and
+    carry no gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    """
+
+    @staticmethod
+    def logits(hidden, weight, bias, temperature):
+        return F.linear(hidden, weight, bias).float() / temperature  # (chunk, V)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand in both
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        ctx.temperature, ctx.chunk = temperature, max(1, 2**25 // weight.shape[0])  # 128 MiB of fp32 logits
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        logprobs, entropy, hits = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+                                   for _ in range(3))
+        with torch.autocast(device, enabled=False):
+            for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
+                z = ChunkedLogprobs.logits(hidden[rows].to(ctx.dtype), w, b, temperature)
+                top, argmax = z.max(-1)
+                p = (z - top[:, None]).exp_()
+                total = p.sum(-1)
+                logsumexp = top + total.log()
+                logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - logsumexp
+                entropy[rows] = logsumexp - torch.linalg.vecdot(p, z.clamp_(min=-1e30)) / total
+                hits[rows] = (argmax == targets[rows]).float()
+        ctx.mark_non_differentiable(entropy, hits)
+        return logprobs, entropy, hits
+
+    @staticmethod
+    def backward(ctx, grad, _entropy, _hits):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        d_hidden = torch.zeros_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
+                h = hidden[rows].to(ctx.dtype)
+                dz = ChunkedLogprobs.logits(h, w, b, ctx.temperature).softmax(-1).neg_()  # - p
+                dz.scatter_add_(-1, targets[rows, None], torch.ones_like(dz[:, :1]))  # onehot(y) - p
+                dz = dz.mul_(grad[rows, None] / ctx.temperature).to(ctx.dtype)
+                d_hidden[rows] = (dz @ w).to(hidden.dtype)
+                if d_weight is not None:
+                    d_weight += dz.T @ h
+                if d_bias is not None:
+                    d_bias += dz.float().sum(0)
+        return (d_hidden, None if d_weight is None else d_weight.to(weight.dtype),
+                None if d_bias is None else d_bias.to(bias.dtype), None, None)
+
+class Policy(nn.Module):
+    """The module that accelerate wraps: trunk, head and log-softmax in one forward, so that gradients are
+    synchronised."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, loss_mask, temperature=1.0):
+        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0
+        where the mask is 0.
+
+        No attention mask: under causal attention no real token sees the padding on its right.
+        """
+        causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        hidden = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
+        counts, head = loss_mask.bool(), causal.get_output_embeddings()
+        hidden, targets = hidden[:, :-1][counts], input_ids[:, 1:][counts]  # the causal shift: (N, d), (N,)
+        flat = ChunkedLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature)
+        zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=input_ids.device)
+        return tuple(zeros.masked_scatter(counts, x) for x in flat)  # (N,) -> (B, T-1)
+
+@torch.no_grad()
+def check_head(policy, model, input_ids, accelerator):
+    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or
+    capped."""
+    model.eval()
+    with accelerator.autocast():
+        ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    model.train()
+    theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    worst = (ours - theirs).abs().max().item()
+    require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3),
+            f"models of type {model.config.model_type} change their logits after the head, "
+            f"so their log-probs would be off by {worst:.2g}: not supported")
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+def load_pairs(args, tokenizer):
+    """-> (training pairs, evaluation pairs) of common.encode_pairs; prints what was kept and dropped."""
+    def convert(name):
+        rows = common.read_rows(name, args.skip_bad_rows)
+        kind = common.find_format(rows, common.PAIR_FORMATS, args.format)
+        kept = common.convert_rows(rows, lambda row: common.to_pair(row, kind, args.system_prompt),
+                                   args.skip_bad_rows, name)
+        say(f"data     {name}: format {kind}, {len(rows):,} pairs")
+        return kept
+
+    items = convert(args.dataset_name)
+    if args.eval_dataset_name:
+        parts = items, convert(args.eval_dataset_name)
+    else:
+        parts = common.hold_out(items, [common.prompt_key(pair["prompt"]) for pair, _, _ in items],
+                                args.eval_fraction)
+    counts = Counter()
+    train, held = (common.encode_pairs(part, tokenizer, args.max_length, counts, args.skip_bad_rows)
+                   for part in parts)
+    for pair in (*train, *held):
+        answer = pair.pop("row").get("answer")
+        if answer is not None and args.max_completion_length:
+            pair["answer"] = extract_answer(str(answer))
+    say(f"data     {len(train):,} pairs to train on, {len(held):,} to evaluate"
+        + "".join(f"; {n:,} {what}" for what, n in counts.items() if n))
+    require(train, f"{args.dataset_name}: no pair to train on is left")
+    return train, held
+
+
+def both_sides(pairs):
+    """B pairs -> 2B examples: the chosen ones, then the rejected ones, so that they share one forward."""
+    return [{"input_ids": p[f"{side}_ids"], "completion_mask": p[f"{side}_mask"]}
+            for side in ("chosen", "rejected") for p in pairs]
+
+
+def pair_lengths(pairs):
+    """What a pair takes of a micro-batch: two rows of the longer one's length."""
+    return [2 * max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
+
+
+def collate(examples, device):
+    """Examples -> input_ids (B, T) right-padded, loss_mask (B, T-1)."""
+    input_ids = common.pad([e["input_ids"] for e in examples], 0)
+    completion_mask = common.pad([e["completion_mask"] for e in examples], 0)
+    return input_ids.to(device), completion_mask[:, 1:].to(device)
+
+def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1):
+    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of row
+    indices.
+
+    Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
+    by a denominator of the whole step, any cut gives the same gradient. A process without rows gets one empty
+    list, for an all-masked pass.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
+    batches = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > micro_batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+def stream(*key):
+    """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+
+# ---- evaluation --------------------------------------------------------------------------------------------
+
+def pair_logprobs(policy, pairs, device):
+    """-> (seq_logprobs, lengths), both (2, B): sums over the completion, and its number of tokens."""
+    input_ids, loss_mask = collate(both_sides(pairs), device)
+    logprobs, _, _ = policy(input_ids, loss_mask)  # (2B, T-1)
+    return logprobs.sum(-1).view(2, -1), loss_mask.sum(-1).view(2, -1)  # 0 where the mask is 0
+
+
+FIGURES = ("dpo_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
+           "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+def pair_figures(policy_logprobs, ref_logprobs, lengths, args):
+    """-> (losses (B,), figures (8, B) in the order of FIGURES) from log-probs and lengths (2, B).
+
+    Rewards are figured from sums, whatever the loss takes.
+    """
+    scale = lengths if args.loss_type == "ipo" else 1  # ipo takes means, everything else sums
+    dpo_losses, _, _ = dpo_loss(*(policy_logprobs / scale), *(ref_logprobs / scale), args.beta,
+                                args.loss_type, args.label_smoothing)
+    nll = -policy_logprobs[0] / lengths[0]  # mean over the chosen completion's tokens
+    _, chosen, rejected = dpo_loss(*policy_logprobs.detach(), *ref_logprobs, args.beta)
+    figures = torch.stack([dpo_losses.detach(), nll.detach(), chosen, rejected, chosen - rejected,
+                           (chosen > rejected).float(), *policy_logprobs.detach()])
+    return dpo_losses + args.sft_coef * nll, figures
+
+
+@torch.no_grad()
+def reference_logprobs(reference, pairs, args, accelerator):
+    """One pass over all pairs -> (N, 2) on the CPU: chosen and rejected, the same on every process."""
+    mine = []
+    for batch in micro_batches(pair_lengths(pairs), args.micro_batch_tokens, accelerator.process_index,
+                               accelerator.num_processes):
+        if batch:
+            with accelerator.autocast():
+                sums, _ = pair_logprobs(reference, [pairs[i] for i in batch], accelerator.device)
+            mine += zip(batch, sums.T.cpu())
+    return torch.stack([row for _, row in sorted(gather_object(mine), key=lambda item: item[0])])
+
+
+@torch.no_grad()
+def evaluate(policy, model, pairs, ref_of, args, accelerator, tokenizer, stop_ids):
+    """-> (eval/loss, the pair figures and, where rows have answers, greedy eval/accuracy; table rows)."""
+    totals, table = torch.zeros(11, dtype=torch.float64, device=accelerator.device), []
+    model.eval()
+    for batch in micro_batches(pair_lengths(pairs), args.micro_batch_tokens, accelerator.process_index,
+                               accelerator.num_processes):
+        if batch:
+            with accelerator.autocast():
+                sums, lengths = pair_logprobs(policy, [pairs[i] for i in batch], accelerator.device)
+                losses, figures = pair_figures(sums, ref_of([pairs[i] for i in batch]), lengths, args)
+            totals[:9] += torch.cat([losses[None], figures]).sum(-1)
+    asked = [p for p in pairs if p.get("answer") is not None]
+    lengths = [len(p["prompt_ids"]) + args.max_completion_length for p in asked]
+    for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
+                               accelerator.num_processes):
+        rows = [asked[i] for i in batch]
+        for row, text in zip(rows, generate(model, rows, args, accelerator, tokenizer, stop_ids)):
+            right = extract_answer(text) == row["answer"]
+            totals[9:] += torch.tensor([right, 1.0], dtype=torch.float64, device=accelerator.device)
+            if len(table) < 3:
+                prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+                table.append({"prompt": prompt, "completion": text, "answer": row["answer"],
+                              "right": str(right)})
+    model.train()
+    totals = accelerator.reduce(totals, "sum")
+    names = ["eval/loss", *(f"eval/{name}" for name in FIGURES)]
+    metrics = dict(zip(names, (totals[:9] / len(pairs)).tolist()))
+    if totals[10]:
+        metrics["eval/accuracy"] = (totals[9] / totals[10]).item()
+    return metrics, table
+
+
+def extract_answer(text):
+    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
+    it has neither.
+
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower
+    case.
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    text = tagged[-1].strip() if tagged else text
+    number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
+    found = [m for m in re.finditer(number, text)]
+    if not found:
+        return text.lower() or None if tagged else None
+    minus, minus_too, whole, decimals = found[-1].groups()
+    whole, decimals = whole.replace(",", "").lstrip("0") or "0", (decimals or "").rstrip("0")
+    value = whole + ("." + decimals if decimals else "")
+    return "-" + value if (minus or minus_too) and value != "0" else value
+
+def generate(model, rows, args, accelerator, tokenizer, stop_ids):
+    """Greedy completions of examples' prompts, as texts. Nothing is inherited from the checkpoint's
+    generation config."""
+    if not rows:
+        return []
+    prompt_ids = common.pad([r["prompt_ids"] for r in rows], tokenizer.pad_token_id,
+                            side="left").to(accelerator.device)
+    attention_mask = common.pad([[1] * len(r["prompt_ids"]) for r in rows], 0,
+                                side="left").to(accelerator.device)
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    shipped, causal.generation_config = causal.generation_config, GenerationConfig()
+    try:
+        with accelerator.autocast():
+            out = model.generate(input_ids=prompt_ids, attention_mask=attention_mask, do_sample=False,
+                                 num_beams=1, use_cache=True, max_new_tokens=args.max_completion_length,
+                                 eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+    finally:
+        causal.generation_config = shipped
+    return tokenizer.batch_decode(out[:, prompt_ids.shape[1]:], skip_special_tokens=True)
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+def learning_rate_at(step, total_steps, args):
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
+    or no decay to 0."""
+    warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
+    if step < warmup:
+        return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
+    done = (step - warmup) / max(total_steps - warmup, 1)
+    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done,
+             "constant": 1.0}[args.lr_scheduler_type]
+    return args.learning_rate * decay
+
+def make_optimizer(module, args):
+    """AdamW over the trained parameters; weight decay on matrices alone."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
+              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    if args.optim == "adamw_8bit":
+        import bitsandbytes
+        return bitsandbytes.optim.AdamW8bit(groups, lr=args.learning_rate)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+
+def main(args):
+    accelerator = common.make_accelerator(args)
+    lora = common.trains_adapter(args)
+    if args.learning_rate is None:
+        args.learning_rate = 1e-5 if lora else 1e-6
+    if args.precompute_ref_log_probs is None:
+        args.precompute_ref_log_probs = not lora
+    checkpoint = common.open_run(args)
+
+    # data: all of it is read, checked and tokenized before the model is loaded
+    tokenizer = common.load_tokenizer(args)
+    train, held = load_pairs(args, tokenizer)
+    data = common.check_data(checkpoint, common.fingerprint(both_sides(train)))
+    for side in ("chosen", "rejected"):
+        common.show_example(tokenizer, train[0][f"{side}_ids"], train[0][f"{side}_mask"], f"first {side}")
+    steps_per_epoch = math.ceil(len(train) / args.batch_size)
+    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+
+    # model, reference, optimizer, and where an earlier run stopped
+    model = common.load_model(args, tokenizer, accelerator.device)
+    stop_ids = model.generation_config.eos_token_id
+    if args.precompute_ref_log_probs:
+        how = "the policy at the start; its log-probs are computed once"
+    else:
+        reference, use_reference, how = common.make_reference(
+            model, common.base_and_adapter(args.model_name_or_path)[1])
+        reference = Policy(reference.to(accelerator.device))
+    say(f"reference {how}")
+    optimizer = make_optimizer(model, args)
+    policy, optimizer = accelerator.prepare(Policy(model), optimizer)
+    check_head(policy, model, train[0]["chosen_ids"][None, :64].long().to(accelerator.device), accelerator)
+    state = {"step": 0, "num_tokens": 0, "data": data}
+    kept = {}  # tensors that go into the checkpoint beside weights and moments
+    if checkpoint:
+        common.restore(model, optimizer, checkpoint)
+        state = {name: checkpoint[1][name] for name in state}
+    if args.precompute_ref_log_probs:
+        kept["ref_logprobs"] = (checkpoint[0]["ref_logprobs"] if checkpoint else  # (N, 2)
+                                reference_logprobs(policy, train + held, args, accelerator))
+        for pair, row in zip(train + held, kept["ref_logprobs"]):
+            pair["ref_logprobs"] = row
+    log = common.RunLog(accelerator, args, total_steps, state["step"])
+    interrupt = common.Interrupt()
+    say(f"train    {total_steps} steps of {args.batch_size} pairs ({steps_per_epoch} an epoch), "
+        f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}")
+
+    def ref_logprobs_of(pairs):
+        """B pairs -> (2, B): the reference's summed log-probs of both sides."""
+        if args.precompute_ref_log_probs:
+            return torch.stack([p["ref_logprobs"] for p in pairs], 1).to(accelerator.device)
+        with torch.no_grad(), use_reference(), accelerator.autocast():
+            return pair_logprobs(reference, pairs, accelerator.device)[0]
+
+    def report():
+        """Evaluates, prints and logs."""
+        if held:
+            metrics, table = evaluate(policy, model, held, ref_logprobs_of, args, accelerator, tokenizer,
+                                      stop_ids)
+            log.metrics(state["step"], metrics)
+            figures = "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items())
+            say(f"eval     step {state['step']}: {figures}")
+            common.show_table(table)
+
+    if state["step"] == 0:
+        report()
+    for step in range(state["step"], total_steps):
+        # the pairs of this step: a function of (seed, epoch) and the step
+        epoch, at = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
+        chosen_rows = order[at * args.batch_size:(at + 1) * args.batch_size]
+        pairs = [train[i] for i in chosen_rows]
+        trained_pairs = len(pairs)  # the denominator of the whole step, over all processes
+        batches = micro_batches(pair_lengths(pairs), args.micro_batch_tokens, accelerator.process_index,
+                                accelerator.num_processes)
+
+        totals = torch.zeros(10, device=accelerator.device)  # loss, the figures; stop signal
+        totals[9] = interrupt.signal
+        for i, batch in enumerate(batches):
+            part = [pairs[j] for j in batch] or pairs[:1]
+            counts = float(bool(batch))  # a process without pairs takes part with a pass that weighs nothing
+            ref_logprobs = ref_logprobs_of(part)  # (2, B); first, since it may switch adapters
+            with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
+                policy_logprobs, lengths = pair_logprobs(policy, part, accelerator.device)
+                losses, figures = pair_figures(policy_logprobs, ref_logprobs, lengths, args)
+                # DDP averages over the processes: undo its division
+                accelerator.backward(counts * losses.sum() * accelerator.num_processes / trained_pairs)
+            totals[:9] += counts * torch.cat([losses.detach()[None], figures]).sum(-1)
+        grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
+        *figures, stop = accelerator.reduce(totals, "sum").tolist()
+        loss, *figures = (x / trained_pairs for x in figures)
+        require(math.isfinite(loss) and math.isfinite(grad_norm),
+                f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on pairs "
+                f"{chosen_rows[:8]} ... of the training data; this update was not made, and the checkpoints "
+                "are whole. Try a lower --learning_rate")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, total_steps, args)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        tokens = sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
+        state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + tokens
+        metrics = {"loss": loss, **dict(zip(FIGURES, figures)), "grad_norm": grad_norm,
+                   "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
+                   "trained_pairs": trained_pairs}
+        log.metrics(step + 1, metrics)
+        if step == 0:
+            say(f"check    first update: dpo_loss {metrics['dpo_loss']:.4f}"
+                f"{' (ln 2 at the reference)' if args.loss_type == 'sigmoid' else ''}, rewards "
+                f"{metrics['rewards/chosen']:.1g} and {metrics['rewards/rejected']:.1g}")
+        log.progress(step + 1, tokens, {
+            k: metrics[k] for k in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen")})
+        if (step + 1) % args.eval_steps == 0 or step + 1 == total_steps:
+            report()
+        if (step + 1) % args.save_steps == 0 or step + 1 == total_steps or stop:
+            if accelerator.is_main_process:
+                common.save_checkpoint(args, state, model, optimizer, extra=kept)
+            accelerator.wait_for_everyone()
+        if stop:
+            interrupt.leave(args, step + 1)
+
+    log.close()
+    common.finish(args, accelerator, model, tokenizer)
+
+
+if __name__ == "__main__":
+    with common.user_errors():
+        main(parse_args(Args))

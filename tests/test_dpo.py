@@ -1,0 +1,183 @@
+"""dpo.py: losses by hand, ln 2 at the start for every kind of reference, log-probs against plain transformers."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from conftest import TINY, RecordGradients, run, tiny_model
+from torch import tensor
+
+import common
+import dpo
+import sft
+
+LN2 = math.log(2)
+CHECKPOINT = os.path.join(TINY, "sft")
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_losses_by_hand():
+    """Log-ratios 2 and -1 (margin 3), and 0 and 0, beta 0.1."""
+    four = tensor([-3.0, -5.0]), tensor([-7.0, -2.0]), tensor([-5.0, -5.0]), tensor([-6.0, -2.0])
+    losses, chosen, rejected = dpo.dpo_loss(*four, beta=0.1)
+    close(losses, tensor([math.log(1 + math.exp(-0.3)), LN2]))
+    close(chosen, tensor([0.2, 0.0])), close(rejected, tensor([-0.1, 0.0]))
+    close(dpo.dpo_loss(*four, beta=0.1, loss_type="ipo")[0], tensor([4.0, 25.0]))
+    close(dpo.dpo_loss(*four, beta=0.1, loss_type="hinge")[0], tensor([0.7, 1.0]))
+    smooth = dpo.dpo_loss(*four, beta=0.1, label_smoothing=0.2)[0]
+    close(smooth, tensor([0.8 * math.log(1 + math.exp(-0.3)) + 0.2 * math.log(1 + math.exp(0.3)), LN2]))
+
+
+def test_the_gradient_is_the_papers():
+    """Section 4: - beta sigmoid(reward_l - reward_w), on the chosen log-prob, and its opposite on the rejected."""
+    w, l = tensor([-1.0, -4.0], requires_grad=True), tensor([-2.0, -1.0], requires_grad=True)
+    losses, chosen, rejected = dpo.dpo_loss(w, l, tensor([-2.0, -2.0]), tensor([-2.0, -2.0]), beta=0.5)
+    losses.sum().backward()
+    want = -0.5 * torch.sigmoid(rejected - chosen)
+    close(w.grad, want), close(l.grad, -want)
+    assert not chosen.requires_grad
+
+
+def gradient(monkeypatch, out, *flags):
+    monkeypatch.setattr(dpo, "make_optimizer", RecordGradients)
+    metrics = run(dpo, out, "--eval_fraction", 0, "--batch_size", 6, "--max_grad_norm", 0, "--max_steps", 1, *flags)
+    return RecordGradients.last.gradients[0], metrics[0]
+
+
+@pytest.mark.parametrize("flags", [(), ("--loss_type", "ipo", "--sft_coef", 0), ("--lora_r", 4), ("--precompute_ref_log_probs", "False")], ids=str)
+def test_the_gradient_does_not_depend_on_the_cut(monkeypatch, tmp_path, flags):
+    whole, metrics = gradient(monkeypatch, tmp_path / "a", *flags)
+    assert whole.norm() > 1e-4 and metrics["trained_pairs"] == 6
+    for i, cut in enumerate((("--micro_batch_tokens", 1), ("--micro_batch_tokens", 300), ("--gradient_checkpointing",))):
+        part, other = gradient(monkeypatch, tmp_path / f"b{i}", *flags, *cut)
+        assert (part - whole).norm() / whole.norm() < 1e-6
+        assert other["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(tmp_path_factory):
+    """An adapter that is not zero: three steps of sft.py on the shipped checkpoint."""
+    out = tmp_path_factory.mktemp("adapter")
+    run(sft, out, "--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--max_steps", 3, "--learning_rate", 1e-2, "--batch_size", 8,
+        "--eval_fraction", 0, "--lora_dropout", 0.3)
+    return str(out / "model")
+
+
+@pytest.mark.parametrize("flags, how", [
+    ((), "computed once"), (("--precompute_ref_log_probs", "False"), "a frozen copy of the model"), (("--lora_r", 4), "adapters off"),
+    (("--lora_r", 4, "--load_in_4bit"), "adapters off"), (("--lora_r", 4, "--precompute_ref_log_probs", "True"), "computed once"),
+    ("adapter", "a frozen copy of the adapter"), ("adapter in 4 bit", "a frozen copy of the adapter")], ids=str)
+def test_every_start_is_at_ln_2_and_the_reference_stays(flags, how, tmp_path, sft_adapter, capsys):
+    if isinstance(flags, str):
+        flags = ("--model_name_or_path", sft_adapter, *(["--load_in_4bit"] if "4 bit" in flags else []))
+    metrics = run(dpo, tmp_path / "out", "--max_steps", 4, "--eval_steps", 4, "--batch_size", 8, "--eval_fraction", 0.01, "--sft_coef", 0,
+                  "--max_completion_length", 0, "--learning_rate", 1e-3, *flags)
+    first, last = (m for m in metrics if "eval/loss" in m)
+    assert abs(first["eval/dpo_loss"] - LN2) < 1e-6 and abs(metrics[1]["loss"] - LN2) < 1e-6
+    assert abs(first["eval/rewards/chosen"]) < 1e-6 and abs(first["eval/rewards/rejected"]) < 1e-6
+    assert last["eval/rewards/margins"] > 1e-3, "the policy moves and the reference does not"
+    assert how in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_logprobs_equal_plain_transformers_one_row_at_a_time(kind, tokenizer):
+    model, args = tiny_model(kind).eval(), common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json")])
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in (("1+1", "2", "the answer is eleven"), ("say hi", "hi there, you", "no"))]
+    items = [(common.to_pair(row, "prompt_pair"), row, "here") for row in rows]
+    pairs = common.encode_pairs(items, tokenizer, 512, dpo.Counter())
+    sums, lengths = dpo.pair_logprobs(dpo.Policy(model), pairs, "cpu")
+    for i, row in enumerate(rows):
+        for side, name in enumerate(("chosen", "rejected")):
+            prompt = tokenizer(f"<|user|>{row['prompt']}<|end|><|assistant|>")["input_ids"]
+            ids = tensor([prompt + tokenizer(row[name] + "<|end|>")["input_ids"]])
+            lp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)[len(prompt) - 1:]
+            assert sums[side, i].item() == pytest.approx(lp.sum().item(), abs=1e-5 * len(lp)) and lengths[side, i] == len(lp)
+
+
+def test_the_step_equals_the_formula_with_plain_transformers(monkeypatch, tmp_path):
+    got, metrics = gradient(monkeypatch, tmp_path / "out", "--beta", 0.7, "--sft_coef", 0.3, "--batch_size", 1000, "--dataset_name",
+                            write_pairs(tmp_path, 4))
+    args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json")])
+    tokenizer = common.load_tokenizer(args)
+    model, loss = common.load_model(args, tokenizer), 0.0
+    for row in map(json.loads, open(tmp_path / "pairs.jsonl")):
+        prompt, lps = tokenizer(f"<|user|>{row['prompt']}<|end|><|assistant|>")["input_ids"], []
+        for name in ("chosen", "rejected"):
+            ids = tensor([prompt + tokenizer(row[name] + "<|end|>")["input_ids"]])
+            lp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)[len(prompt) - 1:]
+            lps.append((lp.sum(), len(lp)))
+        (w, n), (l, _) = lps
+        loss = loss + (torch.log(1 + torch.exp(-0.7 * ((w - w.detach()) - (l - l.detach())))) - 0.3 * w / n) / 4
+    loss.backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5) and (got - want).norm() / want.norm() < 1e-5
+
+
+def write_pairs(folder, n):
+    with open(os.path.join(TINY, "preferences.jsonl")) as file:
+        (folder / "pairs.jsonl").write_text("".join(file.readlines()[:n]))
+    return folder / "pairs.jsonl"
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+HH = "\n\nHuman: hi\n\nAssistant: Hello.\n\nHuman: bye\n\nAssistant: "
+@pytest.mark.parametrize("row, format, prompt, chosen, rejected", [
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt_pair", ["q"], ["a"], ["b"]),
+    ({"prompt": [user("q")], "chosen": [bot("a")], "rejected": [bot("b")]}, "prompt_pair", ["q"], ["a"], ["b"]),
+    ({"prompt": [user("q")], "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}, "prompt_pair", ["q"], ["a"], ["b"]),
+    ({"prompt": "q", "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}, "prompt_pair", ["q"], ["a"], ["b"]),
+    ({"chosen": [user("q"), bot("x"), user("r"), bot("a")], "rejected": [user("q"), bot("x"), user("r"), bot("b")]}, "conversation_pair",
+     ["q", "x", "r"], ["a"], ["b"]),
+    ({"instruction": "q", "input": "in", "chosen": "a", "rejected": "b"}, "alpaca_pair", ["q\nin"], ["a"], ["b"]),
+    ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+     "sharegpt_pair", ["q"], ["a"], ["b"]),
+    ({"chosen": HH + "Goodbye!", "rejected": HH + "Go."}, "conversation_pair", ["hi", "Hello.", "bye"], ["Goodbye!"], ["Go."]),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_formats(row, format, prompt, chosen, rejected):
+    assert common.find_format([(row, "here")], common.PAIR_FORMATS) == format
+    pair = common.to_pair(row, format)
+    assert [[m["content"] for m in pair[k]] for k in ("prompt", "chosen", "rejected")] == [prompt, chosen, rejected]
+    assert not any(m["train"] for m in pair["prompt"]) and all(m["train"] for m in pair["chosen"] + pair["rejected"])
+
+
+@pytest.mark.parametrize("row, format, reason", [
+    ({"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]}, "conversation_pair", "prompts differ"),
+    ({"chosen": HH + "a", "rejected": HH.replace("bye", "wait") + "b"}, "conversation_pair", "prompts differ"),
+    ({"chosen": "a", "rejected": "b"}, "conversation_pair", "expected a transcript"),
+    ({"prompt": "q", "chosen": 3, "rejected": "b"}, "prompt_pair", "'chosen' is neither a string nor messages"),
+    ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt_pair", "'prompt' is empty"),
+    ({"prompt": "q", "chosen": [{"role": "robot", "content": "a"}], "rejected": "b"}, "prompt_pair", "unknown role 'robot'"),
+    ({"prompt": [bot("q")], "chosen": "a", "rejected": "b"}, "prompt_pair", "must end with"),
+])
+def test_malformed_pairs(row, format, reason):
+    with pytest.raises(ValueError, match=reason):
+        common.to_pair(row, format)
+
+
+def test_identical_and_empty_pairs_are_dropped_and_counted_and_both_sides_keep_the_same_prompt(tokenizer):
+    rows = [{"prompt": "q" * 50, "chosen": "a" * 30, "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "a"},
+            {"prompt": "q", "chosen": " ", "rejected": "a"}]
+    counts = dpo.Counter()
+    (pair,) = common.encode_pairs([(common.to_pair(r, "prompt_pair"), r, "here") for r in rows], tokenizer, 40, counts)
+    assert counts["dropped: the two sides are identical"] == 1 and counts["dropped: an empty completion"] == 1 and counts["cut to max_length"] == 1
+    texts = [tokenizer.decode(pair[f"{s}_ids"][pair[f"{s}_mask"] == m]) for s in ("chosen", "rejected") for m in (0, 1)]
+    prompt = "q" * 18 + "<|end|><|assistant|>"  # half of max_length; a cut completion has no end of turn
+    assert texts == [prompt, "a" * 20, prompt, "b<|end|>"]
+
+
+def test_the_example_learns_to_carry(tmp_path):
+    metrics = run(dpo, tmp_path / "out", "--max_steps", 25, "--eval_steps", 25)
+    first, last = (m["eval/accuracy"] for m in metrics if "eval/accuracy" in m)
+    assert first < 0.3 and last > 0.8

@@ -1,0 +1,154 @@
+"""reward_model.py: losses by hand, the score read at the right token, saved models in plain transformers and peft."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from conftest import TINY, RecordGradients, run
+from peft import PeftModel
+from torch import tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import common
+import grpo
+import reward_model
+
+CHECKPOINT, LN2 = os.path.join(TINY, "sft"), math.log(2)
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_pairwise_loss_by_hand():
+    w, l = tensor([2.0, 2.0]), tensor([1.0, 1.0])
+    close(reward_model.pairwise_loss(w, l, tensor([0.0, 1.0])), tensor([math.log(1 + math.exp(-1)), LN2]))
+    close(reward_model.pairwise_loss(w, l, tensor([0.0, 1.0]), 0.01), tensor([math.log(1 + math.exp(-1)) + 0.09, LN2 + 0.09]))
+
+
+def test_pointwise_loss_by_hand():
+    close(reward_model.pointwise_loss(tensor([[1.0, 2.0], [0.0, 0.0]]), tensor([[0.0, 4.0], [0.0, 0.0]])), tensor([2.5, 0.0]))
+
+
+def test_calibration_error_by_hand():
+    sure = math.log(0.8 / 0.2)  # p = 0.8
+    assert reward_model.calibration_error(tensor([sure] * 8 + [-sure] * 2)) == pytest.approx(0.0, abs=1e-6)
+    assert reward_model.calibration_error(tensor([sure] * 6 + [-sure] * 4)) == pytest.approx(0.2, abs=1e-6)
+    assert reward_model.calibration_error(tensor([0.0] * 4)) == pytest.approx(0.0, abs=1e-6)
+    mixed = tensor([sure] * 8 + [-sure] * 2 + [math.log(0.6 / 0.4)] * 10)  # the second bin is right 10 of 10 at 0.6
+    assert reward_model.calibration_error(mixed) == pytest.approx(0.5 * 0.4, abs=1e-6)
+
+
+def scored_file(tmp_path, named):
+    with open(os.path.join(TINY, "addition.jsonl")) as file:
+        rows = [json.loads(line) for line in file.readlines()[:300]]
+    with open(tmp_path / "scored.jsonl", "w") as file:
+        for row in rows:
+            right = float(f"<answer>{row['answer']}</answer>" in row["completion"])
+            score = {"right": right, "short": len(row["completion"]) / 100} if named else right
+            file.write(json.dumps({"prompt": row["prompt"], "completion": row["completion"], "score": score}) + "\n")
+    return tmp_path / "scored.jsonl"
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--center_rewards_coefficient", 0.1), ("scored",)], ids=str)
+def test_the_gradient_does_not_depend_on_the_cut(monkeypatch, tmp_path, flags):
+    """The two sides are unlike each other: with a new head the gradients of like ones nearly cancel."""
+    pairs = [{"prompt": "say hi" * i, "chosen": "hi there " * (i + 1), "rejected": f"{i * 7919}"} for i in range(1, 9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    flags = ("--dataset_name", scored_file(tmp_path, True) if flags == ("scored",) else tmp_path / "pairs.jsonl", *flags * (flags != ("scored",)))
+    monkeypatch.setattr(reward_model, "make_optimizer", RecordGradients)
+
+    def gradient(name, *more):
+        metrics = run(reward_model, tmp_path / name, "--eval_fraction", 0, "--batch_size", 6, "--max_grad_norm", 0, "--max_steps", 1, *flags, *more)
+        return RecordGradients.last.gradients[0], metrics[0]["loss"]
+    whole, loss = gradient("a")
+    assert whole.norm() > 1e-4
+    for i, cut in enumerate((("--micro_batch_tokens", 1), ("--micro_batch_tokens", 300), ("--gradient_checkpointing",))):
+        part, other = gradient(f"b{i}", *cut)
+        assert (part - whole).norm() / whole.norm() < 1e-6 and other == pytest.approx(loss, rel=1e-6)
+
+
+def texts_and_scores(folder, tokenizer):
+    """Scores of three conversations by our function, and their ids."""
+    conversations = [[common.turn("user", p), common.turn("assistant", c)] for p, c in (("1+1", "<answer>2</answer>"), ("100+23", "no idea"), ("5", "6"))]
+    names, score = common.load_reward_model(folder)
+    ids = [common.encode_conversation(tokenizer, c)[0]["input_ids"] for c in conversations]
+    return names, score(conversations), ids
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--lora_r", 4, "--load_in_4bit")], ids=str)
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_saved_models_give_the_same_scores_in_plain_transformers_and_peft(flags, pad_is_eos, tmp_path):
+    model = tmp_path / "start"
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(model)
+    common.AutoModelForCausalLM.from_pretrained(CHECKPOINT).save_pretrained(model)
+    merge = ["--merge"] if flags else []
+    metrics = run(reward_model, tmp_path / "out", "--model_name_or_path", model, "--max_steps", 12, "--batch_size", 16, "--learning_rate", 1e-3,
+                  "--eval_fraction", 0.02, *flags, *merge)
+    assert all(math.isfinite(m["loss"]) for m in metrics if "loss" in m)
+    folder = tmp_path / "out" / ("model" if not flags else "merged")
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert saved.pad_token_id not in (None, saved.eos_token_id)
+    names, ours, ids = texts_and_scores(str(folder), saved)
+    assert names == ["score"]
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    for side in ("right", "left"):
+        batch = saved.pad({"input_ids": ids}, padding_side=side, return_tensors="pt")
+        assert batch["input_ids"].shape[1] > min(map(len, ids))
+        position_ids = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        close(plain(**batch, position_ids=position_ids).logits.detach(), ours, 1e-4)
+    if flags:
+        adapter_names, adapter_scores, _ = texts_and_scores(str(tmp_path / "out" / "model"), saved)
+        four = {"quantization_config": common._nf4(torch.float32, "cpu")} if "--load_in_4bit" in flags else {}
+        base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=saved.pad_token_id, **four)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "out" / "model")
+        batch = saved.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
+        close(loaded(**batch).logits.detach(), adapter_scores, 1e-4)
+        if "--load_in_4bit" not in flags:
+            close(adapter_scores, ours, 1e-3)
+        assert adapter_names == ["score"]
+
+
+def test_named_scores_are_in_the_config_and_serve_as_rewards(tmp_path):
+    run(reward_model, tmp_path / "out", "--dataset_name", scored_file(tmp_path, True), "--max_steps", 30, "--batch_size", 32, "--learning_rate", 1e-3)
+    folder = str(tmp_path / "out" / "model")
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.id2label == {0: "right", 1: "short"}
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", "accuracy", f"{folder}:short"])
+    rewards = grpo.load_rewards(args)
+    rows = [{"prompt": "1+1", "columns": {"answer": "2"}, "place": "here"}] * 2
+    short, long = "<answer>2</answer>", "<think>1+1+0=2</think><answer>2</answer>"
+    values, _ = grpo.score(rewards, rows, [short, long], [[1], [2]], 0, 1)
+    _, score = common.load_reward_model(folder)
+    direct = score([[common.turn("user", "1+1"), common.turn("assistant", c)] for c in (short, long)])
+    close(values[:, 1], direct[:, 1], 1e-5)
+    assert list(rewards)[1].endswith("short")
+    with pytest.raises(common.UserError, match="several scores .right, short.: say which"):
+        grpo.load_rewards(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", folder]))
+
+
+def test_pointwise_learns(tmp_path):
+    metrics = run(reward_model, tmp_path / "out", "--dataset_name", scored_file(tmp_path, False), "--max_steps", 30, "--batch_size", 32,
+                  "--learning_rate", 1e-3, "--eval_steps", 30)
+    first, last = (m["eval/loss"] for m in metrics if "eval/loss" in m)
+    assert last < first and any("eval/correlation/score" in m for m in metrics)
+
+
+@pytest.mark.parametrize("row, sentence", [
+    ({"prompt": "a", "completion": "b", "score": "good"}, "the score 'score' is not a number"),
+    ({"prompt": "a", "completion": "b", "score": None}, "is not a number"), ({"prompt": "a", "completion": "b", "score": {}}, "holds no score"),
+    ({"prompt": "a", "completion": "b", "score": {"x": True}}, "expected a finite number"),
+    ({"prompt": "a", "completion": "b", "score": float("inf")}, "expected a finite number")])
+def test_malformed_scores(row, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        common.to_scored(row, "prompt_completion_score")
+
+
+def test_the_example_tells_right_from_forgetful(tmp_path):
+    metrics = run(reward_model, tmp_path / "out", "--max_steps", 40, "--eval_steps", 40)
+    last = [m for m in metrics if "eval/accuracy" in m][-1]
+    assert last["eval/accuracy"] > 0.9 and last["eval/calibration_error"] < 0.3
