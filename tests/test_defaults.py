@@ -38,6 +38,19 @@ def test_grpo_goes_past_them(tmp_path):
     assert 0.15 < reached[0] < 0.6 and reached[-1] >= 0.97
 
 
+@pytest.mark.long
+def test_dpo_learns_to_carry(tmp_path):
+    shell("accelerate", "launch", "dpo.py", "--output_dir", tmp_path)
+    reached = accuracies(tmp_path)
+    assert reached[0] < 0.1 and reached[-1] >= 0.95
+
+
+@pytest.mark.long
+def test_reward_model_tells_right_from_forgetful(tmp_path):
+    shell("accelerate", "launch", "reward_model.py", "--output_dir", tmp_path)
+    assert accuracies(tmp_path)[-1] >= 0.97
+
+
 def test_two_files_in_an_empty_folder_run(tmp_path):
     for name in ("grpo.py", "common.py"):
         shutil.copy(os.path.join(ROOT, name), tmp_path)
@@ -51,7 +64,7 @@ def test_two_files_in_an_empty_folder_run(tmp_path):
 
 
 def test_importing_a_script_runs_nothing(tmp_path):
-    done = shell(sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import sft, grpo", cwd=tmp_path)
+    done = shell(sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import sft, dpo, reward_model, grpo", cwd=tmp_path)
     assert done.stdout == "" and os.listdir(tmp_path) == []
 
 

@@ -11,7 +11,9 @@ from conftest import ROOT, TINY, in_child, tiny_model
 from transformers import AutoTokenizer
 
 import common
+import dpo
 import grpo
+import reward_model
 import sft
 
 SFT, CHECKPOINT = os.path.join(TINY, "sft.json"), os.path.join(TINY, "sft")
@@ -21,6 +23,11 @@ FILES = {
     "role.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}\n',
     "empty.jsonl": "", "blank.jsonl": "\n\n", "array.json": "[1, 2", "columns.jsonl": '{"x": 1}\n', "notes.txt": "hello",
     "no_answer.jsonl": '{"prompt": "1+1"}\n{"prompt": "1+2"}\n', "nothing.jsonl": '{"prompt": "1+1", "completion": " "}\n',
+    "pairs.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 3, "same.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "a"}\n',
+    "unlike.jsonl": '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": [{"role": "user", "content": "c"},'
+                    ' {"role": "assistant", "content": "d"}]}\n',
+    "scores.jsonl": '{"prompt": "q", "completion": "a", "score": 1}\n{"prompt": "q", "completion": "b", "score": "high"}\n',
+    "named.jsonl": '{"prompt": "q", "completion": "a", "score": {"x": 1}}\n{"prompt": "q", "completion": "b", "score": {"y": 1}}\n',
     "tools.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}\n',
     "raises.py": "def f(completions):\n    raise RuntimeError('no network\\nat all')\n",
     "short.py": "def f(completions):\n    return []\n", "nan.py": "def f(completions):\n    return [float('nan')] * len(completions)\n",
@@ -70,6 +77,13 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--reward_funcs", "short.py:f"], "returned 0 values for 1 completions"), (grpo, ["--reward_funcs", "nan.py:f"], "returned nan"),
     (grpo, ["--reward_funcs", "text.py:f"], "returned str"),
     (grpo, ["--reward_funcs", "late.py:f", "--batch_size", "2", "--eval_fraction", "0"], "raised ZeroDivisionError"),
+    (dpo, ["--label_smoothing", "0.1", "--loss_type", "ipo"], "defined for --loss_type sigmoid alone"), (dpo, ["--beta", "0"], "--beta must be positive"),
+    (dpo, ["--label_smoothing", "0.7"], "--label_smoothing must lie in"), (dpo, ["--dataset_name", "ok.jsonl"], "no known format"),
+    (dpo, ["--dataset_name", "same.jsonl"], "no pair to train on is left"), (dpo, ["--dataset_name", "unlike.jsonl"], "unlike.jsonl:1: 'chosen' does not begin"),
+    (reward_model, ["--dataset_name", "scores.jsonl"], "scores.jsonl:2: the score 'score' is not a number"),
+    (reward_model, ["--dataset_name", "named.jsonl", "--eval_fraction", "0"], "named.jsonl:2: the scores are ['y'], those of the first row ['x']"),
+    (reward_model, ["--eval_dataset_name", "oks.jsonl"], "no such file"), (reward_model, ["--lora_dropout", "-1"], "--lora_dropout must lie in"),
+    (grpo, ["--reward_funcs", "empty"], "empty is no reward model that can be loaded"),
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
     (sft, ["--resume_from_checkpoint", "nowhere"], "no such folder (or say 'latest')"),
     (sft, ["--learning_rate", "1e20", "--max_grad_norm", "0", "--max_steps", "40"], "gradient's norm nan"),
@@ -102,7 +116,7 @@ def test_one_sentence(script, flags, sentence, folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [script.__file__])
     argv = [os.path.join(TINY, os.path.basename(script.__file__).replace(".py", ".json")), "--output_dir", "out", "--max_steps", "1",
-            "--batch_size", "4", "--max_completion_length", "8", *flags]
+            "--batch_size", "4", *(["--max_completion_length", "8"] if script is not reward_model else []), *flags]
 
     def child():
         with common.user_errors():
@@ -151,7 +165,7 @@ def test_skip_bad_rows_counts_them(folder, monkeypatch, capfd, tmp_path):
 
 
 def test_no_pickle_is_loaded_and_nothing_is_evaluated():
-    for name in ("common.py", "sft.py", "grpo.py"):
+    for name in (n for n in os.listdir(ROOT) if n.endswith(".py")):
         with open(os.path.join(ROOT, name)) as file:
             source = file.read()
         for word in ("torch.load(", "pickle.load", " eval(", "exec("):

@@ -14,9 +14,9 @@ import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 from conftest import RecordGradients
-import common, grpo, sft
+import common, dpo, grpo, reward_model, sft
 torch.set_num_threads(1)
-script, out, flags = {{"sft": sft, "grpo": grpo}}[sys.argv[1]], sys.argv[2], sys.argv[3:]
+script, out, flags = globals()[sys.argv[1]], sys.argv[2], sys.argv[3:]
 if "--record" in flags:
     flags.remove("--record")
     script.make_optimizer = RecordGradients
@@ -46,13 +46,16 @@ def launch(tmp_path, name, processes, *flags):
 
 CASES = {
     "sft": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200],
+    "dpo": ["--batch_size", 5, "--micro_batch_tokens", 300],
+    "reward_model": ["--batch_size", 5, "--micro_batch_tokens", 300, "--model_name_or_path", os.path.join(TINY, "sft")],
     "grpo": ["--batch_size", 3, "--num_generations", 4, "--kl_coef", 0.1, "--micro_batch_tokens", 300, "--temperature", 1.3],
 }
 
 
 @pytest.fixture
-def five_eval_rows(tmp_path):
-    with open(os.path.join(TINY, "addition.jsonl")) as file:
+def five_eval_rows(tmp_path, request):
+    pairs = request.node.callspec.params.get("name") in ("dpo", "reward_model") if hasattr(request.node, "callspec") else False
+    with open(os.path.join(TINY, "preferences.jsonl" if pairs else "addition.jsonl")) as file:
         lines = file.readlines()
     (tmp_path / "eval.jsonl").write_text("".join(lines[:5]))
     (tmp_path / "train.jsonl").write_text("".join(lines[5:60]))
@@ -67,7 +70,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_
     want = one[0]["gradients"][0]
     for rank in two:
         assert (rank["gradients"][0] - want).norm() / want.norm() < 1e-6
-    assert want.norm() > 1e-3 and printed.count("first ") == 1 + (name == "grpo"), "only the first process prints"
+    assert want.norm() > 1e-3 and printed.count("model    ") == 1, "only the first process prints"
     for a, b in zip(metrics, again):
         assert a.keys() == b.keys()
         for key in a:
@@ -76,7 +79,8 @@ def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, five_eval_rows):
-    extra = ["--lora_r", 4] if name == "sft" else ["--num_minibatches", 3, "--batch_size", 1]  # fewer rows than processes at times
+    extra = {"grpo": ["--num_minibatches", 3, "--batch_size", 1], "dpo": ["--batch_size", 1]}  # fewer rows than processes
+    extra = extra.get(name, ["--lora_r", 4])
     two, _, _ = launch(tmp_path, name, 2, *CASES[name], *five_eval_rows, "--max_steps", 3, *extra)
     assert all(two[0]["weights"][n].equal(two[1]["weights"][n]) for n in two[0]["weights"])
 

@@ -11,7 +11,9 @@ from conftest import TINY, in_child, run
 from safetensors.torch import load_file
 
 import common
+import dpo
 import grpo
+import reward_model
 import sft
 
 RUNS = {  # name -> (script, flags); every run crosses an epoch or has several updates a rollout, and evaluates
@@ -19,22 +21,25 @@ RUNS = {  # name -> (script, flags); every run crosses an epoch or has several u
     "sft-lora-dropout": (sft, ["--max_steps", 5, "--save_steps", 2, "--lora_r", 4, "--lora_dropout", 0.2,
                                "--model_name_or_path", os.path.join(TINY, "sft")]),
     "grpo": (grpo, ["--max_steps", 8, "--save_steps", 2, "--num_iterations", 2, "--kl_coef", 0.05, "--eval_steps", 3]),
+    "dpo": (dpo, ["--max_steps", 5, "--eval_steps", 3, "--save_steps", 2]),  # precomputed reference
+    "dpo-lora": (dpo, ["--max_steps", 3, "--save_steps", 2, "--lora_r", 4, "--max_completion_length", 0]),
+    "reward_model": (reward_model, ["--max_steps", 5, "--eval_steps", 3, "--save_steps", 2, "--lora_r", 4, "--lora_dropout", 0.2]),
     "grpo-lora": (grpo, ["--max_steps", 4, "--save_steps", 1, "--lora_r", 4, "--kl_coef", 0.05]),
 }
-UPDATES = {"grpo": 2}  # a checkpoint of grpo is written at rollout boundaries only
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """20 rows: with 6 a step, an epoch has 4 steps and the last one is short."""
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    with open(os.path.join(TINY, "addition.jsonl")) as file:
-        path.write_text("".join(file.readlines()[:20]))
-    return str(path)
+    folder = tmp_path_factory.mktemp("data")
+    for name, to in (("addition.jsonl", "rows.jsonl"), ("preferences.jsonl", "rows.jsonl.pairs.jsonl")):
+        with open(os.path.join(TINY, name)) as file:
+            (folder / to).write_text("".join(file.readlines()[:20]))
+    return str(folder / "rows.jsonl")
 
 
 def start(name, data, out, *more):
     script, flags = RUNS[name]
+    data = f"{data}.pairs.jsonl" if script in (dpo, reward_model) else data
     return lambda: run(script, out, "--dataset_name", data, "--batch_size", 6, "--eval_fraction", 0.2, *flags, *more)
 
 
@@ -179,7 +184,7 @@ def test_a_changed_argument_is_refused_by_name_and_a_harmless_one_is_not(data, t
         start("sft", data, tmp_path / "out")()
     in_child(child)
     resume = ["--resume_from_checkpoint", "latest"]
-    with pytest.raises(common.UserError, match="--learning_rate 0.003 and this run has 0.001"):
+    with pytest.raises(common.UserError, match="--learning_rate 0.002 and this run has 0.001"):
         start("sft", data, tmp_path / "out", *resume, "--learning_rate", 1e-3)()
     with open(data) as file:
         (tmp_path / "other.jsonl").write_text(file.read().replace("think", "thunk"))
