@@ -79,7 +79,7 @@ class Args:
     system_prompt: str | None = HfArg(default=None, help="system message for prompts that have none")
     max_prompt_length: int = HfArg(default=512, help="longer prompts are dropped and counted")
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
-    reward_funcs: list[str] = HfArg(default_factory=lambda: ["accuracy"], help="built in, my.py:f, model folder")
+    reward_funcs: list[str] = HfArg(default_factory=lambda: ["accuracy"], help="names, my.py:f or folders")
     reward_weights: list[float] | None = HfArg(default=None, help="one weight for each reward; default 1")
     # rollout
     batch_size: int = HfArg(default=16, help="prompts of a rollout, over all processes")
