@@ -145,8 +145,7 @@ def dpo_loss(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logpro
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Log-prob, entropy and top-1 hit of N target tokens, without the (N, V) logits ever being whole in
-    memory.
+    """Log-prob, entropy and top-1 hit of N target tokens; the (N, V) logits are never whole in memory.
 
     z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
     fp32. Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and

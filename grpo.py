@@ -151,8 +151,7 @@ class Args:
 # ---- loss --------------------------------------------------------------------------------------------------
 
 def group_advantages(scores, num_generations, scale_rewards="group"):
-    """A = (r - mean of its group) / (std + 1e-4), std with n - 1; of the group, of the batch, or (none) no
-    division.
+    """A = (r - mean of its group) / (std + 1e-4), std (n - 1) of the group or the batch; none: undivided.
 
     scores (N*G,) fp32, a prompt's G completions side by side; NaN = not scored: left out of all statistics,
     advantage 0. A group whose scores are all equal gets exactly 0. Scores 1, 0, 0, 1 give mean 0.5, std
@@ -160,22 +159,19 @@ def group_advantages(scores, num_generations, scale_rewards="group"):
     """
     groups = scores.view(-1, num_generations)  # (N, G)
     known = ~groups.isnan()
-    centred = torch.where(known, groups - groups.nanmean(1, keepdim=True), 0.0)  # r - mean
+    advantages = torch.where(known, groups - groups.nanmean(1, keepdim=True), 0.0)  # r - mean
     if scale_rewards == "group":
-        std = (centred.square().sum(1, keepdim=True)
-               / (known.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()  # (N, 1)
-    else:
-        std = (scores[~scores.isnan()].std() if scale_rewards == "batch" and known.sum() > 1
-               else torch.tensor(1.0))
-    advantages = centred / (std + 1e-4) if scale_rewards != "none" else centred
-    high, low = (groups.nan_to_num(-math.inf).amax(1, keepdim=True),
-                 groups.nan_to_num(math.inf).amin(1, keepdim=True))
-    return torch.where(high > low, advantages, 0.0).view(-1)  # 1 / std would blow up float noise
+        variance = advantages.square().sum(1, keepdim=True) / (known.sum(1, keepdim=True) - 1).clamp(min=1)
+        advantages = advantages / (variance.sqrt() + 1e-4)
+    elif scale_rewards == "batch":
+        advantages = advantages / (groups[known].std() + 1e-4)
+    highest = groups.nan_to_num(-math.inf).amax(1, keepdim=True)  # (N, 1)
+    lowest = groups.nan_to_num(math.inf).amin(1, keepdim=True)
+    return torch.where(highest > lowest, advantages, 0.0).view(-1)  # 1 / std would blow up float noise
 
 
 def importance_ratio(logprobs, old_logprobs, loss_mask, importance_sampling_level="token"):
-    """pi / pi_old: token by token, or (GSPO eq. 7) its geometric mean over the sequence, at every token. All
-    (B, T-1)."""
+    """pi / pi_old, all (B, T-1): by token, or (GSPO) its geometric mean over the sequence at each token."""
     log_ratio = torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
     if importance_sampling_level == "sequence":
         mean = log_ratio.sum(-1, keepdim=True) / loss_mask.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
@@ -198,10 +194,10 @@ def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, epsilon=0.2, epsilo
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """Schulman's k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs: non-negative, unbiased for KL(policy
-    || ref). (B, T-1)
+    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, (B, T-1): >= 0, unbiased for KL(policy || ref).
 
-    Give it equal values where nothing counts: an infinite d would make NaN gradients even behind a mask.
+    The estimator is Schulman's (joschu.net/blog/kl-approx.html). Give it equal values where nothing counts:
+    an infinite d would make NaN gradients even behind a mask.
     d = ln 2 gives 2 - 0.6931 - 1 = 0.3069.
     """
     d = ref_logprobs - logprobs
@@ -209,8 +205,7 @@ def kl_k3(logprobs, ref_logprobs):
 
 
 def token_weights(lengths, loss_type, max_completion_length):
-    """What each row's tokens count for in the step's loss: the three denominators of --loss_type. lengths
-    (N,) -> (N,)
+    """What a token of each row counts for in the step's loss, by --loss_type: lengths (N,) -> (N,).
 
     dapo     1 / tokens of the step                    with lengths 1, 3: 1/4, 1/4
     grpo     1 / (sequences * tokens of the sequence)  1/2, 1/6
@@ -224,8 +219,7 @@ def token_weights(lengths, loss_type, max_completion_length):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Log-prob, entropy and top-1 hit of N target tokens, without the (N, V) logits ever being whole in
-    memory.
+    """Log-prob, entropy and top-1 hit of N target tokens; the (N, V) logits are never whole in memory.
 
     z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
     fp32. Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and

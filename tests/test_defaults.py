@@ -84,7 +84,7 @@ def test_the_demonstrations():
     assert make.demonstration(99, 1, True) == "<think>9+1+0=10 9+0+1=10 0+0+1=1</think><answer>100</answer>"
     with open(os.path.join(TINY, "addition.jsonl")) as file:
         rows = [json.loads(line) for line in file]
-    assert len(rows) == len({r["prompt"] for r in rows}) == 6000
+    assert len(rows) == len({r["prompt"] for r in rows}) == 8000
     wrong = careful = 0
     for row in rows:
         a, b = map(int, row["prompt"].split("+"))

@@ -274,7 +274,7 @@ def test_the_sampled_distribution_is_the_whole_softmax_at_the_temperature():
 def gradient(monkeypatch, tmp_path, *flags):
     monkeypatch.setattr(grpo, "make_optimizer", RecordGradients)
     metrics = run(grpo, tmp_path / "-".join(map(str, flags)).replace("/", "_")[-60:], "--eval_fraction", 0, "--batch_size", 6, "--num_generations", 4,
-                  "--max_grad_norm", 0, "--max_steps", 1, "--temperature", 1.3, *flags)
+                  "--max_grad_norm", 0, "--max_steps", 1, *flags)
     return RecordGradients.last.gradients, metrics
 
 
@@ -284,10 +284,10 @@ def gradient(monkeypatch, tmp_path, *flags):
     ("--num_minibatches", 2, "--mask_truncated_completions", "--max_completion_length", 62)], ids=str)
 def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(monkeypatch, tmp_path, flags):
     whole, _ = gradient(monkeypatch, tmp_path, *flags)
-    assert whole[0].norm() > 1e-3
+    assert max(g.norm() for g in whole) > 1e-3
     for cut in (("--micro_batch_tokens", 1), ("--micro_batch_tokens", 300), ("--gradient_checkpointing", "--rollout_batch_size", 5)):
         for a, b in zip(gradient(monkeypatch, tmp_path, *flags, *cut)[0], whole):
-            assert (a - b).norm() / b.norm() < 1e-6
+            assert (a - b).norm() <= 1e-6 * b.norm()
 
 
 def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers(monkeypatch, tmp_path):
@@ -295,7 +295,7 @@ def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers
     kept = []
     rollout = grpo.rollout
     monkeypatch.setattr(grpo, "rollout", lambda *a, **k: kept.append(rollout(*a, **k)) or kept[-1])
-    (got,), metrics = gradient(monkeypatch, tmp_path)
+    (got,), metrics = gradient(monkeypatch, tmp_path, "--temperature", 0.9)
     assert sum(r["score"] for r in kept[0][0]) > 0
     records = kept[0][0]
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json")])
@@ -307,7 +307,7 @@ def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers
     loss = 0.0
     for record, advantage in zip(records, a):
         ids, n = record["input_ids"].long(), len(record["completion_ids"])
-        logits = model(ids[None]).logits[0].float() / 1.3
+        logits = model(ids[None]).logits[0].float() / 0.9
         lp = logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)[-n:]
         loss = loss - advantage * lp.sum() / tokens
     loss.backward()
@@ -375,7 +375,7 @@ def test_a_prompt_too_long_is_dropped_and_counted(tmp_path, capsys):
     assert all(len(p["prompt_ids"]) <= 8 for p in train + held)
     with open(args.dataset_name) as file:
         kept = sum(len(json.loads(line)["prompt"]) <= 5 for line in file)
-    assert len(train) + len(held) == kept and f"{6000 - kept:,} dropped" in capsys.readouterr().out
+    assert len(train) + len(held) == kept and f"{8000 - kept:,} dropped" in capsys.readouterr().out
 
 
 # ---- learning ----------------------------------------------------------------------------------------------------------
