@@ -498,6 +498,8 @@ def load_tokenizer(args):
     with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
                  (ValueError, TypeError)):
         tokenizer.template_kwargs = {**json.loads(args.chat_template_kwargs or "{}")}
+    if tokenizer.template_kwargs:  # saved with the tokenizer: a reward model scores what it was trained on
+        tokenizer.init_kwargs["template_kwargs"] = tokenizer.template_kwargs
     with explain(path or f"the tokenizer of {source}", ValueError):  # not to be blamed on the data
         trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
         check_whole(render(tokenizer, trial), trial)
@@ -631,12 +633,14 @@ def pad(rows, value, side="right", dtype=torch.long):
 
 
 def fingerprint(examples):
-    """A digest of all that is in the examples, by which a checkpoint knows its data."""
+    """A digest of all that the examples hold: a checkpoint does not go on with other data or templates."""
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return value.numpy().tobytes() if torch.is_tensor(value) else value
     digest = hashlib.sha256()
     for example in examples:
-        for name, value in sorted(example.items()):
-            value = value.numpy().tobytes() if torch.is_tensor(value) else value
-            digest.update(repr((name, value)).encode())
+        digest.update(repr([(name, plain(value)) for name, value in sorted(example.items())]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -659,18 +663,15 @@ def transcript(text):
 
 
 def to_pair(row, format, system_prompt=None):
-    """A row of any preference format -> {"prompt", "chosen", "rejected"}, each a list of messages.
+    """A row of any preference format -> {"prompt", "chosen", "rejected"}, lists of messages, and "margin".
 
     Full conversations are split after the messages they share, transcripts before their last answer. A side
     may come out empty: encode_pairs drops and counts such pairs. Raises ValueError with the reason.
     """
-    prompt = []
-    if format == "alpaca_pair":
-        prompt = to_prompt(row, "instruction", system_prompt)[1]
-    elif format == "sharegpt_pair":
-        prompt = to_messages(row["conversations"], train=False)
-    elif format == "prompt_pair":
-        prompt = to_prompt(row, "prompt", system_prompt)[1]
+    columns = {"alpaca_pair": "instruction", "sharegpt_pair": "conversations", "prompt_pair": "prompt"}
+    column = columns.get(format)
+    prompt = column_messages(row, column, train=False) if column else []
+    expect(not prompt or prompt[-1]["content"].strip(), f"column '{column}' is empty")
     sides = []
     for name in ("chosen", "rejected"):
         value = row.get(name)
@@ -696,11 +697,19 @@ def to_pair(row, format, system_prompt=None):
                              "prompts differ")
     if not prompt or prompt[-1]["role"] == "assistant":
         raise ValueError("the prompt of chosen and rejected must end with a user message")
-    if format in ("conversation_pair", "sharegpt_pair"):  # to_prompt has done it for the others
+    if prompt[0]["role"] != "system":
         prompt = with_system(prompt, row, system_prompt)
+    short, long = sorted(([(m["role"], m["content"]) for m in side] for side in sides), key=len)
+    expect(len(short) == len(long) or long[:len(short)] != short, "one side is the beginning of the other")
+    margin = row.get("margin")
+    try:
+        margin = 0.0 if margin in (None, "") else float(margin)
+    except (TypeError, ValueError):
+        margin = math.nan
+    expect(abs(margin) < 1e30, f"column 'margin' is no number: {_short(row.get('margin'))}")
     prompt = [{**m, "train": False} for m in prompt]
-    return {"prompt": prompt, **{name: [{**m, "train": m["role"] == "assistant"} for m in side]
-                                 for name, side in zip(("chosen", "rejected"), sides)}}
+    chosen, rejected = ([{**m, "train": m["role"] == "assistant"} for m in side] for side in sides)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
 
 
 def upto_answer(example):
@@ -724,7 +733,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     """
     examples = []
     for pair, row, place in items:
-        if not all(pair[side][-1]["content"].strip() for side in ("chosen", "rejected")):
+        if not all(m["content"].strip() for side in ("chosen", "rejected") for m in pair[side]):
             counts["dropped: an empty completion"] += 1
             continue
         try:
@@ -733,6 +742,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
             if any(len(parts) > 1 for parts in sides):
                 raise ValueError("the chat template rewrites earlier turns, so a completion of several turns "
                                  "cannot be one example")
+            prompt_ids = encode_prompt(tokenizer, pair["prompt"])[-max_length:]
         except ValueError as error:
             require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
             counts["skipped in tokenizing"] += 1
@@ -748,7 +758,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
             counts["dropped: the two sides are identical"] += sides[0] == sides[1]
             counts["dropped: no trained token left"] += sides[0] != sides[1]
             continue
-        example = {"prompt_ids": encode_prompt(tokenizer, pair["prompt"])[-max_length:], "row": row}
+        example = {"prompt_ids": prompt_ids, "margin": pair["margin"], "row": row}
         for name, (ids, mask) in zip(("chosen", "rejected"), sides):
             example[f"{name}_ids"] = torch.tensor(ids, dtype=torch.int32)
             example[f"{name}_mask"] = torch.tensor(mask, dtype=torch.int8)
@@ -765,7 +775,7 @@ def to_scored(row, format, system_prompt=None):
             scores = {**scores, name: float(value)}
         except (TypeError, ValueError):
             raise ValueError(f"the score '{name}' is not a number but {_short(value)}") from None
-        if isinstance(value, bool) or not math.isfinite(scores[name]):
+        if isinstance(value, bool) or not abs(scores[name]) < 1e30:
             raise ValueError(f"the score '{name}' is {_short(value)}; expected a finite number")
     if not scores:
         raise ValueError("column 'score' holds no score")
@@ -904,12 +914,18 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
     rows = model.get_input_embeddings().weight.shape[0]
     require(len(tokenizer) <= rows, f"the tokenizer has {len(tokenizer)} tokens and the model's embedding "
             f"{rows} rows: '{base}' and its tokenizer do not belong together")
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = vars(args).get("max_length") or args.max_prompt_length + args.max_completion_length
+    require(longest <= limit, f"rows may have {longest} tokens and the model has {limit} positions: lower "
+            "--max_length, or --max_prompt_length and --max_completion_length")
     scaled = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
               if getattr(model.config, name, None) not in (None, 1, 1.0)]
     require(score_names or not scaled, f"models of type {model.config.model_type} change their logits after "
             f"the head ({', '.join(scaled)}), so their log-probs would be off: not supported")
     if adapter:
-        rank = PeftConfig.from_pretrained(adapter).r
+        rank, task = (getattr(PeftConfig.from_pretrained(adapter), name) for name in ("r", "task_type"))
+        require((task == "SEQ_CLS") == bool(score_names), f"{adapter} is an adapter of "
+                f"{'a reward model' if task == 'SEQ_CLS' else 'a policy'}: start from its merged/ instead")
         require(args.lora_r in (0, rank), f"{adapter} is an adapter of rank {rank}: leave --lora_r out")
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora:
@@ -1007,15 +1023,22 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
         if hasattr(config, "quantization_config"):  # an adapter that was trained on a 4-bit base
             del config.quantization_config
             options["quantization_config"] = _nf4(torch.float32, torch.device(device).type)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code, **options)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            base, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code,
+            output_loading_info=True, **options)
+        trained = not loaded["missing_keys"] or (
+            adapter is not None and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS")
+        require(trained, "it has no trained score head")
         model = PeftModel.from_pretrained(model, adapter) if adapter else model
         model = (model if options else model.to(device)).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer.template_kwargs = tokenizer.init_kwargs.get("template_kwargs") or {}
+    limit = getattr(config, "max_position_embeddings", None) or 10**9
 
     @torch.no_grad()
     def score(conversations):
-        rows = [upto_answer(encode_conversation(tokenizer, messages)[-1])[0] for messages in conversations]
+        rows = [upto_answer(encode_conversation(tokenizer, messages)[-1])[0][-limit:]
+                for messages in conversations]
         scores = torch.zeros(len(rows), len(names))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for at in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
@@ -1273,7 +1296,7 @@ def merge_adapter(args, tokenizer, folder, adapter, device):
                           score_config(list(names), tokenizer) if reward else None)
         return model if args.load_in_4bit else model.to(device)
 
-    ids = torch.arange(min(64, len(tokenizer)), device=device)[None]
+    ids = torch.arange(64, device=device).view(8, 8) % len(tokenizer)
     with torch.no_grad():
         before = PeftModel.from_pretrained(load(), adapter).eval()(ids).logits.float()
         model = load()

@@ -327,7 +327,7 @@ def pair_figures(policy_logprobs, ref_logprobs, lengths, args):
     dpo_losses, _, _ = dpo_loss(*(policy_logprobs / scale), *(ref_logprobs / scale), args.beta,
                                 args.loss_type, args.label_smoothing)
     nll = -policy_logprobs[0] / lengths[0]  # mean over the chosen completion's tokens
-    _, chosen, rejected = dpo_loss(*policy_logprobs.detach(), *ref_logprobs, args.beta)
+    chosen, rejected = args.beta * (policy_logprobs.detach() - ref_logprobs)
     figures = torch.stack([dpo_losses.detach(), nll.detach(), chosen, rejected, chosen - rejected,
                            (chosen > rejected).float(), *policy_logprobs.detach()])
     return dpo_losses + args.sft_coef * nll, figures
@@ -452,7 +452,7 @@ def main(args):
     # data: all of it is read, checked and tokenized before the model is loaded
     tokenizer = common.load_tokenizer(args)
     train, held = load_pairs(args, tokenizer)
-    data = common.check_data(checkpoint, common.fingerprint(both_sides(train)))
+    data = common.check_data(checkpoint, common.fingerprint(both_sides(train + held)))
     for side in ("chosen", "rejected"):
         common.show_example(tokenizer, train[0][f"{side}_ids"], train[0][f"{side}_mask"], f"first {side}")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
@@ -479,7 +479,7 @@ def main(args):
     if args.precompute_ref_log_probs:
         kept["ref_logprobs"] = (checkpoint[0]["ref_logprobs"] if checkpoint else  # (N, 2)
                                 reference_logprobs(policy, train + held, args, accelerator))
-        for pair, row in zip(train + held, kept["ref_logprobs"]):
+        for pair, row in zip(train + held, kept["ref_logprobs"], strict=True):
             pair["ref_logprobs"] = row
     log = common.RunLog(accelerator, args, total_steps, state["step"])
     interrupt = common.Interrupt()
@@ -510,8 +510,8 @@ def main(args):
         # the pairs of this step: a function of (seed, epoch) and the step
         epoch, at = divmod(step, steps_per_epoch)
         order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
-        chosen_rows = order[at * args.batch_size:(at + 1) * args.batch_size]
-        pairs = [train[i] for i in chosen_rows]
+        rows_of_step = order[at * args.batch_size:(at + 1) * args.batch_size]
+        pairs = [train[i] for i in rows_of_step]
         trained_pairs = len(pairs)  # the denominator of the whole step, over all processes
         batches = micro_batches(pair_lengths(pairs), args.micro_batch_tokens, accelerator.process_index,
                                 accelerator.num_processes)
@@ -533,7 +533,7 @@ def main(args):
         loss, *figures = (x / trained_pairs for x in figures)
         require(math.isfinite(loss) and math.isfinite(grad_norm),
                 f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on pairs "
-                f"{chosen_rows[:8]} ... of the training data; this update was not made, and the checkpoints "
+                f"{rows_of_step[:8]} ... of the training data; this update was not made, and the checkpoints "
                 "are whole. Try a lower --learning_rate")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, args)

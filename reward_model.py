@@ -162,6 +162,7 @@ class Scorer(nn.Module):
 def check_scores(scorer, model, examples, pad_id, accelerator):
     """Raises UserError unless plain transformers gives the same scores for a padded batch."""
     ids = [e["input_ids"][-100:] for e in examples]
+    ids.append(ids[0][:len(ids[0]) // 2 + 1])  # so that there is padding
     input_ids, lengths = collate([{"input_ids": i} for i in ids], pad_id, accelerator.device)
     mask = (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()
     model.eval()
@@ -200,7 +201,8 @@ def load_examples(args, tokenizer):
     else:
         prompts = [common.prompt_key(i["prompt"] if pairs else i[0]["messages"]) for i, _, _ in items]
         parts = common.hold_out(items, prompts, args.eval_fraction)
-    names = None if pairs else sorted(items[0][0][1])
+    names = None if pairs else sorted(items[0][0][1])  # an item is ((conversation, scores), row, place)
+    require(pairs or args.center_rewards_coefficient == 0, "--center_rewards_coefficient is for pairs alone")
     encode = encode_pair_rows if pairs else encode_scored_rows
     train, held = (encode(part, tokenizer, args, counts, names) for part in parts)
     say(f"data     {len(train):,} {'pairs' if pairs else 'rows'} to train on, {len(held):,} to evaluate"
@@ -213,10 +215,7 @@ def encode_pair_rows(items, tokenizer, args, counts, names):
     """Preference items -> [{"rows": [chosen ids, rejected ids], "margin": float}]."""
     examples = []
     for pair in common.encode_pairs(items, tokenizer, args.max_length, counts, args.skip_bad_rows):
-        margin = pair["row"].get("margin")
-        require(margin is None or isinstance(margin, (int, float)),
-                f"a row's 'margin' is no number: {margin!r}")
-        examples.append({"rows": [pair["chosen_ids"], pair["rejected_ids"]], "margin": float(margin or 0)})
+        examples.append({"rows": [pair["chosen_ids"], pair["rejected_ids"]], "margin": pair["margin"]})
     return examples
 
 

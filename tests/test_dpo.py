@@ -152,7 +152,20 @@ def test_formats(row, format, prompt, chosen, rejected):
     assert not any(m["train"] for m in pair["prompt"]) and all(m["train"] for m in pair["chosen"] + pair["rejected"])
 
 
+@pytest.mark.parametrize("row, format", [
+    ({"prompt": "q", "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}, "prompt_pair"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt_pair"),
+    ({"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}, "conversation_pair"),
+    ({"instruction": "q", "chosen": "a", "rejected": "b"}, "alpaca_pair")])
+def test_the_system_prompt_reaches_every_format(row, format):
+    assert [m["content"] for m in common.to_pair(row, format, "be brief")["prompt"]] == ["be brief", "q"]
+    assert [m["content"] for m in common.to_pair(row | {"system": "be long"}, format, "be brief")["prompt"]] == ["be long", "q"]
+
+
 @pytest.mark.parametrize("row, format, reason", [
+    ({"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("a"), user("r"), bot("b")]}, "conversation_pair", "the beginning of the other"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "wide"}, "prompt_pair", "'margin' is no number"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.nan}, "prompt_pair", "'margin' is no number"),
     ({"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]}, "conversation_pair", "prompts differ"),
     ({"chosen": HH + "a", "rejected": HH.replace("bye", "wait") + "b"}, "conversation_pair", "prompts differ"),
     ({"chosen": "a", "rejected": "b"}, "conversation_pair", "expected a transcript"),

@@ -207,6 +207,21 @@ def test_other_data_under_the_same_name_is_refused(data, tmp_path):
         start("sft", mine, tmp_path / "out", "--resume_from_checkpoint", "latest")()
 
 
+def test_other_evaluation_data_is_refused_where_references_are_kept_by_position(data, tmp_path):
+    pairs = f"{data}.pairs.jsonl"
+    shutil.copy(pairs, tmp_path / "eval.jsonl")
+    flags = ["--eval_dataset_name", tmp_path / "eval.jsonl", "--max_completion_length", 0]
+
+    def child():
+        kill_after_step(3)()
+        start("dpo", data, tmp_path / "out", *flags)()
+    in_child(child)
+    lines = (tmp_path / "eval.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "eval.jsonl").write_text("".join(lines[::-1]))
+    with pytest.raises(common.UserError, match="written with other training data"):
+        start("dpo", data, tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")()
+
+
 def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path):
     flags = ["--model_name_or_path", os.path.join(TINY, "sft"), "--dataset_name", data, "--max_steps", "1", "--output_dir", str(tmp_path),
              "--eval_fraction", "0"]

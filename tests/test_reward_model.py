@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import common
 import grpo
 import reward_model
+import sft
 
 CHECKPOINT, LN2 = os.path.join(TINY, "sft"), math.log(2)
 
@@ -129,6 +130,37 @@ def test_named_scores_are_in_the_config_and_serve_as_rewards(tmp_path):
     assert list(rewards)[1].endswith("short")
     with pytest.raises(common.UserError, match="several scores .right, short.: say which"):
         grpo.load_rewards(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", folder]))
+
+
+def test_a_model_without_a_trained_head_is_no_reward(tmp_path):
+    with pytest.raises(common.UserError, match="no trained score head"):
+        common.load_reward_model(CHECKPOINT)
+
+
+def test_an_adapter_of_a_policy_and_rows_beyond_the_models_positions_are_refused(tmp_path):
+    run(sft, tmp_path / "a", "--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--max_steps", 1,
+        "--eval_fraction", 0)
+    with pytest.raises(common.UserError, match="is an adapter of a policy"):
+        run(reward_model, tmp_path / "b", "--model_name_or_path", tmp_path / "a" / "model")
+    with pytest.raises(common.UserError, match="rows may have 5000 tokens and the model has 4096 positions"):
+        run(reward_model, tmp_path / "c", "--max_length", 5000)
+
+
+def test_template_kwargs_and_margins_reach_the_saved_model(tmp_path):
+    (tmp_path / "t.jinja").write_text("{% if brief %}BRIEF {% endif %}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}"
+                                      "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2}\n' * 2)
+    metrics = run(reward_model, tmp_path / "out", "--chat_template_path", tmp_path / "t.jinja", "--chat_template_kwargs", '{"brief": true}',
+                  "--dataset_name", tmp_path / "p.jsonl", "--eval_fraction", 0, "--max_steps", 1)
+    assert metrics[0]["loss"] > 1.5, "about log(1 + e^2) with a new head: the margin counts"
+    _, score = common.load_reward_model(str(tmp_path / "out" / "model"))
+    seen, encode = [], common.encode_conversation
+    common.encode_conversation = lambda tokenizer, messages: seen.append(common.render(tokenizer, messages)) or encode(tokenizer, messages)
+    try:
+        score([[common.turn("user", "q"), common.turn("assistant", "a")]])
+    finally:
+        common.encode_conversation = encode
+    assert seen[0].startswith("BRIEF <|user|>q")
 
 
 def test_pointwise_learns(tmp_path):
