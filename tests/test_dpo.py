@@ -86,7 +86,7 @@ def test_every_start_is_at_ln_2_and_the_reference_stays(flags, how, tmp_path, sf
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_logprobs_equal_plain_transformers_one_row_at_a_time(kind, tokenizer):
-    model, args = tiny_model(kind).eval(), common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json")])
+    model = tiny_model(kind).eval()
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in (("1+1", "2", "the answer is eleven"), ("say hi", "hi there, you", "no"))]
     items = [(common.to_pair(row, "prompt_pair"), row, "here") for row in rows]
     pairs = common.encode_pairs(items, tokenizer, 512, dpo.Counter())
