@@ -443,6 +443,18 @@ def to_prompt(row, format, system_prompt=None):
     return row[format], with_system(messages, row, system_prompt)
 
 
+def read_items(name, args, formats, convert):
+    """A dataset, its format recognised and every row converted -> ([(converted, row, place)], format).
+
+    convert(row, format, system_prompt) is to_conversation, to_prompt, to_pair or to_scored.
+    """
+    rows = read_rows(name, args.skip_bad_rows)
+    kind = find_format(rows, formats, args.format)
+    items = convert_rows(rows, lambda row: convert(row, kind, args.system_prompt), args.skip_bad_rows, name)
+    say(f"data     {name}: format {kind}, {len(rows):,} rows")
+    return items, kind
+
+
 def hold_out(items, prompts, fraction, most=200):
     """Splits items into (train, evaluation) by prompt: the prompts with the smallest SHA-256 are held out.
 

@@ -240,17 +240,10 @@ def check_head(policy, model, input_ids, accelerator):
 
 def load_pairs(args, tokenizer):
     """-> (training pairs, evaluation pairs) of common.encode_pairs; prints what was kept and dropped."""
-    def convert(name):
-        rows = common.read_rows(name, args.skip_bad_rows)
-        kind = common.find_format(rows, common.PAIR_FORMATS, args.format)
-        kept = common.convert_rows(rows, lambda row: common.to_pair(row, kind, args.system_prompt),
-                                   args.skip_bad_rows, name)
-        say(f"data     {name}: format {kind}, {len(rows):,} pairs")
-        return kept
-
-    items = convert(args.dataset_name)
+    items, _ = common.read_items(args.dataset_name, args, common.PAIR_FORMATS, common.to_pair)
     if args.eval_dataset_name:
-        parts = items, convert(args.eval_dataset_name)
+        held, _ = common.read_items(args.eval_dataset_name, args, common.PAIR_FORMATS, common.to_pair)
+        parts = items, held
     else:
         parts = common.hold_out(items, [common.prompt_key(pair["prompt"]) for pair, _, _ in items],
                                 args.eval_fraction)

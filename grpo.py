@@ -460,14 +460,6 @@ def score(rewards, rows, texts, completion_ids, step, total_steps):
 def load_prompts(args, tokenizer):
     """-> (prompts to train on, prompts to evaluate): dicts of prompt (as in the row), prompt_ids, columns and
     place."""
-    def convert(name):
-        rows = common.read_rows(name, args.skip_bad_rows)
-        kind = common.find_format(rows, common.PROMPT_FORMATS, args.format)
-        kept = common.convert_rows(rows, lambda row: common.to_prompt(row, kind, args.system_prompt),
-                                   args.skip_bad_rows, name)
-        say(f"data     {name}: format {kind}, {len(rows):,} rows")
-        return kept
-
     def encode(items):
         columns = sorted({name for _, row, _ in items for name in row} - {"prompt", "completion"})
         taken = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
@@ -485,12 +477,13 @@ def load_prompts(args, tokenizer):
                                 "columns": {name: row.get(name) for name in columns}})
         return prompts
 
-    items = convert(args.dataset_name)
+    items, _ = common.read_items(args.dataset_name, args, common.PROMPT_FORMATS, common.to_prompt)
     if args.eval_dataset_name:
-        parts = items, convert(args.eval_dataset_name)
+        held, _ = common.read_items(args.eval_dataset_name, args, common.PROMPT_FORMATS, common.to_prompt)
+        parts = items, held
     else:
-        parts = common.hold_out(items, [repr([m["content"] for m in messages])
-                                        for (_, messages), _, _ in items], args.eval_fraction)
+        keys = [common.prompt_key(messages) for (_, messages), _, _ in items]
+        parts = common.hold_out(items, keys, args.eval_fraction)
     train, held = map(encode, parts)
     dropped = sum(map(len, parts)) - len(train) - len(held)
     too_long = f"; {dropped:,} dropped: longer than --max_prompt_length {args.max_prompt_length} tokens"

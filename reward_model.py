@@ -184,18 +184,16 @@ def load_examples(args, tokenizer):
     """
     counts = Counter()
 
-    def convert(name):
-        rows = common.read_rows(name, args.skip_bad_rows)
-        kind = common.find_format(rows, {**common.PAIR_FORMATS, **common.SCORE_FORMATS}, args.format)
-        to_row = common.to_pair if kind in common.PAIR_FORMATS else common.to_scored
-        kept = common.convert_rows(rows, lambda row: to_row(row, kind, args.system_prompt),
-                                   args.skip_bad_rows, name)
-        say(f"data     {name}: format {kind}, {len(rows):,} rows")
-        return kept, kind in common.PAIR_FORMATS
+    def read(name):
+        items, kind = common.read_items(
+            name, args, {**common.PAIR_FORMATS, **common.SCORE_FORMATS},
+            lambda row, kind, system: (common.to_pair if kind in common.PAIR_FORMATS
+                                       else common.to_scored)(row, kind, system))
+        return items, kind in common.PAIR_FORMATS
 
-    items, pairs = convert(args.dataset_name)
+    items, pairs = read(args.dataset_name)
     if args.eval_dataset_name:
-        held, held_pairs = convert(args.eval_dataset_name)
+        held, held_pairs = read(args.eval_dataset_name)
         require(pairs == held_pairs, "training and evaluation data must both be pairs or both be scored rows")
         parts = items, held
     else:

@@ -29,6 +29,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -226,28 +227,19 @@ def check_head(policy, model, input_ids, accelerator):
 def load_examples(args, tokenizer):
     """-> (training examples, evaluation examples): dicts of input_ids, completion_mask and, with an answer,
     prompt_ids, answer."""
-    def convert(name):
-        rows = common.read_rows(name, args.skip_bad_rows)
-        kind = common.find_format(rows, common.SFT_FORMATS, args.format)
-        kept = common.convert_rows(rows, lambda r: common.to_conversation(r, kind, args.system_prompt),
-                                   args.skip_bad_rows, name)
-        say(f"data     {name}: format {kind}, {len(rows):,} rows")
-        return kept
-
-    rows, dropped = convert(args.dataset_name), 0
+    rows, _ = common.read_items(args.dataset_name, args, common.SFT_FORMATS, common.to_conversation)
     seen, unique = set(), []
     for item in rows:
         key = hashlib.sha256(repr(item[0]).encode()).digest()
         unique += [] if key in seen else [item]
         seen.add(key)
-    dropped = len(rows) - len(unique)
     if args.eval_dataset_name:
-        train, held = unique, convert(args.eval_dataset_name)
+        held, _ = common.read_items(args.eval_dataset_name, args, common.SFT_FORMATS, common.to_conversation)
+        train = unique
     else:
-        prompts = [c.get("text") or repr([m["content"] for m in c["messages"] if m["role"] != "assistant"])
-                   for c, _, _ in unique]
+        prompts = [c.get("text") or common.prompt_key(c["messages"]) for c, _, _ in unique]
         train, held = common.hold_out(unique, prompts, args.eval_fraction)
-    counts = {"duplicates dropped": dropped}
+    counts = Counter({"duplicates dropped": len(rows) - len(unique)})
     examples = [encode_rows(part, args, tokenizer, counts) for part in (train, held)]
     require(examples[1] or not args.keep_best, "--keep_best needs evaluation data: --eval_dataset_name, "
             "or an --eval_fraction that holds out a row")
@@ -268,18 +260,15 @@ def encode_rows(items, args, tokenizer, counts):
                                                      args.completion_only_loss))
         except ValueError as error:
             require(args.skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
-            counts["rows skipped in tokenizing"] = counts.get("rows skipped in tokenizing", 0) + 1
+            counts["rows skipped in tokenizing"] += 1
             continue
-        counts["rows split into turns"] = counts.get("rows split into turns", 0) + (len(parts) > 1)
+        counts["rows split into turns"] += len(parts) > 1
         for part in parts:
             ids, mask = common.truncate(part["input_ids"], part["completion_mask"], args.max_length)
-            counts["cut to max_length"] = (counts.get("cut to max_length", 0)
-                                           + (len(ids) < len(part["input_ids"])))
-            counts["spans moved to a token boundary"] = (counts.get("spans moved to a token boundary", 0)
-                                                         + (part["moved"] > 0))
+            counts["cut to max_length"] += len(ids) < len(part["input_ids"])
+            counts["spans moved to a token boundary"] += part["moved"] > 0
             if not any(mask[1:]):
-                counts["without a trained token dropped"] = (
-                    counts.get("without a trained token dropped", 0) + 1)
+                counts["without a trained token dropped"] += 1
                 continue
             example = {"input_ids": torch.tensor(ids, dtype=torch.int32),
                        "completion_mask": torch.tensor(mask, dtype=torch.int8)}
