@@ -199,6 +199,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         return (d_hidden, None if d_weight is None else d_weight.to(weight.dtype),
                 None if d_bias is None else d_bias.to(bias.dtype), None, None)
 
+
 class Policy(nn.Module):
     """The module that accelerate wraps: trunk, head and log-softmax in one forward, so that gradients are
     synchronised."""
@@ -207,19 +208,25 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, loss_mask, temperature=1.0):
-        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0
-        where the mask is 0.
+    def hidden(self, input_ids):
+        """input_ids (B, T) right-padded -> the trunk's last hidden states (B, T, d).
 
         No attention mask: under causal attention no real token sees the padding on its right.
         """
         causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        hidden = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
-        counts, head = loss_mask.bool(), causal.get_output_embeddings()
+        return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logprobs(self, hidden, input_ids, loss_mask, temperature):
+        """-> logprobs, entropy, hits: (B, T-1) fp32, 0 where loss_mask (B, T-1) is 0."""
+        counts, head = loss_mask.bool(), self.model.get_output_embeddings()
         hidden, targets = hidden[:, :-1][counts], input_ids[:, 1:][counts]  # the causal shift: (N, d), (N,)
         flat = ChunkedLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature)
         zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=input_ids.device)
         return tuple(zeros.masked_scatter(counts, x) for x in flat)  # (N,) -> (B, T-1)
+
+    def forward(self, input_ids, loss_mask, temperature=1.0):
+        return self.logprobs(self.hidden(input_ids), input_ids, loss_mask, temperature)
+
 
 @torch.no_grad()
 def check_head(policy, model, input_ids, accelerator):
@@ -235,6 +242,7 @@ def check_head(policy, model, input_ids, accelerator):
     require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3),
             f"models of type {model.config.model_type} change their logits after the head, "
             f"so their log-probs would be off by {worst:.2g}: not supported")
+
 
 # ---- data --------------------------------------------------------------------------------------------------
 
@@ -277,6 +285,7 @@ def collate(examples, device):
     completion_mask = common.pad([e["completion_mask"] for e in examples], 0)
     return input_ids.to(device), completion_mask[:, 1:].to(device)
 
+
 def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1):
     """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of row
     indices.
@@ -293,10 +302,12 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
         batches[-1].append(i)
     return batches
 
+
 def stream(*key):
     """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
     return torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+
 
 # ---- evaluation --------------------------------------------------------------------------------------------
 
@@ -390,6 +401,7 @@ def extract_answer(text):
     value = whole + ("." + decimals if decimals else "")
     return "-" + value if (minus or minus_too) and value != "0" else value
 
+
 def generate(model, rows, args, accelerator, tokenizer, stop_ids):
     """Greedy completions of examples' prompts, as texts. Nothing is inherited from the checkpoint's
     generation config."""
@@ -410,6 +422,7 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
         causal.generation_config = shipped
     return tokenizer.batch_decode(out[:, prompt_ids.shape[1]:], skip_special_tokens=True)
 
+
 # ---- training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
@@ -423,6 +436,7 @@ def learning_rate_at(step, total_steps, args):
              "constant": 1.0}[args.lr_scheduler_type]
     return args.learning_rate * decay
 
+
 def make_optimizer(module, args):
     """AdamW over the trained parameters; weight decay on matrices alone."""
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -432,6 +446,7 @@ def make_optimizer(module, args):
         import bitsandbytes
         return bitsandbytes.optim.AdamW8bit(groups, lr=args.learning_rate)
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+
 
 def main(args):
     accelerator = common.make_accelerator(args)

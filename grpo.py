@@ -273,6 +273,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         return (d_hidden, None if d_weight is None else d_weight.to(weight.dtype),
                 None if d_bias is None else d_bias.to(bias.dtype), None, None)
 
+
 class Policy(nn.Module):
     """The module that accelerate wraps: trunk, head and log-softmax in one forward, so that gradients are
     synchronised."""
@@ -281,19 +282,25 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, loss_mask, temperature=1.0):
-        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0
-        where the mask is 0.
+    def hidden(self, input_ids):
+        """input_ids (B, T) right-padded -> the trunk's last hidden states (B, T, d).
 
         No attention mask: under causal attention no real token sees the padding on its right.
         """
         causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        hidden = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
-        counts, head = loss_mask.bool(), causal.get_output_embeddings()
+        return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logprobs(self, hidden, input_ids, loss_mask, temperature):
+        """-> logprobs, entropy, hits: (B, T-1) fp32, 0 where loss_mask (B, T-1) is 0."""
+        counts, head = loss_mask.bool(), self.model.get_output_embeddings()
         hidden, targets = hidden[:, :-1][counts], input_ids[:, 1:][counts]  # the causal shift: (N, d), (N,)
         flat = ChunkedLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature)
         zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=input_ids.device)
         return tuple(zeros.masked_scatter(counts, x) for x in flat)  # (N,) -> (B, T-1)
+
+    def forward(self, input_ids, loss_mask, temperature=1.0):
+        return self.logprobs(self.hidden(input_ids), input_ids, loss_mask, temperature)
+
 
 @torch.no_grad()
 def check_head(policy, model, input_ids, accelerator):
@@ -309,6 +316,7 @@ def check_head(policy, model, input_ids, accelerator):
     require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3),
             f"models of type {model.config.model_type} change their logits after the head, "
             f"so their log-probs would be off by {worst:.2g}: not supported")
+
 
 # ---- rewards -----------------------------------------------------------------------------------------------
 
@@ -329,6 +337,7 @@ def extract_answer(text):
     whole, decimals = whole.replace(",", "").lstrip("0") or "0", (decimals or "").rstrip("0")
     value = whole + ("." + decimals if decimals else "")
     return "-" + value if (minus or minus_too) and value != "0" else value
+
 
 def text_of(completion):
     """A completion as a reward function gets it, string or messages, as a string."""
@@ -499,6 +508,7 @@ def collate(examples, device):
     completion_mask = common.pad([e["completion_mask"] for e in examples], 0)
     return input_ids.to(device), completion_mask[:, 1:].to(device)
 
+
 def pad_masked(rows, name, loss_mask):
     """The rows' (T_i - 1,) tensors of that name -> (B, T-1) fp32, 0 where the mask is 0."""
     padded = common.pad([r[name] for r in rows], 0.0, dtype=torch.float32).to(loss_mask.device)
@@ -521,10 +531,12 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
         batches[-1].append(i)
     return batches
 
+
 def stream(*key):
     """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
     return torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+
 
 # ---- rollout -----------------------------------------------------------------------------------------------
 
@@ -635,35 +647,40 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
 
 
 @torch.no_grad()
-def logprobs_of_rollout(policy, records, args, accelerator):
-    """Per-token log-probs of every record by the training forward: a list of (T_i - 1,) on the CPU, the same
-    on every process."""
+def forward_of_rollout(policy, records, args, accelerator):
+    """The training forward on every record, no gradients: a list of its outputs, each cut to (T_i - 1,), on
+    the CPU, the same on every process."""
     lengths, mine = [len(r["input_ids"]) for r in records], []
     for batch in micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
                                accelerator.num_processes):
         if batch:
             input_ids, loss_mask = collate([records[i] for i in batch], accelerator.device)
             with accelerator.autocast():
-                logprobs, _, _ = policy(input_ids, loss_mask, args.temperature)
-            mine += [(i, row[:lengths[i] - 1].cpu()) for i, row in zip(batch, logprobs)]
-    return [row for _, row in sorted(gather_object(mine), key=lambda pair: pair[0])]
+                outputs = policy(input_ids, loss_mask, args.temperature)  # each (B, T-1)
+            mine += [(i, [x[:lengths[i] - 1].cpu() for x in rows]) for i, rows in zip(batch, zip(*outputs))]
+    return [rows for _, rows in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
-def rollout_metrics(records, rewards, num_generations):
-    """What a rollout tells before anything is learned from it: rewards and their spread, lengths."""
-    scores = torch.tensor([r["score"] for r in records])  # (N*G,)
-    groups = [g[~g.isnan()] for g in scores.view(-1, num_generations)]
-    values = torch.stack([r["rewards"] for r in records])  # (N*G, F)
-    metrics = {"reward": scores.nanmean().item(),
-               "reward_std": sum(g.std().item() for g in groups if len(g) > 1) / len(groups),
-               "frac_reward_zero_std": sum(len(g.unique()) <= 1 for g in groups) / len(groups),
+def rollout_metrics(records, rewards):
+    """What a rollout tells before anything is learned from it: rewards, unweighted, weighted and in sum, and
+    lengths."""
+    values = torch.stack([r["rewards"] for r in records])  # (N, F)
+    metrics = {"reward": torch.tensor([r["score"] for r in records]).nanmean().item(),
                "completions/mean_length": sum(len(r["completion_ids"]) for r in records) / len(records),
                "completions/clipped_ratio": sum(r["truncated"] for r in records) / len(records)}
-    for name, column in zip(rewards, values.T):
+    for (name, (_, weight)), column in zip(rewards.items(), values.T):
         known = column[~column.isnan()]
         metrics[f"rewards/{name}/mean"] = known.mean().item()
         metrics[f"rewards/{name}/std"] = known.std().item() if len(known) > 1 else 0.0
+        metrics[f"rewards/{name}/weighted"] = weight * known.mean().item()
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def group_metrics(scores, num_generations):
+    """scores (N*G,) -> the mean spread of a group's, and the share of groups that teach nothing."""
+    groups = [g[~g.isnan()] for g in scores.view(-1, num_generations)]
+    return {"reward_std": sum(g.std().item() for g in groups if len(g) > 1) / len(groups),
+            "frac_reward_zero_std": sum(len(g.unique()) <= 1 for g in groups) / len(groups)}
 
 
 def sample_record(record, prompt, rewards):
@@ -679,8 +696,9 @@ def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, st
     rows have answers."""
     records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step,
                               total_steps, greedy=True)
-    figures = rollout_metrics(records, rewards, 1)
-    metrics = {f"eval/{name}": value for name, value in (figures | logged).items() if "std" not in name}
+    figures = rollout_metrics(records, rewards) | logged
+    metrics = {f"eval/{name}": value for name, value in figures.items()
+               if not name.endswith(("/std", "/weighted"))}
     columns = {name: [prompts[r["prompt"]]["columns"].get(name) for r in records]
                for name in ("answer", "solution")}
     right = [r for r in accuracy(None, [r["text"] for r in records], **columns) if r is not None]
@@ -702,6 +720,7 @@ def learning_rate_at(step, total_steps, args):
              "constant": 1.0}[args.lr_scheduler_type]
     return args.learning_rate * decay
 
+
 def make_optimizer(module, args):
     """AdamW over the trained parameters; weight decay on matrices alone."""
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -711,6 +730,7 @@ def make_optimizer(module, args):
         import bitsandbytes
         return bitsandbytes.optim.AdamW8bit(groups, lr=args.learning_rate)
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+
 
 def main(args):
     accelerator = common.make_accelerator(args)
@@ -783,7 +803,8 @@ def main(args):
         prompts = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
         records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, first_step,
                                   total_steps)
-        seen = rollout_metrics(records, rewards, args.num_generations) | logged
+        scores = torch.tensor([r["score"] for r in records])  # (N*G,)
+        seen = rollout_metrics(records, rewards) | group_metrics(scores, args.num_generations) | logged
         for record in records[:args.num_generations]:
             log.write("samples.jsonl", {"step": first_step + 1, "kind": "rollout",
                                         **sample_record(record, prompts[0]["prompt"], rewards)})
@@ -794,7 +815,6 @@ def main(args):
                 "prompts may be too hard or too easy, or the reward always equal")
 
         # advantages: groups are whole, and the whole rollout is here
-        scores = torch.tensor([r["score"] for r in records])  # (N*G,)
         advantages = group_advantages(scores, args.num_generations, args.scale_rewards)
         for record, advantage in zip(records, advantages):
             record["advantage"] = advantage
@@ -804,12 +824,12 @@ def main(args):
         require(records, f"step {first_step + 1}: no reward function applies to any completion of the "
                 "rollout (all returned None)")
         if updates > 1:  # by the training forward, before the first update; with one update old = current
-            for record, row in zip(records, logprobs_of_rollout(policy, records, args, accelerator)):
-                record["old_logprobs"] = row
+            for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
+                record["old_logprobs"] = rows[0]
         if reference:
             with use_reference():
-                for record, row in zip(records, logprobs_of_rollout(reference, records, args, accelerator)):
-                    record["ref_logprobs"] = row
+                for record, rows in zip(records, forward_of_rollout(reference, records, args, accelerator)):
+                    record["ref_logprobs"] = rows[0]
 
         for update in range(updates):
             # the rows of this update, their weights in its loss (the denominator), and the cut

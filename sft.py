@@ -191,19 +191,24 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, loss_mask, temperature=1.0):
-        """input_ids (B, T) right-padded, loss_mask (B, T-1) -> logprobs, entropy, hits: (B, T-1) fp32, 0
-        where the mask is 0.
+    def hidden(self, input_ids):
+        """input_ids (B, T) right-padded -> the trunk's last hidden states (B, T, d).
 
         No attention mask: under causal attention no real token sees the padding on its right.
         """
         causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        hidden = causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
-        counts, head = loss_mask.bool(), causal.get_output_embeddings()
+        return causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logprobs(self, hidden, input_ids, loss_mask, temperature):
+        """-> logprobs, entropy, hits: (B, T-1) fp32, 0 where loss_mask (B, T-1) is 0."""
+        counts, head = loss_mask.bool(), self.model.get_output_embeddings()
         hidden, targets = hidden[:, :-1][counts], input_ids[:, 1:][counts]  # the causal shift: (N, d), (N,)
         flat = ChunkedLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature)
         zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=input_ids.device)
         return tuple(zeros.masked_scatter(counts, x) for x in flat)  # (N,) -> (B, T-1)
+
+    def forward(self, input_ids, loss_mask, temperature=1.0):
+        return self.logprobs(self.hidden(input_ids), input_ids, loss_mask, temperature)
 
 
 @torch.no_grad()

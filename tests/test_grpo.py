@@ -339,14 +339,14 @@ def test_the_reference_is_the_start_and_stays(monkeypatch, tmp_path, start):
         config.write_text(config.read_text().replace('"lora_dropout": 0.0', f'"lora_dropout": {0.5 * ("with" in start)}'))
         flags += ["--model_name_or_path", tmp_path / "first" / "model"]
     seen = []
-    logprobs_of_rollout = grpo.logprobs_of_rollout
+    forward_of_rollout = grpo.forward_of_rollout
 
     def spy(policy, *rest):
-        result = logprobs_of_rollout(policy, *rest)
+        result = forward_of_rollout(policy, *rest)
         ids = tensor([PROMPTS[1] * 3])
         seen.append(policy(ids, torch.ones(1, 20))[0].detach())
         return result
-    monkeypatch.setattr(grpo, "logprobs_of_rollout", spy)
+    monkeypatch.setattr(grpo, "forward_of_rollout", spy)
     metrics = run(grpo, tmp_path / "second", *flags)
     assert abs(metrics[0]["kl"]) < 1e-5 < metrics[1]["kl"]
     assert torch.equal(seen[0], seen[1])
