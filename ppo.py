@@ -1016,13 +1016,13 @@ def main(args):
                 sft_tokens = sum(int(e["completion_mask"][1:].sum()) for e in extra)
                 for batch in micro_batches([len(e["input_ids"]) for e in extra], args.micro_batch_tokens,
                                            accelerator.process_index, accelerator.num_processes):
-                    if batch:
-                        input_ids, loss_mask = collate([extra[i] for i in batch], accelerator.device)
-                        with accelerator.no_sync(policy):
-                            logprobs, _, _ = policy(input_ids, loss_mask)  # (B, T-1), at temperature 1
-                            nll = -logprobs.sum() / sft_tokens
-                            accelerator.backward(args.sft_coef * nll * accelerator.num_processes)
-                        totals[6] += nll.detach()
+                    part = [extra[i] for i in batch] or extra[:1]
+                    input_ids, loss_mask = collate(part, accelerator.device)
+                    with accelerator.no_sync(policy):
+                        logprobs, _, _ = policy(input_ids, loss_mask * bool(batch))  # (B, T-1), temperature 1
+                        nll = -logprobs.sum() / sft_tokens
+                        accelerator.backward(args.sft_coef * nll * accelerator.num_processes)
+                    totals[6] += nll.detach()
                 trained = [p for p in module.parameters() if p.requires_grad]
                 sft_gradient = [accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad.clone(),
                                                    "mean") for p in trained]

@@ -39,6 +39,22 @@ def test_grpo_goes_past_them(tmp_path):
 
 
 @pytest.mark.long
+def test_ppo_goes_past_them_too(tmp_path):
+    shell("accelerate", "launch", "ppo.py", "--output_dir", tmp_path)
+    reached = accuracies(tmp_path)
+    assert 0.15 < reached[0] < 0.6 and reached[-1] >= 0.97
+
+
+@pytest.mark.long
+def test_ppo_from_the_learned_reward_alone(tmp_path):
+    """The last two commands of the README's pipeline: what reward_model.py learned is all that ppo.py is told."""
+    shell(sys.executable, "reward_model.py", "--output_dir", tmp_path / "rm")
+    shell(sys.executable, "ppo.py", "--output_dir", tmp_path / "ppo", "--reward_funcs", tmp_path / "rm" / "model", "--kl_coef", 0.5)
+    reached = accuracies(tmp_path / "ppo")
+    assert 0.15 < reached[0] < 0.6 and reached[-1] >= 0.97
+
+
+@pytest.mark.long
 def test_dpo_learns_to_carry(tmp_path):
     shell("accelerate", "launch", "dpo.py", "--output_dir", tmp_path)
     reached = accuracies(tmp_path)
@@ -64,7 +80,7 @@ def test_two_files_in_an_empty_folder_run(tmp_path):
 
 
 def test_importing_a_script_runs_nothing(tmp_path):
-    done = shell(sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import sft, dpo, reward_model, grpo", cwd=tmp_path)
+    done = shell(sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); import sft, dpo, reward_model, ppo, grpo", cwd=tmp_path)
     assert done.stdout == "" and os.listdir(tmp_path) == []
 
 

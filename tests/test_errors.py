@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import common
 import dpo
 import grpo
+import ppo
 import reward_model
 import sft
 
@@ -83,6 +84,12 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (reward_model, ["--dataset_name", "named.jsonl", "--eval_fraction", "0"], "named.jsonl:2: the scores are ['y'], those of the first row ['x']"),
     (reward_model, ["--eval_dataset_name", "oks.jsonl"], "no such file"), (reward_model, ["--lora_dropout", "-1"], "--lora_dropout must lie in"),
     (grpo, ["--reward_funcs", "empty"], "empty is no reward model that can be loaded"),
+    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target adapts --kl_coef"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
+    (ppo, ["--sft_coef", "0.1"], "--sft_dataset and --sft_coef belong together"), (ppo, ["--sft_dataset", "ok.jsonl"], "belong together"),
+    (ppo, ["--sft_dataset", "role.jsonl", "--sft_coef", "0.1"], "role.jsonl:1: message 1 has the unknown role"),
+    (ppo, ["--value_clip", "-1"], "--value_clip must not be negative"), (ppo, ["--num_minibatches", "9"], "--num_minibatches 9 is more than"),
+    (ppo, ["--reward_funcs", "empty"], "empty is no reward model"), (ppo, ["--score_clip", "0"], "--score_clip must be positive"),
+    (ppo, ["--beta", "0.1"], "the weight of the KL term is --kl_coef"),
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
     (sft, ["--resume_from_checkpoint", "nowhere"], "no such folder (or say 'latest')"),
     (sft, ["--learning_rate", "1e20", "--max_grad_norm", "0", "--max_steps", "40"], "gradient's norm nan"),

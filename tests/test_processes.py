@@ -14,7 +14,7 @@ import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 from conftest import RecordGradients
-import common, dpo, grpo, reward_model, sft
+import common, dpo, grpo, ppo, reward_model, sft
 torch.set_num_threads(1)
 script, out, flags = globals()[sys.argv[1]], sys.argv[2], sys.argv[3:]
 if "--record" in flags:
@@ -49,6 +49,8 @@ CASES = {
     "dpo": ["--batch_size", 5, "--micro_batch_tokens", 300],
     "reward_model": ["--batch_size", 5, "--micro_batch_tokens", 300, "--model_name_or_path", os.path.join(TINY, "sft")],
     "grpo": ["--batch_size", 3, "--num_generations", 4, "--kl_coef", 0.1, "--micro_batch_tokens", 300, "--temperature", 1.3],
+    "ppo": ["--batch_size", 7, "--num_iterations", 1, "--num_minibatches", 1, "--micro_batch_tokens", 300, "--sft_dataset",
+            os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.3, "--sft_fraction", 0.2],
 }
 
 
@@ -79,7 +81,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, five_eval_rows):
-    extra = {"grpo": ["--num_minibatches", 3, "--batch_size", 1], "dpo": ["--batch_size", 1]}  # fewer rows than processes
+    extra = {"grpo": ["--num_minibatches", 3, "--batch_size", 1], "dpo": ["--batch_size", 1], "ppo": ["--batch_size", 1]}  # fewer rows than processes
     extra = extra.get(name, ["--lora_r", 4])
     two, _, _ = launch(tmp_path, name, 2, *CASES[name], *five_eval_rows, "--max_steps", 3, *extra)
     assert all(two[0]["weights"][n].equal(two[1]["weights"][n]) for n in two[0]["weights"])

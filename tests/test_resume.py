@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import common
 import dpo
 import grpo
+import ppo
 import reward_model
 import sft
 
@@ -24,6 +25,10 @@ RUNS = {  # name -> (script, flags); every run crosses an epoch or has several u
     "dpo": (dpo, ["--max_steps", 5, "--eval_steps", 3, "--save_steps", 2]),  # precomputed reference
     "dpo-lora": (dpo, ["--max_steps", 3, "--save_steps", 2, "--lora_r", 4, "--max_completion_length", 0]),
     "reward_model": (reward_model, ["--max_steps", 5, "--eval_steps", 3, "--save_steps", 2, "--lora_r", 4, "--lora_dropout", 0.2]),
+    "ppo": (ppo, ["--max_steps", 8, "--save_steps", 2, "--eval_steps", 3, "--num_iterations", 2, "--num_minibatches", 1, "--kl_target", 0.1,
+                  "--kl_gain", 1, "--learning_rate", 1e-3]),  # two updates a rollout: every second kill is between the passes of one
+    "ppo-lora": (ppo, ["--max_steps", 4, "--save_steps", 1, "--num_iterations", 1, "--num_minibatches", 2, "--lora_r", 4, "--share_trunk",
+                       "--sft_dataset", os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.1]),
     "grpo-lora": (grpo, ["--max_steps", 4, "--save_steps", 1, "--lora_r", 4, "--kl_coef", 0.05]),
 }
 
@@ -115,7 +120,7 @@ def test_killed_after_any_step(name, data, whole, tmp_path):
         assert_equal(killed_and_resumed(name, data, tmp_path / str(step), kill_after_step(step)), whole[name])
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo"])
+@pytest.mark.parametrize("name", ["sft", "grpo", "ppo"])
 @pytest.mark.parametrize("function", ["save_file", "rename"])
 def test_killed_while_a_checkpoint_is_written(name, function, data, whole, tmp_path):
     for step in (2, 4):
@@ -154,7 +159,7 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning_and_says_so(data,
     assert_equal(outcome(tmp_path / "out"), whole["sft"])
 
 
-@pytest.mark.parametrize("name", ["sft", "grpo"])
+@pytest.mark.parametrize("name", ["sft", "grpo", "ppo"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_first(name, number, data, whole, tmp_path, capfd):
     def child():
