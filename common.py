@@ -1026,7 +1026,8 @@ def use_scoring_pad_token(tokenizer):
 def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16):
     """A reward model's folder (full, merged or adapter) -> (names of its scores, score).
 
-    score(conversations: lists of turns) -> (N, K) fp32 on the CPU, read at the end of the last answer.
+    score(conversations: lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the
+    last answer; one that is truncated gets no end-of-turn token.
     """
     base, adapter = base_and_adapter(folder)
     with explain(f"{folder} is no reward model that can be loaded"):
@@ -1045,12 +1046,14 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
         model = (model if options else model.to(device)).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer.template_kwargs = tokenizer.init_kwargs.get("template_kwargs") or {}
-    limit = getattr(config, "max_position_embeddings", None) or 10**9
+    limit, stops = getattr(config, "max_position_embeddings", None) or 10**9, stop_token_ids(tokenizer)
 
     @torch.no_grad()
-    def score(conversations):
+    def score(conversations, truncated=None):
         rows = [upto_answer(encode_conversation(tokenizer, messages)[-1])[0][-limit:]
                 for messages in conversations]
+        rows = [row[:-1] if cut and row[-1] in stops else row
+                for row, cut in zip(rows, truncated or [False] * len(rows))]
         scores = torch.zeros(len(rows), len(names))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for at in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):

@@ -371,13 +371,11 @@ def reward_of_model(name, path, score_name, args, device):
             f"reward '{name}': it has several scores ({', '.join(names)}): say which, as {name}:{names[0]}")
     require(wanted in names, f"reward '{name}': the model's scores are {', '.join(names)}")
 
-    def reward(prompts, completions):
-        conversations = []
-        for prompt, completion in zip(prompts, completions):
-            messages = ([common.turn("user", prompt)] if isinstance(prompt, str)
-                        else common.to_messages(prompt, train=False))
-            conversations.append([*messages, common.turn("assistant", text_of(completion))])
-        return score_texts(conversations)[:, names.index(wanted)].tolist()
+    def reward(turns, completions, truncated):  # the turns the policy saw, system prompt and all
+        conversations = [[*before, common.turn("assistant", text_of(completion))]
+                         for before, completion in zip(turns, completions)]
+        return score_texts(conversations, truncated)[:, names.index(wanted)].tolist()
+    reward.of_model = True
     parent = os.path.basename(os.path.dirname(os.path.abspath(folder)))
     return wanted if folder == path else f"{parent}_score", reward
 
@@ -418,31 +416,34 @@ def call_reward(reward, given):
     return asyncio.run(values) if inspect.isawaitable(values) else values
 
 
-def score(rewards, rows, texts, completion_ids, step, total_steps):
+def score(rewards, rows, records, step, total_steps):
     """Calls every reward function once on all completions -> (rewards (N, F) with NaN for None, {logged name:
     value}).
 
-    rows: the prompt of each completion. Raises UserError naming function, row and completion on an exception,
+    rows: the prompt of each record. Raises UserError naming function, row and completion on an exception,
     a wrong length or type, or a non-finite number.
     """
-    chat = [isinstance(row["prompt"], list) for row in rows]
+    chat, texts = [isinstance(row["prompt"], list) for row in rows], [r["text"] for r in records]
     logged, out = {}, torch.full((len(rows), len(rewards)), math.nan)
     given = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
     given |= {"prompts": [row["prompt"] for row in rows],
               "completions": [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat)],
-              "completion_ids": completion_ids}
+              "completion_ids": [r["completion_ids"] for r in records]}
+    for_models = {"turns": [row["turns"] for row in rows], "truncated": [r["truncated"] for r in records]}
     constant = {"trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
                 "log_metric": logged.__setitem__, "log_extra": lambda name, values: None}
     for f, (name, (reward, _)) in enumerate(rewards.items()):
+        lists = given | for_models if hasattr(reward, "of_model") else given
+
         def at(i):
             return f"the completion {texts[i][:80]!r} of row {rows[i]['place']}"
         try:
-            values = call_reward(reward, given | constant)
+            values = call_reward(reward, lists | constant)
         except (Exception, SystemExit) as error:
             where, what = "the whole batch", f"{type(error).__name__}: {' '.join(str(error).split())}"
             for i in range(len(rows)):  # once more, one by one, to say which
                 try:
-                    call_reward(reward, {k: v[i:i + 1] for k, v in given.items()} | constant)
+                    call_reward(reward, {k: v[i:i + 1] for k, v in lists.items()} | constant)
                 except (Exception, SystemExit):
                     where = at(i)
                     break
@@ -482,7 +483,7 @@ def load_prompts(args, tokenizer):
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from None
             if len(prompt_ids) <= args.max_prompt_length:
-                prompts.append({"prompt": prompt, "prompt_ids": prompt_ids, "place": place,
+                prompts.append({"prompt": prompt, "turns": messages, "prompt_ids": prompt_ids, "place": place,
                                 "columns": {name: row.get(name) for name in columns}})
         return prompts
 
@@ -626,8 +627,8 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
     set_seed(stream(args.seed, "rewards", step, accelerator.process_index).initial_seed() % 2**32)
     try:
         scored, logged = score(
-            rewards, [prompts[r["prompt"]] for r in records], [r["text"] for r in records],
-            [r["completion_ids"] for r in records], step, total_steps) if records else ([], {})
+            rewards, [prompts[r["prompt"]] for r in records], records, step,
+            total_steps) if records else ([], {})
         for record, values in zip(records, scored):
             record["rewards"] = values  # (F,), NaN where the function does not apply
         share = [(records, logged)]
@@ -743,7 +744,7 @@ def main(args):
     tokenizer = common.load_tokenizer(args)
     train, held = load_prompts(args, tokenizer)
     data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]))
-    score(rewards, train[:1], ["a first try"], [[0]], 0, 0)
+    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0)
     require(any(reward is not accuracy for reward, _ in rewards.values())
             or any(p["columns"].get(name) is not None for p in train for name in ("answer", "solution")),
             f"--reward_funcs accuracy needs a column 'answer' or 'solution'; {args.dataset_name} has "

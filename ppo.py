@@ -12,21 +12,22 @@ Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a pro
             of token t+1, and of the state before it; the shift is in Policy.logprobs.
 
 Differences from the papers
-1. Advantages are whitened over the whole rollout (all processes), not a minibatch; the returns that the value
-   learns are not.
+1. Advantages are whitened over the whole rollout (all processes); the returns that the value learns are not.
+   The value's loss is halved and clipped, as is usual in code.
 2. A completion cut at max_completion_length counts as ended: its value after the last token is 0. Use
    --missing_eos_penalty to make it worth less.
 3. PPO-ptx mixes in sft_coef x the token mean of the NLL of some rows. InstructGPT's coefficient of 27.8
    belongs to another normalisation: 0.02-0.1 is usual here.
-4. The policy that sampled is scored again by the training forward before the first update, so the ratio is 1
-   there. There is no entropy bonus.
+4. There is no entropy bonus.
 Differences from TRL's PPOTrainer
 1. Rewards are reward models' folders, Python functions or both, with weights, as in grpo.py.
 2. What is sampled is what is scored: the whole softmax at --temperature, nothing from the generation config.
+   The training forward makes the old log-probs, so the ratio is 1 in a rollout's first update.
 3. A stopped run goes on from the last rollout and ends bit-equal; the adaptive coefficient is saved with it.
-4. The value's trunk starts from the reward model, or from a copy of the policy's with its head at 0. Under
-   LoRA policy, value and reference are adapters on one frozen base; --share_trunk leaves out the value's.
-5. The score is read at the last token, EOS included; missing_eos_penalty comes after score_clip.
+4. The value's trunk starts from the reward model, or without one from a copy of the policy's, its head at 0:
+   under LoRA policy, value and reference are then adapters on one frozen base. --share_trunk has one trunk.
+5. The score stands on the last token of the completion (EOS, if there is one), not on the place after it.
+6. Advantages are whitened, and losses divided, over all processes and micro-batches together.
 
 Run   python ppo.py                                                   the small example, CPU, about a minute
       python ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my.jsonl --lora_r 16 \
@@ -150,8 +151,9 @@ class Args:
             require(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], not {getattr(self, name)}")
         require(self.num_minibatches <= self.batch_size * self.num_generations,
                 f"--num_minibatches {self.num_minibatches} is more than the completions of a rollout")
-        require(self.kl_target is None or (self.kl_coef > 0 and self.kl_gain > 0),
-                "--kl_target adapts --kl_coef by --kl_gain: both must be positive")
+        require(self.kl_target is None or (self.kl_coef > 0 and 0 < self.kl_gain < 5),
+                "--kl_target adapts --kl_coef by up to 0.2 times --kl_gain: "
+                "the first must be positive, the second lie in (0, 5)")
         require((self.sft_dataset is None) == (self.sft_coef == 0),
                 "--sft_dataset and --sft_coef belong together: give both (0.02-0.1 is usual), or neither")
         require(self.reward_weights is None or len(self.reward_weights) == len(self.reward_funcs),
@@ -355,8 +357,8 @@ class PolicyValue(Policy):
 def make_critic(args, model, tokenizer, device):
     """-> (the value's trunk, or None for the policy's, and its head, Linear(d, 1)).
 
-    From the first reward model whose tokens are the policy's; else a copy of the policy's trunk, whose frozen
-    weights both share, with a head of zeros.
+    From the first reward model whose tokens are the policy's, times its weight; else a copy of the policy's
+    trunk, whose frozen weights both share, with a head of zeros.
     """
     head = nn.Linear(model.config.hidden_size, 1).to(device)
     nn.init.zeros_(head.weight)
@@ -364,23 +366,27 @@ def make_critic(args, model, tokenizer, device):
     if args.share_trunk:
         say("value    a head of zeros on the policy's trunk")
         return None, head
-    for name in args.reward_funcs:
+    for name, reward_weight in zip(args.reward_funcs, args.reward_weights):
         path, _, wanted = name.rpartition(":")
         folder = name if os.path.isdir(name) else path
         if name in BUILT_IN or not os.path.isdir(folder):
             continue
-        if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        if theirs.get_vocab() != tokenizer.get_vocab():
             say(f"value    {folder} has another tokenizer: the value cannot start from it")
             continue
-        own = copy.copy(args)
-        names = list(AutoConfig.from_pretrained(folder).id2label.values())
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        names, own = list(config.id2label.values()), copy.copy(args)
         own.model_name_or_path = folder
-        own.lora_r = 0 if common.base_and_adapter(folder)[1] else args.lora_r
+        own.modules_to_save = [m for m in args.modules_to_save or [] if m != "lm_head"]
+        adapted = isinstance(model, PeftModel) and not common.base_and_adapter(folder)[1]
+        own.lora_r = model.peft_config["default"].r if adapted else 0  # its own adapter goes on
         classifier = common.load_model(own, tokenizer, device, score_names=names).to(device)
         classifier = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
         head = nn.Linear(classifier.config.hidden_size, 1).to(device)
         with torch.no_grad():
-            head.weight.copy_(classifier.score.weight[[names.index(wanted) if folder == path else 0]])
+            index = names.index(wanted) if folder == path else 0
+            head.weight.copy_(reward_weight * classifier.score.weight[[index]])
             nn.init.zeros_(head.bias)
         say(f"value    its own trunk, from the reward model {folder}")
         return classifier.base_model, head
@@ -458,13 +464,11 @@ def reward_of_model(name, path, score_name, args, device):
             f"reward '{name}': it has several scores ({', '.join(names)}): say which, as {name}:{names[0]}")
     require(wanted in names, f"reward '{name}': the model's scores are {', '.join(names)}")
 
-    def reward(prompts, completions):
-        conversations = []
-        for prompt, completion in zip(prompts, completions):
-            messages = ([common.turn("user", prompt)] if isinstance(prompt, str)
-                        else common.to_messages(prompt, train=False))
-            conversations.append([*messages, common.turn("assistant", text_of(completion))])
-        return score_texts(conversations)[:, names.index(wanted)].tolist()
+    def reward(turns, completions, truncated):  # the turns the policy saw, system prompt and all
+        conversations = [[*before, common.turn("assistant", text_of(completion))]
+                         for before, completion in zip(turns, completions)]
+        return score_texts(conversations, truncated)[:, names.index(wanted)].tolist()
+    reward.of_model = True
     parent = os.path.basename(os.path.dirname(os.path.abspath(folder)))
     return wanted if folder == path else f"{parent}_score", reward
 
@@ -505,31 +509,34 @@ def call_reward(reward, given):
     return asyncio.run(values) if inspect.isawaitable(values) else values
 
 
-def score(rewards, rows, texts, completion_ids, step, total_steps):
+def score(rewards, rows, records, step, total_steps):
     """Calls every reward function once on all completions -> (rewards (N, F) with NaN for None, {logged name:
     value}).
 
-    rows: the prompt of each completion. Raises UserError naming function, row and completion on an exception,
+    rows: the prompt of each record. Raises UserError naming function, row and completion on an exception,
     a wrong length or type, or a non-finite number.
     """
-    chat = [isinstance(row["prompt"], list) for row in rows]
+    chat, texts = [isinstance(row["prompt"], list) for row in rows], [r["text"] for r in records]
     logged, out = {}, torch.full((len(rows), len(rewards)), math.nan)
     given = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
     given |= {"prompts": [row["prompt"] for row in rows],
               "completions": [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat)],
-              "completion_ids": completion_ids}
+              "completion_ids": [r["completion_ids"] for r in records]}
+    for_models = {"turns": [row["turns"] for row in rows], "truncated": [r["truncated"] for r in records]}
     constant = {"trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
                 "log_metric": logged.__setitem__, "log_extra": lambda name, values: None}
     for f, (name, (reward, _)) in enumerate(rewards.items()):
+        lists = given | for_models if hasattr(reward, "of_model") else given
+
         def at(i):
             return f"the completion {texts[i][:80]!r} of row {rows[i]['place']}"
         try:
-            values = call_reward(reward, given | constant)
+            values = call_reward(reward, lists | constant)
         except (Exception, SystemExit) as error:
             where, what = "the whole batch", f"{type(error).__name__}: {' '.join(str(error).split())}"
             for i in range(len(rows)):  # once more, one by one, to say which
                 try:
-                    call_reward(reward, {k: v[i:i + 1] for k, v in given.items()} | constant)
+                    call_reward(reward, {k: v[i:i + 1] for k, v in lists.items()} | constant)
                 except (Exception, SystemExit):
                     where = at(i)
                     break
@@ -569,7 +576,7 @@ def load_prompts(args, tokenizer):
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from None
             if len(prompt_ids) <= args.max_prompt_length:
-                prompts.append({"prompt": prompt, "prompt_ids": prompt_ids, "place": place,
+                prompts.append({"prompt": prompt, "turns": messages, "prompt_ids": prompt_ids, "place": place,
                                 "columns": {name: row.get(name) for name in columns}})
         return prompts
 
@@ -740,8 +747,8 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
     set_seed(stream(args.seed, "rewards", step, accelerator.process_index).initial_seed() % 2**32)
     try:
         scored, logged = score(
-            rewards, [prompts[r["prompt"]] for r in records], [r["text"] for r in records],
-            [r["completion_ids"] for r in records], step, total_steps) if records else ([], {})
+            rewards, [prompts[r["prompt"]] for r in records], records, step,
+            total_steps) if records else ([], {})
         for record, values in zip(records, scored):
             record["rewards"] = values  # (F,), NaN where the function does not apply
         share = [(records, logged)]
@@ -903,7 +910,7 @@ def main(args):
     demonstrations = load_demonstrations(args, tokenizer) if args.sft_dataset else []
     data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]
                                                             + demonstrations))
-    score(rewards, train[:1], ["a first try"], [[0]], 0, 0)
+    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0)
     require(any(reward is not accuracy for reward, _ in rewards.values())
             or any(p["columns"].get(name) is not None for p in train for name in ("answer", "solution")),
             f"--reward_funcs accuracy needs a column 'answer' or 'solution'; {args.dataset_name} has "

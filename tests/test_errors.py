@@ -84,7 +84,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (reward_model, ["--dataset_name", "named.jsonl", "--eval_fraction", "0"], "named.jsonl:2: the scores are ['y'], those of the first row ['x']"),
     (reward_model, ["--eval_dataset_name", "oks.jsonl"], "no such file"), (reward_model, ["--lora_dropout", "-1"], "--lora_dropout must lie in"),
     (grpo, ["--reward_funcs", "empty"], "empty is no reward model that can be loaded"),
-    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target adapts --kl_coef"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
+    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target adapts --kl_coef"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "lie in (0, 5)"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
     (ppo, ["--sft_coef", "0.1"], "--sft_dataset and --sft_coef belong together"), (ppo, ["--sft_dataset", "ok.jsonl"], "belong together"),
     (ppo, ["--sft_dataset", "role.jsonl", "--sft_coef", "0.1"], "role.jsonl:1: message 1 has the unknown role"),
     (ppo, ["--value_clip", "-1"], "--value_clip must not be negative"), (ppo, ["--num_minibatches", "9"], "--num_minibatches 9 is more than"),

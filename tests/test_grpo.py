@@ -135,7 +135,11 @@ def test_built_in_rewards():
 
 
 def rows(n=2, prompt="1+1", **columns):
-    return [{"prompt": prompt, "columns": columns, "place": f"file:{i + 1}"} for i in range(n)]
+    return [{"prompt": prompt, "turns": [], "columns": columns, "place": f"file:{i + 1}"} for i in range(n)]
+
+
+def sampled(*texts):
+    return [{"text": t, "completion_ids": [i], "truncated": False} for i, t in enumerate(texts, 1)]
 
 
 def test_reward_functions_get_trls_arguments():
@@ -150,12 +154,12 @@ def test_reward_functions_get_trls_arguments():
         log_metric("seen", trainer_state.global_step)
         return [None, int(answer[1])]
     rewards = {"whole": (whole, 1.0), "waiting": (waiting, 1.0)}
-    values, logged = grpo.score(rewards, rows(answer="7"), ["a", "b"], [[1], [2]], 3, 9)
+    values, logged = grpo.score(rewards, rows(answer="7"), sampled("a", "b"), 3, 9)
     assert values[:, 0].tolist() == [0, 0] and values[0, 1].isnan() and values[1, 1] == 7 and logged == {"seen": 3}
     assert seen["prompts"] == ["1+1"] * 2 and seen["completions"] == ["a", "b"] and seen["answer"] == ["7", "7"]
     assert seen["completion_ids"] == [[1], [2]] and callable(seen["log_extra"])
     chat = [{"role": "user", "content": "hi"}]
-    grpo.score({"whole": (whole, 1.0)}, rows(prompt=chat), ["a", "b"], [[1], [2]], 0, 1)
+    grpo.score({"whole": (whole, 1.0)}, rows(prompt=chat), sampled("a", "b"), 0, 1)
     assert seen["prompts"] == [chat] * 2 and seen["completions"][0] == [{"role": "assistant", "content": "a"}]
 
 
@@ -165,7 +169,7 @@ def test_reward_functions_get_trls_arguments():
 ])
 def test_wrong_rewards_are_named(returned, sentence):
     with pytest.raises(common.UserError, match="reward function 'f'.*" + sentence.replace("(", r"\(")):
-        grpo.score({"f": (lambda completions: returned, 1.0)}, rows(), ["a", "b"], [[1], [2]], 0, 1)
+        grpo.score({"f": (lambda completions: returned, 1.0)}, rows(), sampled("a", "b"), 0, 1)
 
 
 def test_a_column_cannot_take_the_place_of_what_was_sampled(tmp_path):
@@ -178,7 +182,7 @@ def test_a_failing_reward_is_narrowed_down_to_its_completion():
     def picky(completions):
         return [1 / (c != "b") for c in completions]
     with pytest.raises(common.UserError, match="'picky' raised ZeroDivisionError: .*on the completion 'b' of row file:2"):
-        grpo.score({"picky": (picky, 1.0)}, rows(), ["a", "b"], [[1], [2]], 0, 1)
+        grpo.score({"picky": (picky, 1.0)}, rows(), sampled("a", "b"), 0, 1)
 
 
 def test_columns_that_only_some_rows_have_are_none_elsewhere(tmp_path):
@@ -213,7 +217,7 @@ def test_the_launchers_accumulation_does_not_scale_the_gradient(monkeypatch, tmp
 def test_numpy_scalars_ints_and_bools_are_numbers():
     import numpy
     values, _ = grpo.score({"f": (lambda completions: numpy.array([1, 2]), 1.0), "g": (lambda completions: [True, numpy.float32(.5)], 1.0)},
-                           rows(), ["a", "b"], [[1], [2]], 0, 1)
+                           rows(), sampled("a", "b"), 0, 1)
     assert values.tolist() == [[1, 1], [2, 0.5]]
 
 

@@ -121,11 +121,13 @@ def test_named_scores_are_in_the_config_and_serve_as_rewards(tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.id2label == {0: "right", 1: "short"}
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", "accuracy", f"{folder}:short"])
     rewards = grpo.load_rewards(args)
-    rows = [{"prompt": "1+1", "columns": {"answer": "2"}, "place": "here"}] * 2
+    asked = [common.turn("user", "1+1")]
+    rows = [{"prompt": "1+1", "turns": asked, "columns": {"answer": "2"}, "place": "here"}] * 2
     short, long = "<answer>2</answer>", "<think>1+1+0=2</think><answer>2</answer>"
-    values, _ = grpo.score(rewards, rows, [short, long], [[1], [2]], 0, 1)
+    records = [{"text": t, "completion_ids": [1], "truncated": False} for t in (short, long)]
+    values, _ = grpo.score(rewards, rows, records, 0, 1)
     _, score = common.load_reward_model(folder)
-    direct = score([[common.turn("user", "1+1"), common.turn("assistant", c)] for c in (short, long)])
+    direct = score([[*asked, common.turn("assistant", c)] for c in (short, long)])
     close(values[:, 1], direct[:, 1], 1e-5)
     assert list(rewards)[1].endswith("short")
     with pytest.raises(common.UserError, match="several scores .right, short.: say which"):
