@@ -194,7 +194,8 @@ def check_numbers(args, positive, not_negative):
     for name in not_negative:
         require(getattr(args, name) >= 0, f"--{name} must not be negative, not {getattr(args, name)}")
     require(0 <= args.seed < 2**32, f"--seed must lie in [0, 2**32), not {args.seed}")
-    require(args.max_steps < 10**9, f"--max_steps {args.max_steps} would never end")
+    for name in ("max_steps", "num_train_epochs"):
+        require(getattr(args, name) < 10**9, f"--{name} {getattr(args, name)} would never end")
 
 
 def make_accelerator(args):
@@ -644,6 +645,20 @@ def pad(rows, value, side="right", dtype=torch.long):
     return out
 
 
+def fingerprint_of_file(path):
+    """A digest of a file, or of a folder's files: of each its name, its size and 1 MiB from either end."""
+    digest = hashlib.sha256()
+    for name in sorted(glob.glob(os.path.join(path, "*"))) if os.path.isdir(path) else [path]:
+        if os.path.isfile(name):
+            size = os.path.getsize(name)
+            digest.update(f"{os.path.basename(name)} {size}".encode())
+            with open(name, "rb") as file:
+                for start in (0, max(0, size - 2**20)):
+                    file.seek(start)
+                    digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(examples):
     """A digest of all that the examples hold: a checkpoint does not go on with other data or templates."""
     def plain(value):
@@ -928,8 +943,10 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
             f"{rows} rows: '{base}' and its tokenizer do not belong together")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest = vars(args).get("max_length") or args.max_prompt_length + args.max_completion_length
-    require(longest <= limit, f"rows may have {longest} tokens and the model has {limit} positions: lower "
-            "--max_length, or --max_prompt_length and --max_completion_length")
+    shorter = ("--max_length" if vars(args).get("max_length")
+               else "--max_prompt_length or --max_completion_length")
+    require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions: "
+            f"lower {shorter}")
     scaled = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
               if getattr(model.config, name, None) not in (None, 1, 1.0)]
     require(score_names or not scaled, f"models of type {model.config.model_type} change their logits after "
@@ -1006,7 +1023,12 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
                 torch.distributed.barrier()
         if args.load_in_4bit:
             options["quantization_config"] = _nf4(dtype, torch.device(device).type)
-        return auto.from_pretrained(base, config=config, dtype=dtype, **options)
+        model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
+                                             **options)
+        missing = [name for name in loaded["missing_keys"] if not (scores and name.startswith("score."))]
+        require(not missing, f"it holds no weights for {', '.join(sorted(missing)[:3])}: "
+                "they would be random")
+        return model
 
 
 def use_scoring_pad_token(tokenizer):
@@ -1016,7 +1038,7 @@ def use_scoring_pad_token(tokenizer):
     it would read the token before it. Any other token will do; no mask is derived from it.
     """
     stops = stop_token_ids(tokenizer)
-    if tokenizer.pad_token_id in stops:
+    if tokenizer.pad_token_id in (None, *stops):
         others = [t for t in (tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1)
                   if t is not None and t not in stops]
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
@@ -1046,6 +1068,8 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
         model = (model if options else model.to(device)).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer.template_kwargs = tokenizer.init_kwargs.get("template_kwargs") or {}
+        if tokenizer.pad_token_id is None:
+            model.config.pad_token_id = use_scoring_pad_token(tokenizer)
     limit, stops = getattr(config, "max_position_embeddings", None) or 10**9, stop_token_ids(tokenizer)
 
     @torch.no_grad()
@@ -1136,6 +1160,7 @@ def open_run(args):
         return None
     path, checkpoint = _find_checkpoint(args)
     if checkpoint is None:
+        _check_free(args, started=True)
         return None
     now, then = asdict(args), checkpoint[1]["args"]
     for name in sorted(now):
@@ -1147,18 +1172,27 @@ def open_run(args):
     return checkpoint
 
 
-def _check_free(args):
-    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs."""
+def _check_free(args, started=False):
+    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs.
+
+    `started`: to be resumed, but killed before its first checkpoint; such a run has no model/ yet.
+    """
     used = [n for n in OUTPUTS if os.path.exists(os.path.join(args.output_dir, n))]
-    require(not used or args.overwrite_output_dir,
+    started = started and not {"model", "merged"}.intersection(used)
+    require(not used or args.overwrite_output_dir or started,
             f"{args.output_dir} already holds a run: choose another --output_dir, or add "
             "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
     require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
             "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
-    for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path"):
-        inside = os.path.relpath(getattr(args, name) or ".", args.output_dir).split(os.sep)[0]
-        require(inside not in OUTPUTS, f"--{name} {getattr(args, name)} lies inside the run that would "
-                "be replaced; choose another --output_dir")
+    given = [(name, getattr(args, name, None)) for name in (
+        "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset")]
+    given += [("reward_funcs", name) for name in getattr(args, "reward_funcs", [])]
+    given += [("model_name_or_path", base_and_adapter(args.model_name_or_path)[0])]
+    for name, value in given:
+        for path in (value, value.rpartition(":")[0]) if value else ():  # folder:score, file.py:function
+            inside = os.path.relpath(os.path.realpath(path or "."), os.path.realpath(args.output_dir))
+            require(inside.split(os.sep)[0] not in OUTPUTS, f"--{name} {value} lies inside the run that "
+                    "would be replaced; choose another --output_dir")
 
 
 def _find_checkpoint(args):
@@ -1210,6 +1244,8 @@ def save_checkpoint(args, state, model, optimizer, name=None, extra=None):
     """
     folder = os.path.join(args.output_dir, "checkpoints")
     tensors, scalars = trained_state(model, optimizer)
+    require(all(t.isfinite().all() for t in tensors.values()), f"step {state['step']}: the weights are no "
+            "longer finite and are not saved; the checkpoints are whole. Try a lower --learning_rate")
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in (tensors | (extra or {})).items()}
     with written_whole(os.path.join(folder, name or f"step-{state['step']:08d}")) as partial:
         path = os.path.join(partial, "tensors.safetensors")
@@ -1238,16 +1274,23 @@ def trained_state(module, optimizer):
     """The trained weights and the optimizer's state as ({name: tensor}, {name: JSON value})."""
     tensors = {f"model.{name}": p for name, p in module.named_parameters() if p.requires_grad}
     scalars = {}
+
+    def keep(name, value):
+        if isinstance(value, dict):  # bitsandbytes nests the tensors of its 8-bit moments
+            for key, inner in value.items():
+                keep(f"{name}.{key}", inner)
+        else:
+            (tensors if torch.is_tensor(value) else scalars)[name] = value
     for index, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            (tensors if torch.is_tensor(value) else scalars)[f"optimizer.{index}.{key}"] = value
+        keep(f"optimizer.{index}", values)
     return tensors, scalars
 
 
 def check_data(checkpoint, data):
     """The fingerprint `data`; UserError if the checkpoint was written with another."""
     require(checkpoint is None or checkpoint[1]["data"] == data, "the checkpoint was written with other "
-            "training data (or another chat template or tokenizer): give the same, or a new --output_dir")
+            "training data or rewards (or another chat template or tokenizer): give the same, or a new "
+            "--output_dir")
     return data
 
 
@@ -1266,8 +1309,11 @@ def restore(model, optimizer, checkpoint):
         per_parameter = {}
         for name, value in {**tensors, **state["optimizer"]}.items():
             if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                per_parameter.setdefault(int(index), {})[key] = value
+                _, index, *keys, last = name.split(".")
+                values = per_parameter.setdefault(int(index), {})
+                for key in keys:
+                    values = values.setdefault(key, {})
+                values[last] = value
         optimizer.load_state_dict({"state": per_parameter,
                                    "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -127,9 +127,8 @@ class Args:
         common.check_numbers(
             self, ("learning_rate", "max_prompt_length", "batch_size", "max_completion_length", "temperature",
                    "rollout_batch_size", "num_iterations", "num_minibatches", "micro_batch_tokens",
-                   "eval_steps", "save_steps", "save_total_limit", "logging_steps"),
-            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "epsilon",
-             "num_train_epochs"))
+                   "eval_steps", "save_steps", "save_total_limit", "logging_steps", "epsilon"),
+            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "num_train_epochs"))
         require(self.max_steps > 0 or self.num_train_epochs > 0,
                 "nothing to do: give --max_steps or --num_train_epochs")
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
@@ -145,6 +144,7 @@ class Args:
                 f"for {len(self.reward_funcs)} reward functions")
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         self.reward_weights = self.reward_weights or [1.0] * len(self.reward_funcs)
+        require(any(self.reward_weights), "--reward_weights are all 0: nothing would be rewarded")
         common.check_tracker(self.log_with)
 
 
@@ -377,7 +377,7 @@ def reward_of_model(name, path, score_name, args, device):
         return score_texts(conversations, truncated)[:, names.index(wanted)].tolist()
     reward.of_model = True
     parent = os.path.basename(os.path.dirname(os.path.abspath(folder)))
-    return wanted if folder == path else f"{parent}_score", reward
+    return f"{parent}_{wanted}", reward
 
 
 def load_rewards(args, device="cpu"):
@@ -406,6 +406,12 @@ def load_rewards(args, device="cpu"):
         require(label not in rewards, f"two rewards are called '{label}'")
         rewards[label] = (reward, weight)
     return rewards
+
+
+def reward_sources(args):
+    """Fingerprints of the files and folders that rewards come from: a changed one is not resumed with."""
+    paths = {path for name in args.reward_funcs for path in (name, name.rpartition(":")[0])}
+    return [{path: common.fingerprint_of_file(path)} for path in sorted(paths) if os.path.exists(path)]
 
 
 def call_reward(reward, given):
@@ -743,13 +749,16 @@ def main(args):
     rewards = load_rewards(args, accelerator.device)
     tokenizer = common.load_tokenizer(args)
     train, held = load_prompts(args, tokenizer)
-    data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]))
+    data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]
+                                                            + reward_sources(args)))
     score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0)
     require(any(reward is not accuracy for reward, _ in rewards.values())
             or any(p["columns"].get(name) is not None for p in train for name in ("answer", "solution")),
             f"--reward_funcs accuracy needs a column 'answer' or 'solution'; {args.dataset_name} has "
             f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
     common.show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
+    require(args.num_minibatches <= min(len(train), args.batch_size) * args.num_generations,
+            f"--num_minibatches {args.num_minibatches}, but {len(train)} prompts are all a rollout can have")
     rollouts_per_epoch = math.ceil(len(train) / args.batch_size)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
     num_rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0

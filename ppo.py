@@ -141,8 +141,8 @@ class Args:
             self, ("learning_rate", "max_prompt_length", "batch_size", "num_generations",
                    "max_completion_length", "temperature", "rollout_batch_size", "num_iterations",
                    "num_minibatches", "micro_batch_tokens", "eval_steps", "save_steps", "save_total_limit",
-                   "logging_steps", "kl_target", "score_clip", "sft_fraction", "kl_warn"),
-            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "kl_gain", "epsilon",
+                   "logging_steps", "epsilon", "kl_target", "score_clip", "sft_fraction", "kl_warn"),
+            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "kl_gain",
              "value_clip", "vf_coef", "missing_eos_penalty", "sft_coef", "num_train_epochs"))
         require(self.max_steps > 0 or self.num_train_epochs > 0,
                 "nothing to do: give --max_steps or --num_train_epochs")
@@ -154,12 +154,14 @@ class Args:
         require(self.kl_target is None or (self.kl_coef > 0 and 0 < self.kl_gain < 5),
                 "--kl_target adapts --kl_coef by up to 0.2 times --kl_gain: "
                 "the first must be positive, the second lie in (0, 5)")
-        require((self.sft_dataset is None) == (self.sft_coef == 0),
+        require(bool(self.sft_dataset) == (self.sft_coef > 0),
                 "--sft_dataset and --sft_coef belong together: give both (0.02-0.1 is usual), or neither")
+        require(self.sft_fraction <= 1, f"--sft_fraction must lie in (0, 1], not {self.sft_fraction}")
         require(self.reward_weights is None or len(self.reward_weights) == len(self.reward_funcs),
                 f"--reward_weights has {len(self.reward_weights or [])} numbers "
                 f"for {len(self.reward_funcs)} reward functions")
         self.reward_weights = self.reward_weights or [1.0] * len(self.reward_funcs)
+        require(any(self.reward_weights), "--reward_weights are all 0: nothing would be rewarded")
         common.check_tracker(self.log_with)
 
 
@@ -383,6 +385,9 @@ def make_critic(args, model, tokenizer, device):
         own.lora_r = model.peft_config["default"].r if adapted else 0  # its own adapter goes on
         classifier = common.load_model(own, tokenizer, device, score_names=names).to(device)
         classifier = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
+        if not hasattr(classifier, "score"):
+            say(f"value    {folder} is no causal model with a score head: the value cannot start from it")
+            continue
         head = nn.Linear(classifier.config.hidden_size, 1).to(device)
         with torch.no_grad():
             index = names.index(wanted) if folder == path else 0
@@ -470,7 +475,7 @@ def reward_of_model(name, path, score_name, args, device):
         return score_texts(conversations, truncated)[:, names.index(wanted)].tolist()
     reward.of_model = True
     parent = os.path.basename(os.path.dirname(os.path.abspath(folder)))
-    return wanted if folder == path else f"{parent}_score", reward
+    return f"{parent}_{wanted}", reward
 
 
 def load_rewards(args, device="cpu"):
@@ -499,6 +504,12 @@ def load_rewards(args, device="cpu"):
         require(label not in rewards, f"two rewards are called '{label}'")
         rewards[label] = (reward, weight)
     return rewards
+
+
+def reward_sources(args):
+    """Fingerprints of the files and folders that rewards come from: a changed one is not resumed with."""
+    paths = {path for name in args.reward_funcs for path in (name, name.rpartition(":")[0])}
+    return [{path: common.fingerprint_of_file(path)} for path in sorted(paths) if os.path.exists(path)]
 
 
 def call_reward(reward, given):
@@ -632,12 +643,15 @@ def stream(*key):
         int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
 
 
-def load_demonstrations(args, tokenizer):
-    """--sft_dataset -> dicts of input_ids and completion_mask, for the NLL term of PPO-ptx."""
-    own, examples = copy.copy(args), []
+def load_demonstrations(args, tokenizer, held):
+    """--sft_dataset -> dicts of input_ids and completion_mask, for the NLL term of PPO-ptx, without the
+    prompts that are held out."""
+    own, examples, cut = copy.copy(args), [], 0
     own.format = None  # --format is about the prompts
     items, _ = common.read_items(args.sft_dataset, own, common.SFT_FORMATS, common.to_conversation)
-    for conversation, _, place in items:
+    held = {common.prompt_key(prompt["turns"]) for prompt in held}
+    kept = [item for item in items if common.prompt_key(item[0].get("messages", [])) not in held]
+    for conversation, _, place in kept:
         try:
             parts = ([common.encode_text(tokenizer, conversation["text"])] if "text" in conversation
                      else common.encode_conversation(tokenizer, conversation["messages"]))
@@ -646,9 +660,12 @@ def load_demonstrations(args, tokenizer):
         for part in parts:
             ids, mask = common.truncate(part["input_ids"], part["completion_mask"],
                                         args.max_prompt_length + args.max_completion_length)
+            cut += len(ids) < len(part["input_ids"])
             if any(mask[1:]):
                 examples.append({"input_ids": torch.tensor(ids, dtype=torch.int32),
                                  "completion_mask": torch.tensor(mask, dtype=torch.int8)})
+    say(f"data     {len(examples):,} examples for the SFT term; {len(items) - len(kept):,} rows of held-out "
+        f"prompts left out, {cut:,} cut to {args.max_prompt_length + args.max_completion_length} tokens")
     require(examples, f"{args.sft_dataset}: no row to train on is left")
     return examples
 
@@ -827,9 +844,11 @@ def add_advantages(records, args, kl_coef):
     for record, a, r in zip(records, whitened, returns):
         length = len(record["input_ids"]) - 1
         record["advantages"], record["returns"] = a[:length], r[:length]
-    metrics = {"score": scores.mean().item(), "rlhf_reward": rewards.sum(-1).mean().item(),
-               "kl": (kl.sum() / loss_mask.sum()).item(), "kl_sequence": kl.sum(-1).mean().item(),
-               "kl_coef": kl_coef}
+    metrics = {"score": scores.mean().item(), "score_std": scores.std(correction=0).item(),
+               "rlhf_reward": rewards.sum(-1).mean().item()}
+    if args.kl_coef > 0:
+        metrics |= {"kl": (kl.sum() / loss_mask.sum()).item(), "kl_sequence": kl.sum(-1).mean().item(),
+                    "kl_coef": kl_coef}
     unexplained, spread = ((x[loss_mask.bool()] - x[loss_mask.bool()].mean()).square().sum().item()
                            for x in (advantages, returns))  # R - V = A
     return metrics | ({"values/explained_variance": 1 - unexplained / spread} if spread > 0 else {})
@@ -837,7 +856,7 @@ def add_advantages(records, args, kl_coef):
 
 def warning_signs(seen, first, kl_warn):
     """Signs of over-optimisation: a rollout's metrics against the first one's -> {metric: sentence}."""
-    signs, kl = {}, seen["kl_sequence"]
+    signs, kl = {}, seen.get("kl_sequence", 0.0)
     length, distinct = "completions/mean_length", "completions/distinct_4"
     if kl > kl_warn:
         signs["kl"] = (f"the policy is {kl:.3g} nats a completion from its reference (--kl_warn "
@@ -851,6 +870,10 @@ def warning_signs(seen, first, kl_warn):
     if seen[distinct] < 0.5 * first[distinct]:
         signs[distinct] = (f"completions repeat: {seen[distinct]:.0%} of their 4-grams are different, "
                            f"at first {first[distinct]:.0%}")
+    if abs(seen["score"]) + seen["score_std"] > 10:
+        signs["score"] = (f"scores are around {seen['score']:.3g} +- {seen['score_std']:.3g}: the value's "
+                          "loss grows with their square and drowns the policy's; use --reward_weights or "
+                          "--score_clip")
     return signs
 
 
@@ -907,15 +930,17 @@ def main(args):
     rewards = load_rewards(args, accelerator.device)
     tokenizer = common.load_tokenizer(args)
     train, held = load_prompts(args, tokenizer)
-    demonstrations = load_demonstrations(args, tokenizer) if args.sft_dataset else []
+    demonstrations = load_demonstrations(args, tokenizer, held) if args.sft_dataset else []
     data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]
-                                                            + demonstrations))
+                                                            + demonstrations + reward_sources(args)))
     score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0)
     require(any(reward is not accuracy for reward, _ in rewards.values())
             or any(p["columns"].get(name) is not None for p in train for name in ("answer", "solution")),
             f"--reward_funcs accuracy needs a column 'answer' or 'solution'; {args.dataset_name} has "
             f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
     common.show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
+    require(args.num_minibatches <= min(len(train), args.batch_size) * args.num_generations,
+            f"--num_minibatches {args.num_minibatches}, but {len(train)} prompts are all a rollout can have")
     rollouts_per_epoch = math.ceil(len(train) / args.batch_size)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
     num_rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0
@@ -943,7 +968,7 @@ def main(args):
         common.restore(module, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
-    interrupt, warned = common.Interrupt(), set()
+    interrupt, warned, flat_rollouts = common.Interrupt(), set(), 0
     say(f"train    {num_rollouts} rollouts of {args.batch_size} prompts x {args.num_generations} "
         f"completion(s), {updates} update(s) each; learning rate {args.learning_rate:g} "
         f"({args.lr_scheduler_type}), {accelerator.num_processes} process(es) on {accelerator.device}")
@@ -989,8 +1014,9 @@ def main(args):
                 for record, rows in zip(records, forward_of_rollout(reference, records, args, accelerator)):
                     record["ref_logprobs"] = rows[0]
         seen |= add_advantages(records, args, state["kl_coef"])
-        require(first_step > 0 or abs(seen["kl"]) < (0.05 if args.bf16 else 1e-4),
-                f"the policy starts {seen['kl']:.2g} nats a token away from its reference, not at it")
+        kl = seen.get("kl", 0.0)
+        require(first_step > 0 or abs(kl) < (0.05 if args.bf16 else 1e-4),
+                f"the policy starts {kl:.2g} nats a token away from its reference, not at it")
         if args.kl_target:
             state["kl_coef"] = adapt_kl_coef(state["kl_coef"], seen["kl_sequence"], args.kl_target,
                                              args.kl_gain)
@@ -999,6 +1025,11 @@ def main(args):
         for name in signs.keys() - warned:
             say(f"warning  {signs[name]}. Look at {os.path.join(args.output_dir, 'samples.jsonl')}")
         warned = signs.keys()
+        flat_rollouts = flat_rollouts + 1 if seen["score_std"] == 0 else 0
+        if flat_rollouts and flat_rollouts % 3 == 0:
+            say(f"warning  for {flat_rollouts} rollouts all completions have scored the same: nothing but "
+                f"noise is learned. Look at {os.path.join(args.output_dir, 'samples.jsonl')}; prompts may "
+                "be too hard or too easy, or the reward always equal")
 
         for update in range(updates):
             # the rows of this update, their number of tokens (the denominator), and the cut
@@ -1068,7 +1099,7 @@ def main(args):
             require(math.isfinite(loss) and math.isfinite(grad_norm),
                     f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
                     f"rollout of {prompts[0]['place']} ...; this update was not made, and the checkpoints "
-                    "are whole. Try a lower --learning_rate")
+                    "are whole. Try a lower --learning_rate, or --score_clip")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, total_steps, args)
             optimizer.step()
@@ -1086,14 +1117,15 @@ def main(args):
                 metrics["sampling/logprob_difference_max"] = difference
                 if step == 0:
                     say(f"check    first update: sampler and trainer agree on log-probs to {difference:.1g}, "
-                        f"ratio is 1 to {ratio_deviation:.1g}, kl {seen['kl']:.1g}")
+                        f"ratio is 1 to {ratio_deviation:.1g}"
+                        + (f", kl {kl:.1g}" if reference else ""))
                 if difference > (1.0 if args.bf16 else 1e-2):
                     say(f"warning  sampler and trainer differ by {difference:.2g} in a log-prob: "
                         "what is learned is not what was sampled")
             log.metrics(step + 1, metrics)
             log.progress(step + 1, sum(lengths), {
                 k: metrics[k] for k in ("reward", "kl_sequence", "policy_loss", "value_loss",
-                                        "completions/mean_length")})
+                                        "completions/mean_length") if k in metrics})
 
         # rollout boundary: the only place where a run can be cut without losing a rollout
         def due(every):

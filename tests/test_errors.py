@@ -89,6 +89,10 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (ppo, ["--sft_dataset", "role.jsonl", "--sft_coef", "0.1"], "role.jsonl:1: message 1 has the unknown role"),
     (ppo, ["--value_clip", "-1"], "--value_clip must not be negative"), (ppo, ["--num_minibatches", "9"], "--num_minibatches 9 is more than"),
     (ppo, ["--reward_funcs", "empty"], "empty is no reward model"), (ppo, ["--score_clip", "0"], "--score_clip must be positive"),
+    (ppo, ["--sft_dataset", "", "--sft_coef", "0.1"], "belong together"), (grpo, ["--reward_weights", "0"], "--reward_weights are all 0"),
+    (ppo, ["--sft_dataset", "ok.jsonl", "--sft_coef", "0.1", "--sft_fraction", "1e9"], "--sft_fraction must lie in"),
+    (ppo, ["--dataset_name", "ok.jsonl", "--num_minibatches", "4", "--batch_size", "8", "--eval_fraction", "0"], "3 prompts are all a rollout can have"),
+    (sft, ["--num_train_epochs", "1e300"], "would never end"), (sft, ["--model_name_or_path", "./headless"], "holds no weights for lm_head.weight"),
     (ppo, ["--beta", "0.1"], "the weight of the KL term is --kl_coef"),
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
     (sft, ["--resume_from_checkpoint", "nowhere"], "no such folder (or say 'latest')"),
@@ -106,6 +110,9 @@ def folder(tmp_path_factory):
     (path / "foreign" / "model").mkdir(parents=True)
     (path / "foreign" / "model" / "precious").write_text("keep me")
     tiny_model("llama").save_pretrained(path / "wide")
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "headless")
+    tiny_model("llama").save_pretrained(path / "headless", state_dict={
+        k: v for k, v in tiny_model("llama").state_dict().items() if k != "lm_head.weight"})
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.add_tokens([f"<{i}>" for i in range(100)])
     tokenizer.save_pretrained(path / "wide")
@@ -133,6 +140,28 @@ def test_one_sentence(script, flags, sentence, folder, monkeypatch, capfd):
     assert error.startswith(os.path.basename(script.__file__) + ": error: ") and error.count("\n") == 1, error
     assert sentence in error
     assert (folder / "foreign" / "model" / "precious").read_text() == "keep me"
+
+
+def test_what_a_run_reads_is_not_replaced_by_it(tmp_path, monkeypatch):
+    """A reward model, its alias, demonstrations, a reward's file or an adapter's base inside output_dir, and a folder that is
+    resumed though it is no run."""
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "rm"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "precious.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
+    for name in ("args.json", "samples.jsonl"):
+        (out / name).write_text("{}")
+    os.symlink(out / "model", tmp_path / "alias")
+    tiny = [os.path.join(TINY, "ppo.json"), "--output_dir", "rm"]
+    for flags in (["--reward_funcs", "rm/model"], ["--reward_funcs", "alias:score"], ["--reward_funcs", "rm/model/precious.py:f"],
+                  ["--sft_dataset", "rm/samples.jsonl", "--sft_coef", "1"], ["--model_name_or_path", "alias"]):
+        with pytest.raises(common.UserError, match="lies inside the run that would be replaced"):
+            common.open_run(common.parse_args(ppo.Args, [*tiny, *flags]))
+    with pytest.raises(common.UserError, match="already holds a run"):
+        common.open_run(common.parse_args(ppo.Args, [*tiny, "--overwrite_output_dir", "False", "--resume_from_checkpoint", "latest"]))
+    os.remove(out / "args.json")
+    with pytest.raises(common.UserError, match="it is no run of ours"):
+        common.open_run(common.parse_args(ppo.Args, [*tiny, "--resume_from_checkpoint", "latest"]))
 
 
 @pytest.mark.parametrize("name, sentence", [("args.json", "args.json: argument --learning_rate"), ("unknown.json", "did you mean learning_rate"),

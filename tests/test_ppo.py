@@ -156,10 +156,10 @@ def test_distinct_n_and_the_signs_of_over_optimisation():
     assert ppo.distinct_n([[1, 2, 3, 4, 5]], 4) == 1 and ppo.distinct_n([[1, 2], [3]], 4) == 1
     assert ppo.distinct_n([[1, 2, 3, 4], [1, 2, 3, 4]], 4) == 0.5 and ppo.distinct_n([[7] * 13], 4) == 0.1
     first = {"completions/mean_length": 10.0, "completions/distinct_4": 0.8}
-    fine = first | {"kl_sequence": 3.0}
+    fine = first | {"kl_sequence": 3.0, "score": 1.0, "score_std": 1.0}
     assert ppo.warning_signs(fine, first, 5.0) == {}
     for change, word in (({"kl_sequence": 5.1}, "--kl_coef"), ({"kl_sequence": -2.0}, "no KL is negative"),
-                         ({"completions/mean_length": 21.0}, "paying for length"), ({"completions/distinct_4": 0.3}, "30% of their 4-grams")):
+                         ({"completions/mean_length": 21.0}, "paying for length"), ({"score_std": 1e3}, "--score_clip"), ({"completions/distinct_4": 0.3}, "30% of their 4-grams")):
         (sentence,) = ppo.warning_signs(fine | change, first, 5.0).values()
         assert word in sentence
 
@@ -325,7 +325,7 @@ def test_a_reward_models_adapter_is_a_value_too(flags, tmp_path):
     run(reward_model, tmp_path / "rm", "--max_steps", 2, "--batch_size", 8, "--eval_fraction", 0, "--lora_r", 2)
     folder = str(tmp_path / "rm" / "model")
     metrics = run(ppo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 4, "--reward_funcs", f"{folder}:score", *flags)
-    assert all(m["grad_norm"] > 0 for m in metrics) and "rewards/score/mean" in metrics[0]
+    assert all(m["grad_norm"] > 0 for m in metrics) and "rewards/rm_score/mean" in metrics[0]
 
 
 @pytest.mark.parametrize("flags", [(), ("--load_in_4bit",), ("--modules_to_save", "lm_head")], ids=str)
@@ -376,7 +376,7 @@ def test_the_reference_is_the_start_and_stays(monkeypatch, tmp_path, start):
 
 def test_without_kl_there_is_no_reference(tmp_path, capsys):
     metrics = run(ppo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 4, "--kl_coef", 0)
-    assert metrics[0]["kl"] == 0 and metrics[0]["rlhf_reward"] == pytest.approx(metrics[0]["score"])
+    assert "kl" not in metrics[0] and metrics[0]["rlhf_reward"] == pytest.approx(metrics[0]["score"])
     assert "reference " not in capsys.readouterr().out
 
 
@@ -434,6 +434,18 @@ def test_ptx_adds_the_gradient_of_the_mixed_rows_nll(monkeypatch, tmp_path):
     assert metrics["grad_norm"] == pytest.approx(mixed.norm().item(), rel=1e-4)
     assert metrics["ppo_grad_norm"] == pytest.approx(without.norm().item(), rel=1e-4)
     assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + 1.0 * metrics["value_loss"] + 0.5 * metrics["sft_loss"], abs=1e-5)
+
+
+def test_flat_scores_are_said_aloud(tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def same(completions):\n    return [1.0] * len(completions)\n")
+    run(ppo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 12, "--reward_funcs", f"{tmp_path}/r.py:same")
+    assert capsys.readouterr().out.count("for 3 rollouts all completions have scored the same") == 1
+
+
+def test_held_out_prompts_are_not_demonstrated(tmp_path, capsys):
+    run(ppo, tmp_path / "out", "--batch_size", 2, "--max_steps", 1, "--sft_dataset", ADDITION, "--sft_coef", 0.1, "--max_completion_length", 40)
+    out = capsys.readouterr().out
+    assert "7,800 examples for the SFT term; 200 rows of held-out prompts left out, 0 cut" in out
 
 
 def test_warnings_are_printed_once_while_they_hold(monkeypatch, tmp_path, capsys):

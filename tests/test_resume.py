@@ -23,6 +23,8 @@ RUNS = {  # name -> (script, flags); every run crosses an epoch or has several u
                                "--model_name_or_path", os.path.join(TINY, "sft")]),
     "grpo": (grpo, ["--max_steps", 8, "--save_steps", 2, "--num_iterations", 2, "--kl_coef", 0.05, "--eval_steps", 3]),
     "dpo": (dpo, ["--max_steps", 5, "--eval_steps", 3, "--save_steps", 2]),  # precomputed reference
+    "sft-8bit": (sft, ["--max_steps", 3, "--save_steps", 1, "--optim", "adamw_8bit", "--model_name_or_path", os.path.join(TINY, "sft"),
+                       "--max_completion_length", 0]),
     "dpo-lora": (dpo, ["--max_steps", 3, "--save_steps", 2, "--lora_r", 4, "--max_completion_length", 0]),
     "reward_model": (reward_model, ["--max_steps", 5, "--eval_steps", 3, "--save_steps", 2, "--lora_r", 4, "--lora_dropout", 0.2]),
     "ppo": (ppo, ["--max_steps", 8, "--save_steps", 2, "--eval_steps", 3, "--num_iterations", 2, "--num_minibatches", 1, "--kl_target", 0.1,
@@ -208,7 +210,7 @@ def test_other_data_under_the_same_name_is_refused(data, tmp_path):
         start("sft", mine, tmp_path / "out")()
     in_child(child)
     mine.write_text(mine.read_text().replace("think", "thunk"))
-    with pytest.raises(common.UserError, match="written with other training data"):
+    with pytest.raises(common.UserError, match="written with other training data or rewards"):
         start("sft", mine, tmp_path / "out", "--resume_from_checkpoint", "latest")()
 
 
@@ -223,8 +225,26 @@ def test_other_evaluation_data_is_refused_where_references_are_kept_by_position(
     in_child(child)
     lines = (tmp_path / "eval.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "eval.jsonl").write_text("".join(lines[::-1]))
-    with pytest.raises(common.UserError, match="written with other training data"):
+    with pytest.raises(common.UserError, match="written with other training data or rewards"):
         start("dpo", data, tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")()
+
+
+def test_a_changed_reward_is_refused(data, tmp_path):
+    reward = tmp_path / "r.py"
+    reward.write_text("def f(completions):\n    return [len(c) / 50 for c in completions]\n")
+    def child():
+        kill_after_step(3)()
+        start("grpo", data, tmp_path / "out", "--reward_funcs", f"{reward}:f")()
+    in_child(child)
+    reward.write_text(reward.read_text().replace("50", "51"))
+    with pytest.raises(common.UserError, match="written with other training data or rewards"):
+        start("grpo", data, tmp_path / "out", "--reward_funcs", f"{reward}:f", "--resume_from_checkpoint", "latest")()
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
+    with pytest.raises(common.UserError, match="step 1: the weights are no longer finite and are not saved"):
+        start("sft", data, tmp_path / "out", "--learning_rate", 1e38, "--warmup_steps", 0, "--max_steps", 1)()
+    assert not os.path.exists(tmp_path / "out" / "model")
 
 
 def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path):
