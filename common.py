@@ -37,10 +37,12 @@ import pandas
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           BitsAndBytesConfig, HfArgumentParser)
@@ -203,7 +205,11 @@ def make_accelerator(args):
 
     Buffers are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation
     stays 1, whatever the launcher says: the scripts divide by the whole step's denominator themselves.
+    Every process loads the weights, or what is copied before sharding (a reference) would be empty on some.
     """
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    require(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "false",
+            "DeepSpeed is not supported: use FSDP (fsdp_version: 2) in the accelerate config")
     if args.bf16 is None:
         cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
         cpu = cpu or not torch.accelerator.is_available()
@@ -212,6 +218,9 @@ def make_accelerator(args):
                               project_dir=args.output_dir,
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     accelerator.gradient_accumulation_steps = 1
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    require(not sharded or accelerator.is_fsdp2, "FSDP 1 is not supported: set fsdp_version: 2")
+    require(not sharded or args.optim == "adamw_torch", f"--optim {args.optim} cannot be sharded by FSDP")
     return accelerator
 
 
@@ -1132,6 +1141,35 @@ def make_reference(model, adapter=None):
     return model, use_reference, "a frozen copy of the adapter"
 
 
+@contextmanager
+def unsharded(module):
+    """Inside, an FSDP module has its weights whole on every process, and a forward without gradients waits
+    for no other process; without FSDP nothing changes. `module` must have run its first forward."""
+    units = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not module, recurse=False)
+            unit.reshard()
+
+
+def whole(value):
+    """A tensor that FSDP has sharded, gathered from all processes on the CPU; anything else as it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def like(value, parameter):
+    """A whole tensor, sharded as the parameter is if it has its shape."""
+    if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
 # ---- checkpoints and saving --------------------------------------------------------------------------------
 
 # Arguments that may differ when a run is resumed: none of them changes the weights that come of it
@@ -1236,8 +1274,9 @@ def written_whole(folder):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_checkpoint(args, state, model, optimizer, name=None, extra=None):
+def save_checkpoint(accelerator, args, state, model, optimizer, name=None, extra=None):
     """Writes checkpoints/step-N (or checkpoints/<name>); then removes the oldest beyond save_total_limit.
+    Every process calls it; the first one writes.
 
     tensors.safetensors holds the trained weights, the optimizer's moments and `extra` tensors; state.json the
     scalars, the arguments and the SHA-256 of the tensors' file.
@@ -1246,7 +1285,13 @@ def save_checkpoint(args, state, model, optimizer, name=None, extra=None):
     tensors, scalars = trained_state(model, optimizer)
     require(all(t.isfinite().all() for t in tensors.values()), f"step {state['step']}: the weights are no "
             "longer finite and are not saved; the checkpoints are whole. Try a lower --learning_rate")
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in (tensors | (extra or {})).items()}
+    if accelerator.is_main_process:
+        _write_checkpoint(args, state, tensors | (extra or {}), scalars, folder, name)
+    accelerator.wait_for_everyone()
+
+
+def _write_checkpoint(args, state, tensors, scalars, folder, name):
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
     with written_whole(os.path.join(folder, name or f"step-{state['step']:08d}")) as partial:
         path = os.path.join(partial, "tensors.safetensors")
         save_file(tensors, path)
@@ -1271,8 +1316,8 @@ def _sha256(path):
 
 
 def trained_state(module, optimizer):
-    """The trained weights and the optimizer's state as ({name: tensor}, {name: JSON value})."""
-    tensors = {f"model.{name}": p for name, p in module.named_parameters() if p.requires_grad}
+    """The trained weights and the optimizer's state, whole, as ({name: tensor}, {name: JSON value})."""
+    tensors = {f"model.{name}": whole(p) for name, p in module.named_parameters() if p.requires_grad}
     scalars = {}
 
     def keep(name, value):
@@ -1280,7 +1325,7 @@ def trained_state(module, optimizer):
             for key, inner in value.items():
                 keep(f"{name}.{key}", inner)
         else:
-            (tensors if torch.is_tensor(value) else scalars)[name] = value
+            (tensors if torch.is_tensor(value) else scalars)[name] = whole(value)
     for index, values in optimizer.state_dict()["state"].items():
         keep(f"optimizer.{index}", values)
     return tensors, scalars
@@ -1304,26 +1349,28 @@ def restore(model, optimizer, checkpoint):
                 require(saved is not None and saved.shape == p.shape,
                         f"the checkpoint has no weight {name} of shape {tuple(p.shape)}: "
                         "it was written by another model")
-                p.copy_(saved)
+                p.copy_(like(saved, p))
     if optimizer is not None:
-        per_parameter = {}
+        per_parameter, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
         for name, value in {**tensors, **state["optimizer"]}.items():
             if name.startswith("optimizer."):
                 _, index, *keys, last = name.split(".")
                 values = per_parameter.setdefault(int(index), {})
                 for key in keys:
                     values = values.setdefault(key, {})
-                values[last] = value
+                values[last] = like(value, parameters[int(index)])
         optimizer.load_state_dict({"state": per_parameter,
                                    "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def finish(args, accelerator, model, tokenizer):
     """Writes model/ (and merged/ with --merge) and says where."""
-    accelerator.wait_for_everyone()
+    named = model.state_dict(keep_vars=True)
+    values = {id(value): whole(value).detach() for value in named.values()}  # tied weights stay one tensor
+    state = {name: values[id(value)] for name, value in named.items()}
     if accelerator.is_main_process:
         folder = os.path.join(args.output_dir, "model")
-        save_model(model, tokenizer, folder)
+        save_model(model, tokenizer, folder, state)
         say(f"saved    {folder}")
         if args.merge:
             merge_adapter(args, tokenizer, os.path.join(args.output_dir, "merged"), folder,
@@ -1331,12 +1378,12 @@ def finish(args, accelerator, model, tokenizer):
     accelerator.wait_for_everyone()
 
 
-def save_model(model, tokenizer, folder):
+def save_model(model, tokenizer, folder, state=None):
     """An adapter or full weights, with tokenizer, template and generation config."""
     model.config.use_cache = True
     options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
     with written_whole(folder) as partial:
-        model.save_pretrained(partial, **options)
+        model.save_pretrained(partial, state_dict=state, **options)
         if model.can_generate():
             model.generation_config.save_pretrained(partial)
         else:  # a reward model: an adapter's folder too tells the names of its scores

@@ -207,6 +207,7 @@ class Policy(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # the units that FSDP shards
 
     def hidden(self, input_ids):
         """input_ids (B, T) right-padded -> the trunk's last hidden states (B, T, d).
@@ -235,7 +236,8 @@ def check_head(policy, model, input_ids, accelerator):
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        with common.unsharded(policy):
+            logits = model(input_ids=input_ids, use_cache=False).logits
     model.train()
     theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
@@ -291,16 +293,18 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. A process without rows gets one empty
-    list, for an all-masked pass.
+    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
+    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
-    batches = [[]]
-    for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > micro_batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for first in range(num_processes):
+        shares.append([[]])
+        for i in order[first::num_processes]:
+            batch = shares[-1][-1]
+            if batch and (len(batch) + 1) * lengths[batch[0]] > micro_batch_tokens:
+                shares[-1].append([])
+            shares[-1][-1].append(i)
+    return shares[process_index] + [[]] * (max(map(len, shares)) - len(shares[process_index]))
 
 
 def stream(*key):
@@ -454,7 +458,10 @@ def main(args):
     if args.learning_rate is None:
         args.learning_rate = 1e-5 if lora else 1e-6
     if args.precompute_ref_log_probs is None:
-        args.precompute_ref_log_probs = not lora
+        args.precompute_ref_log_probs = not lora or accelerator.is_fsdp2
+    require(args.precompute_ref_log_probs or not lora or not accelerator.is_fsdp2,
+            "under FSDP an adapter cannot be switched off in the middle of a step: leave out "
+            "--precompute_ref_log_probs False")
     checkpoint = common.open_run(args)
 
     # data: all of it is read, checked and tokenized before the model is loaded
@@ -485,8 +492,9 @@ def main(args):
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     if args.precompute_ref_log_probs:
-        kept["ref_logprobs"] = (checkpoint[0]["ref_logprobs"] if checkpoint else  # (N, 2)
-                                reference_logprobs(policy, train + held, args, accelerator))
+        with common.unsharded(policy):
+            kept["ref_logprobs"] = (checkpoint[0]["ref_logprobs"] if checkpoint else  # (N, 2)
+                                    reference_logprobs(policy, train + held, args, accelerator))
         for pair, row in zip(train + held, kept["ref_logprobs"], strict=True):
             pair["ref_logprobs"] = row
     log = common.RunLog(accelerator, args, total_steps, state["step"])
@@ -505,8 +513,9 @@ def main(args):
     def report():
         """Evaluates, prints and logs."""
         if held:
-            metrics, table = evaluate(policy, model, held, ref_logprobs_of, args, accelerator, tokenizer,
-                                      stop_ids)
+            with common.unsharded(policy):
+                metrics, table = evaluate(policy, model, held, ref_logprobs_of, args, accelerator, tokenizer,
+                                          stop_ids)
             log.metrics(state["step"], metrics)
             figures = "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items())
             say(f"eval     step {state['step']}: {figures}")
@@ -563,9 +572,7 @@ def main(args):
         if (step + 1) % args.eval_steps == 0 or step + 1 == total_steps:
             report()
         if (step + 1) % args.save_steps == 0 or step + 1 == total_steps or stop:
-            if accelerator.is_main_process:
-                common.save_checkpoint(args, state, model, optimizer, extra=kept)
-            accelerator.wait_for_everyone()
+            common.save_checkpoint(accelerator, args, state, model, optimizer, extra=kept)
         if stop:
             interrupt.leave(args, step + 1)
 

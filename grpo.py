@@ -281,6 +281,7 @@ class Policy(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # the units that FSDP shards
 
     def hidden(self, input_ids):
         """input_ids (B, T) right-padded -> the trunk's last hidden states (B, T, d).
@@ -309,7 +310,8 @@ def check_head(policy, model, input_ids, accelerator):
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        with common.unsharded(policy):
+            logits = model(input_ids=input_ids, use_cache=False).logits
     model.train()
     theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
@@ -527,16 +529,18 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. A process without rows gets one empty
-    list, for an all-masked pass.
+    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
+    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
-    batches = [[]]
-    for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > micro_batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for first in range(num_processes):
+        shares.append([[]])
+        for i in order[first::num_processes]:
+            batch = shares[-1][-1]
+            if batch and (len(batch) + 1) * lengths[batch[0]] > micro_batch_tokens:
+                shares[-1].append([])
+            shares[-1][-1].append(i)
+    return shares[process_index] + [[]] * (max(map(len, shares)) - len(shares[process_index]))
 
 
 def stream(*key):
@@ -794,8 +798,9 @@ def main(args):
         """Evaluates, prints, logs, and writes every completion to samples.jsonl."""
         if held:
             step = state["step"]
-            metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards, step,
-                                        total_steps)
+            with common.unsharded(policy):
+                metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards,
+                                            step, total_steps)
             log.metrics(step, metrics)
             table = [sample_record(r, held[r["prompt"]]["prompt"], rewards) for r in records]
             for row in table:
@@ -811,8 +816,9 @@ def main(args):
         epoch, at = divmod(rollout_index, rollouts_per_epoch)
         order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
         prompts = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
-        records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, first_step,
-                                  total_steps)
+        with common.unsharded(policy):
+            records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards,
+                                      first_step, total_steps)
         scores = torch.tensor([r["score"] for r in records])  # (N*G,)
         seen = rollout_metrics(records, rewards) | group_metrics(scores, args.num_generations) | logged
         for record in records[:args.num_generations]:
@@ -834,10 +840,11 @@ def main(args):
         require(records, f"step {first_step + 1}: no reward function applies to any completion of the "
                 "rollout (all returned None)")
         if updates > 1:  # by the training forward, before the first update; with one update old = current
-            for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
-                record["old_logprobs"] = rows[0]
+            with common.unsharded(policy):
+                for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
+                    record["old_logprobs"] = rows[0]
         if reference:
-            with use_reference():
+            with common.unsharded(policy), use_reference():
                 for record, rows in zip(records, forward_of_rollout(reference, records, args, accelerator)):
                     record["ref_logprobs"] = rows[0]
 
@@ -926,9 +933,7 @@ def main(args):
         if due(args.eval_steps):
             report()
         if due(args.save_steps) or stop:
-            if accelerator.is_main_process:
-                common.save_checkpoint(args, state, model, optimizer)
-            accelerator.wait_for_everyone()
+            common.save_checkpoint(accelerator, args, state, model, optimizer)
         if stop:
             interrupt.leave(args, state["step"])
 

@@ -315,6 +315,7 @@ class Policy(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # the units that FSDP shards
 
     def hidden(self, input_ids):
         """input_ids (B, T) right-padded -> the trunk's last hidden states (B, T, d).
@@ -356,11 +357,11 @@ class PolicyValue(Policy):
         return logprobs, entropy, torch.where(loss_mask.bool(), values, 0.0)
 
 
-def make_critic(args, model, tokenizer, device):
+def make_critic(args, model, tokenizer, device, share_frozen=True):
     """-> (the value's trunk, or None for the policy's, and its head, Linear(d, 1)).
 
     From the first reward model whose tokens are the policy's, times its weight; else a copy of the policy's
-    trunk, whose frozen weights both share, with a head of zeros.
+    trunk, whose frozen weights both share (FSDP shards no weight in two places), with a head of zeros.
     """
     head = nn.Linear(model.config.hidden_size, 1).to(device)
     nn.init.zeros_(head.weight)
@@ -397,7 +398,8 @@ def make_critic(args, model, tokenizer, device):
         return classifier.base_model, head
     trunk = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     say("value    its own trunk, a copy of the policy's, with a head of zeros")
-    return copy.deepcopy(trunk, {id(p): p for p in trunk.parameters() if not p.requires_grad}), head
+    shared = {id(p): p for p in trunk.parameters() if share_frozen and not p.requires_grad}
+    return copy.deepcopy(trunk, shared), head
 
 
 @torch.no_grad()
@@ -407,7 +409,8 @@ def check_head(policy, model, input_ids, accelerator):
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        with common.unsharded(policy):
+            logits = model(input_ids=input_ids, use_cache=False).logits
     model.train()
     theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
@@ -625,16 +628,18 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. A process without rows gets one empty
-    list, for an all-masked pass.
+    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
+    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
-    batches = [[]]
-    for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > micro_batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for first in range(num_processes):
+        shares.append([[]])
+        for i in order[first::num_processes]:
+            batch = shares[-1][-1]
+            if batch and (len(batch) + 1) * lengths[batch[0]] > micro_batch_tokens:
+                shares[-1].append([])
+            shares[-1][-1].append(i)
+    return shares[process_index] + [[]] * (max(map(len, shares)) - len(shares[process_index]))
 
 
 def stream(*key):
@@ -952,7 +957,8 @@ def main(args):
     # policy, value, reference, optimizer, and where an earlier run stopped
     model = common.load_model(args, tokenizer, accelerator.device).to(accelerator.device)
     stop_ids = model.generation_config.eos_token_id
-    module = PolicyValue(model, *make_critic(args, model, tokenizer, accelerator.device))
+    module = PolicyValue(model, *make_critic(args, model, tokenizer, accelerator.device,
+                                             not accelerator.is_fsdp2))
     reference = None
     if args.kl_coef > 0:
         ref_model, use_reference, how = common.make_reference(
@@ -977,8 +983,9 @@ def main(args):
         """Evaluates, prints, logs, and writes every completion to samples.jsonl."""
         if held:
             step = state["step"]
-            metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards, step,
-                                        total_steps)
+            with common.unsharded(policy):
+                metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards,
+                                            step, total_steps)
             log.metrics(step, metrics)
             table = [sample_record(r, held[r["prompt"]]["prompt"], rewards) for r in records]
             for row in table:
@@ -994,8 +1001,9 @@ def main(args):
         epoch, at = divmod(rollout_index, rollouts_per_epoch)
         order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
         prompts = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
-        records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, first_step,
-                                  total_steps)
+        with common.unsharded(policy):
+            records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards,
+                                      first_step, total_steps)
         seen = rollout_metrics(records, rewards) | logged
         seen["completions/distinct_4"] = distinct_n([r["completion_ids"] for r in records])
         for record in records[:8]:
@@ -1006,11 +1014,12 @@ def main(args):
                 "rollout (all returned None)")
 
         # old log-probs and values by the training forward; then advantages over the whole rollout
-        for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
-            record["old_logprobs"], _, record["values"] = rows
-            record["ref_logprobs"] = record["old_logprobs"]  # without a reference KL is 0
+        with common.unsharded(policy):
+            for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
+                record["old_logprobs"], _, record["values"] = rows
+                record["ref_logprobs"] = record["old_logprobs"]  # without a reference KL is 0
         if reference:
-            with use_reference():
+            with common.unsharded(policy), use_reference():
                 for record, rows in zip(records, forward_of_rollout(reference, records, args, accelerator)):
                     record["ref_logprobs"] = rows[0]
         seen |= add_advantages(records, args, state["kl_coef"])
@@ -1061,6 +1070,7 @@ def main(args):
                         nll = -logprobs.sum() / sft_tokens
                         accelerator.backward(args.sft_coef * nll * accelerator.num_processes)
                     totals[6] += nll.detach()
+            if demonstrations and not accelerator.is_fsdp2:  # whose shards have no gradient yet
                 trained = [p for p in module.parameters() if p.requires_grad]
                 sft_gradient = [accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad.clone(),
                                                    "mean") for p in trained]
@@ -1086,7 +1096,7 @@ def main(args):
                                                low.sum(), high.sum(), (low | high).sum()])
                     difference = logprobs - pad_masked(part, "sampled_logprobs", loss_mask)
                     worst = torch.stack([(ratio - 1).abs().max(), difference.abs().max()]).maximum(worst)
-            if demonstrations:
+            if demonstrations and not accelerator.is_fsdp2:
                 ppo_grad_norm = torch.stack(
                     [(p.grad - g).norm() for p, g in zip(trained, sft_gradient)]).norm().item()
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(),
@@ -1112,7 +1122,8 @@ def main(args):
                        "grad_norm": grad_norm, "learning_rate": group["lr"],
                        "num_tokens": state["num_tokens"], "trained_tokens": trained_tokens}
             if demonstrations:
-                metrics |= {"sft_loss": sft_loss, "ppo_grad_norm": ppo_grad_norm}
+                metrics |= {"sft_loss": sft_loss}
+                metrics |= {} if accelerator.is_fsdp2 else {"ppo_grad_norm": ppo_grad_norm}
             if update == 0:  # later updates have moved away from the policy that sampled
                 metrics["sampling/logprob_difference_max"] = difference
                 if step == 0:
@@ -1133,9 +1144,7 @@ def main(args):
         if due(args.eval_steps):
             report()
         if due(args.save_steps) or stop:
-            if accelerator.is_main_process:
-                common.save_checkpoint(args, state, module, optimizer)
-            accelerator.wait_for_everyone()
+            common.save_checkpoint(accelerator, args, state, module, optimizer)
         if stop:
             interrupt.leave(args, state["step"])
 

@@ -145,6 +145,7 @@ class Scorer(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # the units that FSDP shards
 
     def forward(self, input_ids, lengths):
         """input_ids (B, T) right-padded, lengths (B,) -> scores (B, K) fp32, read at each row's last token.
@@ -168,7 +169,8 @@ def check_scores(scorer, model, examples, pad_id, accelerator):
     model.eval()
     with accelerator.autocast():
         ours = scorer(input_ids, lengths)
-        theirs = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.float()
+        with common.unsharded(scorer):
+            theirs = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.float()
     model.train()
     worst = (ours - theirs).abs().max().item()
     require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3), f"models of type "
@@ -258,16 +260,18 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. A process without rows gets one empty
-    list, for an all-masked pass.
+    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
+    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
-    batches = [[]]
-    for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > micro_batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for first in range(num_processes):
+        shares.append([[]])
+        for i in order[first::num_processes]:
+            batch = shares[-1][-1]
+            if batch and (len(batch) + 1) * lengths[batch[0]] > micro_batch_tokens:
+                shares[-1].append([])
+            shares[-1][-1].append(i)
+    return shares[process_index] + [[]] * (max(map(len, shares)) - len(shares[process_index]))
 
 def stream(*key):
     """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
@@ -374,7 +378,8 @@ def main(args):
     def report():
         """Evaluates, prints and logs."""
         if held:
-            metrics = evaluate(scorer, model, held, names, args, accelerator, pad_id)
+            with common.unsharded(scorer):
+                metrics = evaluate(scorer, model, held, names, args, accelerator, pad_id)
             log.metrics(state["step"], metrics)
             figures = "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items())
             say(f"eval     step {state['step']}: {figures}")
@@ -429,9 +434,7 @@ def main(args):
         if (step + 1) % args.eval_steps == 0 or step + 1 == total_steps:
             report()
         if (step + 1) % args.save_steps == 0 or step + 1 == total_steps or stop:
-            if accelerator.is_main_process:
-                common.save_checkpoint(args, state, model, optimizer)
-            accelerator.wait_for_everyone()
+            common.save_checkpoint(accelerator, args, state, model, optimizer)
         if stop:
             interrupt.leave(args, step + 1)
 

@@ -190,6 +190,7 @@ class Policy(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # the units that FSDP shards
 
     def hidden(self, input_ids):
         """input_ids (B, T) right-padded -> the trunk's last hidden states (B, T, d).
@@ -218,7 +219,8 @@ def check_head(policy, model, input_ids, accelerator):
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        with common.unsharded(policy):
+            logits = model(input_ids=input_ids, use_cache=False).logits
     model.train()
     theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     worst = (ours - theirs).abs().max().item()
@@ -297,16 +299,18 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. A process without rows gets one empty
-    list, for an all-masked pass.
+    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
+    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[process_index::num_processes]
-    batches = [[]]
-    for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[batches[-1][0]] > micro_batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for first in range(num_processes):
+        shares.append([[]])
+        for i in order[first::num_processes]:
+            batch = shares[-1][-1]
+            if batch and (len(batch) + 1) * lengths[batch[0]] > micro_batch_tokens:
+                shares[-1].append([])
+            shares[-1][-1].append(i)
+    return shares[process_index] + [[]] * (max(map(len, shares)) - len(shares[process_index]))
 
 
 def stream(*key):
@@ -450,15 +454,14 @@ def main(args):
         f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
     def save(name=None):
-        if accelerator.is_main_process:
-            common.save_checkpoint(args, state, model, optimizer, name)
-        accelerator.wait_for_everyone()
+        common.save_checkpoint(accelerator, args, state, model, optimizer, name)
 
     def report():
         """Evaluates, prints, logs, and keeps the weights if they are the best so far."""
         if not held:
             return
-        metrics, table = evaluate(policy, model, held, args, accelerator, tokenizer, stop_ids)
+        with common.unsharded(policy):
+            metrics, table = evaluate(policy, model, held, args, accelerator, tokenizer, stop_ids)
         log.metrics(state["step"], metrics)
         say(f"eval     step {state['step']}: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items()))
         common.show_table(table)
