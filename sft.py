@@ -389,7 +389,8 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
         with accelerator.autocast():
             out = model.generate(input_ids=prompt_ids, attention_mask=attention_mask, do_sample=False,
                                  num_beams=1, use_cache=True, max_new_tokens=args.max_completion_length,
-                                 eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+                                 eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
+                                 synced_gpus=False)  # each process has its own number of tokens
     finally:
         causal.generation_config = shipped
     return tokenizer.batch_decode(out[:, prompt_ids.shape[1]:], skip_special_tokens=True)

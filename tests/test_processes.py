@@ -8,6 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY
+from safetensors.torch import load_file
+
+import common
+import sft
 
 WORKER = """
 import os, sys
@@ -17,6 +21,34 @@ from conftest import RecordGradients
 import common, dpo, grpo, ppo, reward_model, sft
 torch.set_num_threads(1)
 script, out, flags = globals()[sys.argv[1]], sys.argv[2], sys.argv[3:]
+if "--fsdp" in flags:
+    flags.remove("--fsdp")
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    def sharded(**options):  # accelerate does not offer FSDP on a CPU: say so in the two places that it asks
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+                                                state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False)
+        accelerator = Accelerator(fsdp_plugin=plugin, **options)
+        accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        prepare = accelerator.prepare
+        def counted(module, optimizer):
+            module, optimizer = prepare(module, optimizer)
+            assert sum(isinstance(m, common.FSDPModule) for m in module.modules()) >= 3, "nothing was sharded"
+            return module, optimizer
+        accelerator.prepare = counted
+        return accelerator
+    common.Accelerator = sharded
+if "--kill" in flags:
+    at = flags.index("--kill")
+    last, progress = int(flags[at + 1]), common.RunLog.progress
+    del flags[at:at + 2]
+    def dying(self, step, *rest):
+        progress(self, step, *rest)
+        if step == last:
+            os.kill(os.getpid(), 9)
+    common.RunLog.progress = dying
 if "--record" in flags:
     flags.remove("--record")
     script.make_optimizer = RecordGradients
@@ -30,14 +62,16 @@ torch.save({{"gradients": gradients, "weights": weights}}, out + "-rank" + os.en
 """
 
 
-def launch(tmp_path, name, processes, *flags):
+def launch(tmp_path, name, processes, *flags, dies=False):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(root=ROOT, tiny=TINY))
     out = tmp_path / f"{name}-{processes}"
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(several if processes > 1 else [])]
     done = subprocess.run([*command, str(worker), name, str(out), *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, timeout=300)
+    if dies:
+        return done
     assert done.returncode == 0, done.stdout + done.stderr
     with open(out / "metrics.jsonl") as file:
         metrics = [json.loads(line) for line in file]
@@ -87,12 +121,64 @@ def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, 
     assert all(two[0]["weights"][n].equal(two[1]["weights"][n]) for n in two[0]["weights"])
 
 
-def test_rollouts_do_not_depend_on_the_number_of_processes(tmp_path, five_eval_rows):
-    flags = [*CASES["grpo"], *five_eval_rows, "--max_steps", 1]
+@pytest.mark.parametrize("script, rows", [("grpo", 4), ("ppo", 7)])
+def test_rollouts_do_not_depend_on_the_number_of_processes(script, rows, tmp_path, five_eval_rows):
+    flags = [*CASES[script], *five_eval_rows, "--max_steps", 1]
     samples = []
     for processes in (1, 2):
-        launch(tmp_path, "grpo", processes, *flags)
-        samples.append((tmp_path / f"grpo-{processes}" / "samples.jsonl").read_text().splitlines()[:9])  # 5 evaluations, a group of 4
+        launch(tmp_path, script, processes, *flags)
+        samples.append((tmp_path / f"{script}-{processes}" / "samples.jsonl").read_text().splitlines()[:5 + rows])  # 5 evaluations
     assert samples[0] == samples[1]
     drawn = [json.loads(line) for line in samples[0][5:]]
     assert all(d["kind"] == "rollout" for d in drawn) and len({d["completion"] for d in drawn}) > 1
+
+
+LORA, FOUR = ["--lora_r", 4], ["--lora_r", 4, "--load_in_4bit"]
+SHARDED = [("sft", []), ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA), ("reward_model", []), ("grpo", []), ("grpo", FOUR),
+           ("ppo", []), ("ppo", LORA), ("ppo", [*FOUR, "--share_trunk"])]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, flags", SHARDED, ids=str)
+def test_sharded_over_two_processes_by_fsdp_equals_one(name, flags, tmp_path, five_eval_rows):
+    """Three updates: every metric, and the saved model, which plain safetensors reads whole."""
+    flags = [*CASES[name], *five_eval_rows, "--max_steps", 3, *flags]
+    one, metrics, _ = launch(tmp_path, name, 1, *flags)
+    _, again, _ = launch(tmp_path, name, 2, *flags, "--fsdp")
+    assert len(metrics) == len(again) > 3
+    for a, b in zip(metrics, again):
+        assert a.keys() - b.keys() <= {"ppo_grad_norm"}
+        for key in b:
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
+    whole, gathered = (saved(tmp_path / f"{name}-{n}") for n in (1, 2))
+    assert whole.keys() == gathered.keys()
+    assert max((whole[k] - gathered[k]).abs().max() for k in whole) < 1e-5
+
+
+def saved(out):
+    name = next(n for n in ("model.safetensors", "adapter_model.safetensors") if (out / "model" / n).exists())
+    return load_file(out / "model" / name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, flags", [
+    ("sft", [*LORA, "--lora_dropout", 0.2]), ("grpo", ["--num_iterations", 2]), ("ppo", ["--num_iterations", 2]), ("ppo", ["--num_iterations", 2, "--fsdp"]),
+    ("dpo", []), ("reward_model", ["--fsdp"])], ids=str)
+def test_two_processes_killed_and_resumed_end_bit_equal(name, flags, tmp_path, five_eval_rows):
+    flags = [*CASES[name], *five_eval_rows, "--save_steps", 2, "--max_steps", 4, *flags]
+    launch(tmp_path, name, 2, *flags)
+    want = saved(tmp_path / f"{name}-2"), (tmp_path / f"{name}-2" / "metrics.jsonl").read_text()
+    os.rename(tmp_path / f"{name}-2", tmp_path / "whole")
+    done = launch(tmp_path, name, 2, *flags, "--kill", 3, dies=True)
+    assert done.returncode != 0 and not (tmp_path / f"{name}-2" / "model").exists()
+    launch(tmp_path, name, 2, *flags, "--resume_from_checkpoint", "latest")
+    got = saved(tmp_path / f"{name}-2"), (tmp_path / f"{name}-2" / "metrics.jsonl").read_text()
+    assert all(want[0][k].equal(got[0][k]) for k in want[0]) and want[1] == got[1]
+
+
+def test_what_cannot_be_sharded_is_refused(monkeypatch):
+    args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--output_dir", "nowhere"])
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(common.UserError, match="DeepSpeed is not supported: use FSDP"):
+            common.make_accelerator(args)
