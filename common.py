@@ -965,7 +965,8 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         require((task == "SEQ_CLS") == bool(score_names), f"{adapter} is an adapter of "
                 f"{'a reward model' if task == 'SEQ_CLS' else 'a policy'}: start from its merged/ instead")
         require(args.lora_r in (0, rank), f"{adapter} is an adapter of rank {rank}: leave --lora_r out")
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        with explain(f"cannot load the adapter {adapter}"):
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     elif lora:
         for name in args.modules_to_save or []:
             require(any(f".{n}".endswith(f".{name}") for n, _ in model.named_modules()),
@@ -1176,7 +1177,7 @@ def like(value, parameter):
 # (but for micro_batch_tokens where there is dropout, whose draws depend on the cut).
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
-              "gradient_checkpointing", "merge"}
+              "gradient_checkpointing", "merge", "reward_timeout"}
 OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
 
 

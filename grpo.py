@@ -37,7 +37,8 @@ import inspect
 import math
 import os
 import re
-from contextlib import nullcontext
+import signal
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
@@ -81,6 +82,7 @@ class Args:
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
     reward_funcs: list[str] = HfArg(default_factory=lambda: ["accuracy"], help="names, my.py:f or folders")
     reward_weights: list[float] | None = HfArg(default=None, help="one weight for each reward; default 1")
+    reward_timeout: float = HfArg(default=600.0, help="seconds after which a reward's call is given up")
     # rollout
     batch_size: int = HfArg(default=16, help="prompts of a rollout, over all processes")
     num_generations: int = HfArg(default=8, help="completions a prompt (G)")
@@ -127,7 +129,8 @@ class Args:
         common.check_numbers(
             self, ("learning_rate", "max_prompt_length", "batch_size", "max_completion_length", "temperature",
                    "rollout_batch_size", "num_iterations", "num_minibatches", "micro_batch_tokens",
-                   "eval_steps", "save_steps", "save_total_limit", "logging_steps", "epsilon"),
+                   "eval_steps", "save_steps", "save_total_limit", "logging_steps", "epsilon",
+                   "reward_timeout"),
             ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "num_train_epochs"))
         require(self.max_steps > 0 or self.num_train_epochs > 0,
                 "nothing to do: give --max_steps or --num_train_epochs")
@@ -416,20 +419,35 @@ def reward_sources(args):
     return [{path: common.fingerprint_of_file(path)} for path in sorted(paths) if os.path.exists(path)]
 
 
-def call_reward(reward, given):
+@contextmanager
+def time_limit(seconds):
+    """TimeoutError in the middle of whatever runs inside, if it runs for longer."""
+    def stop(*_):
+        raise TimeoutError(f"no answer in {seconds:g} s (--reward_timeout)")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def call_reward(reward, given, timeout):
     """The function with those of TRL's keyword arguments that it names, or with all if it takes **kwargs."""
     parameters = inspect.signature(reward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    values = reward(**{k: v for k, v in given.items() if takes_all or k in parameters})
-    return asyncio.run(values) if inspect.isawaitable(values) else values
+    with time_limit(timeout):
+        values = reward(**{k: v for k, v in given.items() if takes_all or k in parameters})
+        return asyncio.run(values) if inspect.isawaitable(values) else values
 
 
-def score(rewards, rows, records, step, total_steps):
+def score(rewards, rows, records, step, total_steps, timeout=600.0):
     """Calls every reward function once on all completions -> (rewards (N, F) with NaN for None, {logged name:
     value}).
 
     rows: the prompt of each record. Raises UserError naming function, row and completion on an exception,
-    a wrong length or type, or a non-finite number.
+    a wrong length or type, or a non-finite number, and naming the function if it takes too long.
     """
     chat, texts = [isinstance(row["prompt"], list) for row in rows], [r["text"] for r in records]
     logged, out = {}, torch.full((len(rows), len(rewards)), math.nan)
@@ -446,12 +464,13 @@ def score(rewards, rows, records, step, total_steps):
         def at(i):
             return f"the completion {texts[i][:80]!r} of row {rows[i]['place']}"
         try:
-            values = call_reward(reward, lists | constant)
+            values = call_reward(reward, lists | constant, timeout)
         except (Exception, SystemExit) as error:
             where, what = "the whole batch", f"{type(error).__name__}: {' '.join(str(error).split())}"
-            for i in range(len(rows)):  # once more, one by one, to say which
+            alone = range(0 if isinstance(error, TimeoutError) else len(rows))
+            for i in alone:  # once more, one by one, to say which
                 try:
-                    call_reward(reward, {k: v[i:i + 1] for k, v in lists.items()} | constant)
+                    call_reward(reward, {k: v[i:i + 1] for k, v in lists.items()} | constant, timeout)
                 except (Exception, SystemExit):
                     where = at(i)
                     break
@@ -637,8 +656,8 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
     set_seed(stream(args.seed, "rewards", step, accelerator.process_index).initial_seed() % 2**32)
     try:
         scored, logged = score(
-            rewards, [prompts[r["prompt"]] for r in records], records, step,
-            total_steps) if records else ([], {})
+            rewards, [prompts[r["prompt"]] for r in records], records, step, total_steps,
+            args.reward_timeout) if records else ([], {})
         for record, values in zip(records, scored):
             record["rewards"] = values  # (F,), NaN where the function does not apply
         share = [(records, logged)]
@@ -755,7 +774,8 @@ def main(args):
     train, held = load_prompts(args, tokenizer)
     data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]
                                                             + reward_sources(args)))
-    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0)
+    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
+          args.reward_timeout)
     require(any(reward is not accuracy for reward, _ in rewards.values())
             or any(p["columns"].get(name) is not None for p in train for name in ("answer", "solution")),
             f"--reward_funcs accuracy needs a column 'answer' or 'solution'; {args.dataset_name} has "

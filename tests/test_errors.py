@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, TINY, in_child, tiny_model
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import common
@@ -33,6 +35,7 @@ FILES = {
     "short.py": "def f(completions):\n    return []\n", "nan.py": "def f(completions):\n    return [float('nan')] * len(completions)\n",
     "text.py": "def f(completions):\n    return '1' * len(completions)\n", "syntax.py": "def f(:\n",
     "exits.py": "import sys\nsys.exit(3)\n", "late.py": "def f(trainer_state, completions):\n    return [1 / (trainer_state.max_steps == 0)] * len(completions)\n",
+    "hangs.py": "import time\ndef f(completions):\n    time.sleep(60)\ndef g(completions):\n    while True:\n        pass\n",
     "args.json": '{"learning_rate": "fast"}', "unknown.json": '{"learning_rat": 1}', "list.json": "[1]", "broken.json": "{",
     "template.jinja": "{{ messages[0].content", "lossy.jinja": "{{ 'always the same' }}",
 }
@@ -76,6 +79,9 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--reward_funcs", "raises.py:f"], "'f' raised RuntimeError: no network at all, on the completion 'a first try' of row"),
     (grpo, ["--reward_funcs", "short.py:f"], "returned 0 values for 1 completions"), (grpo, ["--reward_funcs", "nan.py:f"], "returned nan"),
     (grpo, ["--reward_funcs", "text.py:f"], "returned str"),
+    (grpo, ["--reward_funcs", "hangs.py:f", "--reward_timeout", "0.2"], "'f' raised TimeoutError: no answer in 0.2 s (--reward_timeout), on the whole batch"),
+    (ppo, ["--reward_funcs", "hangs.py:g", "--reward_timeout", "0.2"], "'g' raised TimeoutError: no answer in 0.2 s"),
+    (sft, ["--resume_from_checkpoint", "another"], "was written with --"),
     (grpo, ["--reward_funcs", "late.py:f", "--batch_size", "2", "--eval_fraction", "0"], "raised ZeroDivisionError"),
     (dpo, ["--label_smoothing", "0.1", "--loss_type", "ipo"], "defined for --loss_type sigmoid alone"), (dpo, ["--beta", "0"], "--beta must be positive"),
     (dpo, ["--label_smoothing", "0.7"], "--label_smoothing must lie in"), (dpo, ["--dataset_name", "ok.jsonl"], "no known format"),
@@ -109,6 +115,10 @@ def folder(tmp_path_factory):
     (path / "empty").mkdir()
     (path / "foreign" / "model").mkdir(parents=True)
     (path / "foreign" / "model" / "precious").write_text("keep me")
+    (path / "another").mkdir()
+    save_file({"model.x": torch.zeros(1)}, path / "another" / "tensors.safetensors")
+    (path / "another" / "state.json").write_text(json.dumps({
+        "step": 1, "args": {}, "sha256": common._sha256(path / "another" / "tensors.safetensors")}))
     tiny_model("llama").save_pretrained(path / "wide")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "headless")
     tiny_model("llama").save_pretrained(path / "headless", state_dict={
@@ -213,3 +223,64 @@ def test_trackers_through_accelerate(tmp_path):
     run(sft, tmp_path / "out", "--max_steps", 2, "--batch_size", 2, "--logging_steps", 1, "--eval_fraction", 0.001, "--report_to", "tensorboard")
     events = [f for _, _, files in os.walk(tmp_path / "out") for f in files if "tfevents" in f]
     assert events, "the tracker's files belong into output_dir"
+
+
+# ---- trust -----------------------------------------------------------------------------------------------------------------
+
+class Payload:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "reward"])
+def test_no_pickle_is_loaded(kind, tmp_path):
+    """Weights in a pickle that runs code: refused in a sentence, and the code has not run."""
+    import shutil
+    folder, trap = tmp_path / "model", tmp_path / "executed"
+    flags = [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
+    if kind == "adapter":
+        folder.mkdir()
+        AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(folder)
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": CHECKPOINT, "r": 4,
+                                                                "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}))
+        torch.save({"x": Payload(trap)}, folder / "adapter_model.bin")
+    else:
+        shutil.copytree(CHECKPOINT, folder)
+        os.remove(folder / "model.safetensors")
+        torch.save({"x": Payload(trap)}, folder / "pytorch_model.bin")
+    with pytest.raises(common.UserError):
+        grpo.main(common.parse_args(grpo.Args, [*flags, "--reward_funcs" if kind == "reward" else "--model_name_or_path", str(folder)]))
+    assert not trap.exists()
+
+
+def test_code_that_comes_with_a_model_runs_only_if_asked(tmp_path):
+    import shutil
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    with pytest.raises(common.UserError):
+        grpo.main(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path / "out"),
+                                                "--model_name_or_path", str(tmp_path / "model")]))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_four_bits_without_bitsandbytes(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn.modules", None)
+    with pytest.raises(common.UserError, match="needs the package 'bitsandbytes'"):
+        grpo.main(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path / "out"), "--lora_r", "4",
+                                                "--load_in_4bit"]))
+
+
+def test_a_huge_row_is_cut_and_counted(tmp_path, capsys):
+    """5 MB in one row beside a short one: cut to max_length, said, trained on."""
+    (tmp_path / "huge.jsonl").write_text(json.dumps({"prompt": "1+1", "completion": "2" * 5_000_000}) + "\n" + '{"prompt": "1+2", "completion": "3"}\n')
+    sft.main(common.parse_args(sft.Args, [SFT, "--output_dir", str(tmp_path / "out"), "--dataset_name", str(tmp_path / "huge.jsonl"), "--max_steps", "1",
+                                          "--eval_fraction", "0", "--model_name_or_path", CHECKPOINT]))
+    assert "1 cut to max_length" in capsys.readouterr().out
