@@ -367,13 +367,19 @@ def format_reward(prompts, completions, **columns):
 BUILT_IN = {"accuracy": accuracy, "format": format_reward}
 
 
-def reward_of_model(name, path, score_name, args, device):
-    """A reward model's folder, or folder:score_name, as a reward function -> (label, function)."""
-    folder = name if os.path.isdir(name) else path
+def split_reward(name):
+    """folder, folder:score or file.py:function -> (path, what follows the colon, or None)."""
+    path, colon, what = name.rpartition(":")
+    return (path, what) if colon and not os.path.exists(name) else (name, None)
+
+
+def reward_of_model(name, args, device):
+    """A reward model's folder, or folder:score, as a reward function -> (label, function)."""
+    folder, wanted = split_reward(name)
     names, score_texts = common.load_reward_model(folder, device, args.trust_remote_code)
-    wanted = score_name if folder == path else names[0]
-    require(folder == path or len(names) == 1,
+    require(wanted or len(names) == 1,
             f"reward '{name}': it has several scores ({', '.join(names)}): say which, as {name}:{names[0]}")
+    wanted = wanted or names[0]
     require(wanted in names, f"reward '{name}': the model's scores are {', '.join(names)}")
 
     def reward(turns, completions, truncated):  # the turns the policy saw, system prompt and all
@@ -389,13 +395,13 @@ def load_rewards(args, device="cpu"):
     """--reward_funcs -> {name: (function, weight)}. Raises UserError if a file or function is not there."""
     rewards = {}
     for name, weight in zip(args.reward_funcs, args.reward_weights):
-        path, _, function = name.rpartition(":")
+        path, function = split_reward(name)
         if name in BUILT_IN:
             label, reward = name, BUILT_IN[name]
-        elif os.path.isdir(name) or os.path.isdir(path):
-            label, reward = reward_of_model(name, path, function, args, device)
+        elif os.path.isdir(path):
+            label, reward = reward_of_model(name, args, device)
         else:
-            require(not name.endswith(".py"), f"reward '{name}': say which function: {name}:function")
+            require(function or not name.endswith(".py"), f"reward '{name}': say which: {name}:function")
             require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
                     "your own is file.py:function, or a reward model's folder")
             require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
@@ -415,8 +421,8 @@ def load_rewards(args, device="cpu"):
 
 def reward_sources(args):
     """Fingerprints of the files and folders that rewards come from: a changed one is not resumed with."""
-    paths = {path for name in args.reward_funcs for path in (name, name.rpartition(":")[0])}
-    return [{path: common.fingerprint_of_file(path)} for path in sorted(paths) if os.path.exists(path)]
+    paths = sorted({split_reward(name)[0] for name in args.reward_funcs if name not in BUILT_IN})
+    return [{path: common.fingerprint_of_file(path)} for path in paths]
 
 
 @contextmanager
@@ -467,8 +473,7 @@ def score(rewards, rows, records, step, total_steps, timeout=600.0):
             values = call_reward(reward, lists | constant, timeout)
         except (Exception, SystemExit) as error:
             where, what = "the whole batch", f"{type(error).__name__}: {' '.join(str(error).split())}"
-            alone = range(0 if isinstance(error, TimeoutError) else len(rows))
-            for i in alone:  # once more, one by one, to say which
+            for i in [] if isinstance(error, TimeoutError) else range(len(rows)):  # one by one, to say which
                 try:
                     call_reward(reward, {k: v[i:i + 1] for k, v in lists.items()} | constant, timeout)
                 except (Exception, SystemExit):
@@ -495,8 +500,7 @@ def score(rewards, rows, records, step, total_steps, timeout=600.0):
 # ---- data --------------------------------------------------------------------------------------------------
 
 def load_prompts(args, tokenizer):
-    """-> (prompts to train on, prompts to evaluate): dicts of prompt (as in the row), prompt_ids, columns and
-    place."""
+    """-> (train, held out): dicts of prompt (as in the row), turns, prompt_ids, columns and place."""
     def encode(items):
         columns = sorted({name for _, row, _ in items for name in row} - {"prompt", "completion"})
         taken = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
@@ -505,10 +509,8 @@ def load_prompts(args, tokenizer):
                             "given; rename it")
         prompts = []
         for (prompt, messages), row, place in items:
-            try:
+            with common.explain(place, ValueError):
                 prompt_ids = common.encode_prompt(tokenizer, messages)
-            except ValueError as error:
-                raise UserError(f"{place}: {error}") from None
             if len(prompt_ids) <= args.max_prompt_length:
                 prompts.append({"prompt": prompt, "turns": messages, "prompt_ids": prompt_ids, "place": place,
                                 "columns": {name: row.get(name) for name in columns}})
@@ -653,6 +655,7 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
                 "truncated": completion[-1] not in stop_ids})
     model.train()
     records.sort(key=lambda r: r["index"])
+    # reward functions may draw random numbers
     set_seed(stream(args.seed, "rewards", step, accelerator.process_index).initial_seed() % 2**32)
     try:
         scored, logged = score(
@@ -672,8 +675,11 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
     for record in records:  # the score: the weighted sum of the rewards that apply, NaN if none does
         values = record["rewards"]
         record["score"] = math.nan if values.isnan().all() else (weights * values).nansum().item()
-    logged = [part for _, part in shares if part]  # a reward function's own metrics: the mean over processes
-    return records, {name: sum(part[name] for part in logged) / len(logged) for name in (logged or [{}])[0]}
+    logged = {}  # a reward function's own metrics: the mean over the processes that logged them
+    for _, part in shares:
+        for name, value in part.items():
+            logged.setdefault(name, []).append(value)
+    return records, {name: sum(values) / len(values) for name, values in logged.items()}
 
 
 @torch.no_grad()
@@ -692,8 +698,7 @@ def forward_of_rollout(policy, records, args, accelerator):
 
 
 def rollout_metrics(records, rewards):
-    """What a rollout tells before anything is learned from it: rewards, unweighted, weighted and in sum, and
-    lengths."""
+    """A rollout's rewards, unweighted, weighted and in sum, and lengths: known before anything is learned."""
     values = torch.stack([r["rewards"] for r in records])  # (N, F)
     metrics = {"reward": torch.tensor([r["score"] for r in records]).nanmean().item(),
                "completions/mean_length": sum(len(r["completion_ids"]) for r in records) / len(records),

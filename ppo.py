@@ -2,14 +2,15 @@
 rewards in Python.
 
 Objective   minimise the mean over the tokens of a minibatch of
-            max(-A ratio, -A clip(ratio, 1 +- epsilon)) + vf_coef value_loss, with A from GAE on
-            r_t = -kl_coef (log pi - log pi_ref), plus the score on the completion's last token.
+            max(-A ratio, -A clip(ratio, 1 +- epsilon)) + vf_coef value_loss, ratio = pi / pi_old, with A from
+            GAE on r_t = -kl_coef (log pi - log pi_ref), plus the score on the completion's last token; and
+            sft_coef x the NLL of demonstrations, where there are any.
             Schulman 2017, arXiv 1707.06347 (PPO) and 2016, arXiv 1506.02438 (GAE);
             Ziegler 2019, arXiv 1909.08593 (KL in the reward, adaptive coefficient);
             Ouyang 2022, arXiv 2203.02155 (InstructGPT, PPO-ptx).
-Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a prompt, B rows of a micro-batch,
-            N rows of a rollout, V vocabulary, d hidden size. Index t of a (B, T-1) tensor is the prediction
-            of token t+1, and of the state before it; the shift is in Policy.logprobs.
+Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a prompt, B rows of a micro-batch
+            or a rollout, F reward functions, V vocabulary, d hidden size, N whatever is flat. Index t of a
+            (B, T-1) tensor belongs to token t+1: its log-prob, its reward, the value of the state before it.
 
 Differences from the papers
 1. Advantages are whitened over the whole rollout (all processes); the returns that the value learns are not.
@@ -24,8 +25,9 @@ Differences from TRL's PPOTrainer
 2. What is sampled is what is scored: the whole softmax at --temperature, nothing from the generation config.
    The training forward makes the old log-probs, so the ratio is 1 in a rollout's first update.
 3. A stopped run goes on from the last rollout and ends bit-equal; the adaptive coefficient is saved with it.
-4. The value's trunk starts from the reward model, or without one from a copy of the policy's, its head at 0:
-   under LoRA policy, value and reference are then adapters on one frozen base. --share_trunk has one trunk.
+4. The value starts from the first reward model among the rewards; where there is none, from a copy of the
+   policy's trunk and a head of zeros (with LoRA all of policy, value and reference then share one frozen
+   base). --share_trunk has one trunk for policy and value.
 5. The score stands on the last token of the completion (EOS, if there is one), not on the place after it.
 6. Advantages are whitened, and losses divided, over all processes and micro-batches together.
 
@@ -97,20 +99,20 @@ class Args:
     rollout_batch_size: int = HfArg(default=256, help="completions sampled at once; result unaffected")
     # objective
     share_trunk: bool = HfArg(default=False, help="the value is a head on the policy's trunk: saves memory")
-    gamma: float = HfArg(default=1.0, help="discount a token")
+    gamma: float = HfArg(default=1.0, help="discount per token")
     gae_lambda: float = HfArg(default=0.95, help="1: returns as they came; 0: the value's one-step estimate")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped at 1 +- epsilon")
-    value_clip: float = HfArg(default=0.2, help="values are clipped at this around those at sampling; 0: off")
+    value_clip: float = HfArg(default=0.2, help="how far its loss lets a value move in a rollout; 0: any way")
     vf_coef: float = HfArg(default=0.1, help="weight of the value's loss")
     kl_coef: float = HfArg(default=0.05, help="price of KL in the reward; 0: no reference policy is kept")
-    kl_target: float | None = HfArg(default=None, help="nats a sequence that kl_coef is adapted to keep")
-    kl_gain: float = HfArg(default=0.1, help="kl_coef moves by at most 0.2 times this a rollout")
-    kl_warn: float = HfArg(default=50.0, help="nats a sequence above which a warning is printed")
+    kl_target: float | None = HfArg(default=None, help="adapt kl_coef to hold this KL, in nats per sequence")
+    kl_gain: float = HfArg(default=0.1, help="kl_coef changes by at most 0.2 times this per rollout")
+    kl_warn: float = HfArg(default=50.0, help="KL, in nats per sequence, above which a warning is printed")
     score_clip: float | None = HfArg(default=None, help="scores are clipped at +- this")
     missing_eos_penalty: float = HfArg(default=0.0, help="taken off the score of a cut completion")
     sft_dataset: str | None = HfArg(default=None, help="conversations mixed into every update (PPO-ptx)")
-    sft_coef: float = HfArg(default=0.0, help="weight of their mean NLL a token: 0.02-0.1 is usual")
-    sft_fraction: float = HfArg(default=0.1, help="their number, as a share of an update's rows")
+    sft_coef: float = HfArg(default=0.0, help="weight of their mean NLL per token: 0.02-0.1 is usual")
+    sft_fraction: float = HfArg(default=0.1, help="their number per update, as a share of its rows")
     num_iterations: int = HfArg(default=4, help="passes over a rollout")
     num_minibatches: int = HfArg(default=1, help="updates of one pass")
     # optimization
@@ -171,7 +173,7 @@ class Args:
 # ---- loss --------------------------------------------------------------------------------------------------
 
 def bound_scores(scores, truncated, score_clip=None, missing_eos_penalty=0.0):
-    """clip(score, +-score_clip), less the penalty where the completion was cut: all (N,).
+    """clip(score, +-score_clip), less the penalty where the completion was cut: all (B,).
 
     Score 3, clip 2, penalty 1: 2, or 1 for a completion without an end.
     """
@@ -222,7 +224,7 @@ def whiten(x, mask):
     1, 2, 3 give -1, 0, 1; equal values give 0.
     """
     known = x[mask.bool()]
-    variance, mean = torch.var_mean(known, correction=min(1, len(known) - 1))
+    variance, mean = torch.var_mean(known, correction=min(1, len(known) - 1))  # one token alone: 0, not NaN
     return torch.where(mask.bool(), (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)
 
 
@@ -341,8 +343,7 @@ class Policy(nn.Module):
 
 
 class PolicyValue(Policy):
-    """Policy and value in one module and one forward: the value is a head on the policy's trunk, or on its
-    own."""
+    """Policy and value in one forward: the value is a head on the policy's trunk, or on its own."""
 
     def __init__(self, model, trunk, value_head):
         super().__init__(model)
@@ -360,21 +361,26 @@ class PolicyValue(Policy):
         return logprobs, entropy, torch.where(loss_mask.bool(), values, 0.0)
 
 
+def value_head(weight):
+    """weight (1, d) -> Linear(d, 1) with a bias of 0."""
+    head = nn.Linear(weight.shape[1], 1, device=weight.device)
+    head.weight.data.copy_(weight.detach())
+    nn.init.zeros_(head.bias)
+    return head
+
+
 def make_critic(args, model, tokenizer, device, share_frozen=True):
     """-> (the value's trunk, or None for the policy's, and its head, Linear(d, 1)).
 
     From the first reward model whose tokens are the policy's, times its weight; else a copy of the policy's
     trunk, whose frozen weights both share (FSDP shards no weight in two places), with a head of zeros.
     """
-    head = nn.Linear(model.config.hidden_size, 1).to(device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    zeros = torch.zeros(1, model.config.hidden_size, device=device)
     if args.share_trunk:
         say("value    a head of zeros on the policy's trunk")
-        return None, head
+        return None, value_head(zeros)
     for name, reward_weight in zip(args.reward_funcs, args.reward_weights):
-        path, _, wanted = name.rpartition(":")
-        folder = name if os.path.isdir(name) else path
+        folder, wanted = split_reward(name)
         if name in BUILT_IN or not os.path.isdir(folder):
             continue
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
@@ -382,27 +388,23 @@ def make_critic(args, model, tokenizer, device, share_frozen=True):
             say(f"value    {folder} has another tokenizer: the value cannot start from it")
             continue
         config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-        names, own = list(config.id2label.values()), copy.copy(args)
-        own.model_name_or_path = folder
-        own.modules_to_save = [m for m in args.modules_to_save or [] if m != "lm_head"]
+        names, critic_args = list(config.id2label.values()), copy.copy(args)
+        critic_args.model_name_or_path = folder
+        critic_args.modules_to_save = [m for m in args.modules_to_save or [] if m != "lm_head"]  # it has none
         adapted = isinstance(model, PeftModel) and not common.base_and_adapter(folder)[1]
-        own.lora_r = model.peft_config["default"].r if adapted else 0  # its own adapter goes on
-        classifier = common.load_model(own, tokenizer, device, score_names=names).to(device)
+        critic_args.lora_r = model.peft_config["default"].r if adapted else 0  # 0: its own adapter goes on
+        classifier = common.load_model(critic_args, tokenizer, device, score_names=names).to(device)
         classifier = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
         if not hasattr(classifier, "score"):
             say(f"value    {folder} is no causal model with a score head: the value cannot start from it")
             continue
-        head = nn.Linear(classifier.config.hidden_size, 1).to(device)
-        with torch.no_grad():
-            index = names.index(wanted) if folder == path else 0
-            head.weight.copy_(reward_weight * classifier.score.weight[[index]])
-            nn.init.zeros_(head.bias)
+        index = names.index(wanted) if wanted else 0
         say(f"value    its own trunk, from the reward model {folder}")
-        return classifier.base_model, head
+        return classifier.base_model, value_head(reward_weight * classifier.score.weight[[index]])
     trunk = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     say("value    its own trunk, a copy of the policy's, with a head of zeros")
     shared = {id(p): p for p in trunk.parameters() if share_frozen and not p.requires_grad}
-    return copy.deepcopy(trunk, shared), head
+    return copy.deepcopy(trunk, shared), value_head(zeros)
 
 
 @torch.no_grad()
@@ -466,13 +468,19 @@ def format_reward(prompts, completions, **columns):
 BUILT_IN = {"accuracy": accuracy, "format": format_reward}
 
 
-def reward_of_model(name, path, score_name, args, device):
-    """A reward model's folder, or folder:score_name, as a reward function -> (label, function)."""
-    folder = name if os.path.isdir(name) else path
+def split_reward(name):
+    """folder, folder:score or file.py:function -> (path, what follows the colon, or None)."""
+    path, colon, what = name.rpartition(":")
+    return (path, what) if colon and not os.path.exists(name) else (name, None)
+
+
+def reward_of_model(name, args, device):
+    """A reward model's folder, or folder:score, as a reward function -> (label, function)."""
+    folder, wanted = split_reward(name)
     names, score_texts = common.load_reward_model(folder, device, args.trust_remote_code)
-    wanted = score_name if folder == path else names[0]
-    require(folder == path or len(names) == 1,
+    require(wanted or len(names) == 1,
             f"reward '{name}': it has several scores ({', '.join(names)}): say which, as {name}:{names[0]}")
+    wanted = wanted or names[0]
     require(wanted in names, f"reward '{name}': the model's scores are {', '.join(names)}")
 
     def reward(turns, completions, truncated):  # the turns the policy saw, system prompt and all
@@ -488,13 +496,13 @@ def load_rewards(args, device="cpu"):
     """--reward_funcs -> {name: (function, weight)}. Raises UserError if a file or function is not there."""
     rewards = {}
     for name, weight in zip(args.reward_funcs, args.reward_weights):
-        path, _, function = name.rpartition(":")
+        path, function = split_reward(name)
         if name in BUILT_IN:
             label, reward = name, BUILT_IN[name]
-        elif os.path.isdir(name) or os.path.isdir(path):
-            label, reward = reward_of_model(name, path, function, args, device)
+        elif os.path.isdir(path):
+            label, reward = reward_of_model(name, args, device)
         else:
-            require(not name.endswith(".py"), f"reward '{name}': say which function: {name}:function")
+            require(function or not name.endswith(".py"), f"reward '{name}': say which: {name}:function")
             require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
                     "your own is file.py:function, or a reward model's folder")
             require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
@@ -514,8 +522,8 @@ def load_rewards(args, device="cpu"):
 
 def reward_sources(args):
     """Fingerprints of the files and folders that rewards come from: a changed one is not resumed with."""
-    paths = {path for name in args.reward_funcs for path in (name, name.rpartition(":")[0])}
-    return [{path: common.fingerprint_of_file(path)} for path in sorted(paths) if os.path.exists(path)]
+    paths = sorted({split_reward(name)[0] for name in args.reward_funcs if name not in BUILT_IN})
+    return [{path: common.fingerprint_of_file(path)} for path in paths]
 
 
 @contextmanager
@@ -566,8 +574,7 @@ def score(rewards, rows, records, step, total_steps, timeout=600.0):
             values = call_reward(reward, lists | constant, timeout)
         except (Exception, SystemExit) as error:
             where, what = "the whole batch", f"{type(error).__name__}: {' '.join(str(error).split())}"
-            alone = range(0 if isinstance(error, TimeoutError) else len(rows))
-            for i in alone:  # once more, one by one, to say which
+            for i in [] if isinstance(error, TimeoutError) else range(len(rows)):  # one by one, to say which
                 try:
                     call_reward(reward, {k: v[i:i + 1] for k, v in lists.items()} | constant, timeout)
                 except (Exception, SystemExit):
@@ -594,8 +601,7 @@ def score(rewards, rows, records, step, total_steps, timeout=600.0):
 # ---- data --------------------------------------------------------------------------------------------------
 
 def load_prompts(args, tokenizer):
-    """-> (prompts to train on, prompts to evaluate): dicts of prompt (as in the row), prompt_ids, columns and
-    place."""
+    """-> (train, held out): dicts of prompt (as in the row), turns, prompt_ids, columns and place."""
     def encode(items):
         columns = sorted({name for _, row, _ in items for name in row} - {"prompt", "completion"})
         taken = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
@@ -604,10 +610,8 @@ def load_prompts(args, tokenizer):
                             "given; rename it")
         prompts = []
         for (prompt, messages), row, place in items:
-            try:
+            with common.explain(place, ValueError):
                 prompt_ids = common.encode_prompt(tokenizer, messages)
-            except ValueError as error:
-                raise UserError(f"{place}: {error}") from None
             if len(prompt_ids) <= args.max_prompt_length:
                 prompts.append({"prompt": prompt, "turns": messages, "prompt_ids": prompt_ids, "place": place,
                                 "columns": {name: row.get(name) for name in columns}})
@@ -676,11 +680,9 @@ def load_demonstrations(args, tokenizer, held):
     held = {common.prompt_key(prompt["turns"]) for prompt in held}
     kept = [item for item in items if common.prompt_key(item[0].get("messages", [])) not in held]
     for conversation, _, place in kept:
-        try:
+        with common.explain(place, ValueError):
             parts = ([common.encode_text(tokenizer, conversation["text"])] if "text" in conversation
                      else common.encode_conversation(tokenizer, conversation["messages"]))
-        except ValueError as error:
-            raise UserError(f"{place}: {error}") from None
         for part in parts:
             ids, mask = common.truncate(part["input_ids"], part["completion_mask"],
                                         args.max_prompt_length + args.max_completion_length)
@@ -694,10 +696,11 @@ def load_demonstrations(args, tokenizer, held):
     return examples
 
 
-def taken(start, count, total, *key):
-    """Places start, start + 1, ... of an endless order: one permutation of range(total) after another."""
-    return [torch.randperm(total, generator=stream(*key, i // total))[i % total].item()
-            for i in range(start, start + count)]
+def endless_order(start, count, total, *key):
+    """Places start, start + 1, ... of one permutation of range(total) after another."""
+    first, last = start // total, (start + count - 1) // total
+    order = torch.cat([torch.randperm(total, generator=stream(*key, n)) for n in range(first, last + 1)])
+    return order[start - first * total:][:count].tolist()
 
 
 # ---- rollout -----------------------------------------------------------------------------------------------
@@ -785,6 +788,7 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
                 "truncated": completion[-1] not in stop_ids})
     model.train()
     records.sort(key=lambda r: r["index"])
+    # reward functions may draw random numbers
     set_seed(stream(args.seed, "rewards", step, accelerator.process_index).initial_seed() % 2**32)
     try:
         scored, logged = score(
@@ -804,8 +808,11 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
     for record in records:  # the score: the weighted sum of the rewards that apply, NaN if none does
         values = record["rewards"]
         record["score"] = math.nan if values.isnan().all() else (weights * values).nansum().item()
-    logged = [part for _, part in shares if part]  # a reward function's own metrics: the mean over processes
-    return records, {name: sum(part[name] for part in logged) / len(logged) for name in (logged or [{}])[0]}
+    logged = {}  # a reward function's own metrics: the mean over the processes that logged them
+    for _, part in shares:
+        for name, value in part.items():
+            logged.setdefault(name, []).append(value)
+    return records, {name: sum(values) / len(values) for name, values in logged.items()}
 
 
 @torch.no_grad()
@@ -824,8 +831,7 @@ def forward_of_rollout(policy, records, args, accelerator):
 
 
 def rollout_metrics(records, rewards):
-    """What a rollout tells before anything is learned from it: rewards, unweighted, weighted and in sum, and
-    lengths."""
+    """A rollout's rewards, unweighted, weighted and in sum, and lengths: known before anything is learned."""
     values = torch.stack([r["rewards"] for r in records])  # (N, F)
     metrics = {"reward": torch.tensor([r["score"] for r in records]).nanmean().item(),
                "completions/mean_length": sum(len(r["completion_ids"]) for r in records) / len(records),
@@ -873,7 +879,7 @@ def add_advantages(records, args, kl_coef):
     if args.kl_coef > 0:
         metrics |= {"kl": (kl.sum() / loss_mask.sum()).item(), "kl_sequence": kl.sum(-1).mean().item(),
                     "kl_coef": kl_coef}
-    unexplained, spread = ((x[loss_mask.bool()] - x[loss_mask.bool()].mean()).square().sum().item()
+    unexplained, spread = (x[loss_mask.bool()].var(correction=0).item()
                            for x in (advantages, returns))  # R - V = A
     return metrics | ({"values/explained_variance": 1 - unexplained / spread} if spread > 0 else {})
 
@@ -1061,7 +1067,7 @@ def main(args):
                 "be too hard or too easy, or the reward always equal")
 
         for update in range(updates):
-            # the rows of this update, their number of tokens (the denominator), and the cut
+            # the rows of this update, their number of tokens (the denominator), and the micro-batches
             step, (iteration, minibatch) = state["step"], divmod(update, args.num_minibatches)
             shuffled = torch.randperm(
                 len(records), generator=stream(args.seed, "minibatch", rollout_index, iteration)).tolist()
@@ -1078,8 +1084,8 @@ def main(args):
 
             # PPO-ptx first, not synchronised: the last backward below does that for both
             if demonstrations:
-                extra = [demonstrations[i] for i in taken(step * sft_rows, sft_rows, len(demonstrations),
-                                                          args.seed, "sft")]
+                extra = [demonstrations[i] for i in endless_order(
+                    step * sft_rows, sft_rows, len(demonstrations), args.seed, "sft")]
                 sft_tokens = sum(int(e["completion_mask"][1:].sum()) for e in extra)
                 for batch in micro_batches([len(e["input_ids"]) for e in extra], args.micro_batch_tokens,
                                            accelerator.process_index, accelerator.num_processes):

@@ -73,7 +73,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--chat_template_path", "lossy.jinja"], "lossy.jinja: the chat template leaves out"),
     (sft, ["--chat_template_path", "bytes.jsonl"], "not UTF-8"), (sft, ["--chat_template_kwargs", "[1]"], "must be a JSON object"),
     (grpo, ["--reward_funcs", "nope"], "no reward 'nope': built in are accuracy, format"),
-    (grpo, ["--reward_funcs", "raises.py"], "say which function"), (grpo, ["--reward_funcs", "nope.py:f"], "no such file: nope.py"),
+    (grpo, ["--reward_funcs", "raises.py"], "say which: raises.py:function"), (grpo, ["--reward_funcs", "nope.py:f"], "no such file: nope.py"),
     (grpo, ["--reward_funcs", "raises.py:g"], "no function 'g'"), (grpo, ["--reward_funcs", "syntax.py:f"], "raised SyntaxError"),
     (grpo, ["--reward_funcs", "exits.py:f"], "raised SystemExit: 3"),
     (grpo, ["--reward_funcs", "raises.py:f"], "'f' raised RuntimeError: no network at all, on the completion 'a first try' of row"),
@@ -284,3 +284,44 @@ def test_a_huge_row_is_cut_and_counted(tmp_path, capsys):
     sft.main(common.parse_args(sft.Args, [SFT, "--output_dir", str(tmp_path / "out"), "--dataset_name", str(tmp_path / "huge.jsonl"), "--max_steps", "1",
                                           "--eval_fraction", "0", "--model_name_or_path", CHECKPOINT]))
     assert "1 cut to max_length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [sft, dpo, reward_model, grpo, ppo], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("lacks", ["pad", "template", "eos"])
+def test_models_without_pad_template_or_eos(script, lacks, tmp_path, monkeypatch, capsys):
+    """The first two train, and the saved model has what was missing; without EOS nothing could end, and that is said."""
+    import shutil
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    if lacks == "template":
+        os.remove(tmp_path / "model" / "chat_template.jinja")
+    else:
+        path = tmp_path / "model" / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        del config[f"{lacks}_token"]
+        path.write_text(json.dumps(config))
+    argv = [os.path.join(TINY, f"{script.__name__}.json"), "--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(tmp_path / "model"),
+            "--max_steps", "1", "--batch_size", "4", "--eval_fraction", "0.01", *(["--max_completion_length", "8"] if script is not reward_model else [])]
+    main = lambda: script.main(common.parse_args(script.Args, argv))
+    if lacks == "eos":
+        with pytest.raises(common.UserError, match="EOS|eos|end-of-"):
+            main()
+    else:
+        main()
+        saved = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+        assert saved.pad_token_id is not None and saved.chat_template
+
+
+def test_what_fsdp_cannot_do_is_refused(monkeypatch):
+    from types import SimpleNamespace
+    from accelerate.utils import DistributedType
+    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    monkeypatch.setattr(common, "Accelerator", lambda **options: fake)
+    args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json"), "--lora_r", "4", "--precompute_ref_log_probs", "False"])
+    with pytest.raises(common.UserError, match="set fsdp_version: 2"):
+        common.make_accelerator(args)
+    fake.is_fsdp2 = True
+    with pytest.raises(common.UserError, match="an adapter cannot be switched off in the middle of a step"):
+        dpo.main(args)
+    args.optim = "adamw_8bit"
+    with pytest.raises(common.UserError, match="adamw_8bit cannot be sharded"):
+        common.make_accelerator(args)

@@ -165,9 +165,9 @@ def test_distinct_n_and_the_signs_of_over_optimisation():
 
 
 def test_rows_are_taken_in_one_permutation_after_another():
-    order = ppo.taken(0, 9, 3, 0, "sft")
+    order = ppo.endless_order(0, 9, 3, 0, "sft")
     assert sorted(order[:3]) == sorted(order[3:6]) == sorted(order[6:]) == [0, 1, 2] and len({tuple(order[i:i + 3]) for i in (0, 3, 6)}) > 1
-    assert ppo.taken(4, 3, 3, 0, "sft") == order[4:7]
+    assert ppo.endless_order(4, 3, 3, 0, "sft") == order[4:7]
 
 
 # ---- one step, cut in every way ----------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_ptx_adds_the_gradient_of_the_mixed_rows_nll(monkeypatch, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft"))
     tokenizer = AutoTokenizer.from_pretrained(os.path.join(TINY, "sft"))
     total = tokens = 0
-    for i in ppo.taken(0, 6, 7, 0, "sft"):
+    for i in ppo.endless_order(0, 6, 7, 0, "sft"):
         turns = [{"role": "user", "content": rows[i]["prompt"]}, {"role": "assistant", "content": rows[i]["completion"]}]
         ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
         n = len(tokenizer(rows[i]["completion"], add_special_tokens=False)["input_ids"]) + 1

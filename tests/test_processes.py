@@ -113,7 +113,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), key
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in ("sft", "reward_model"))) for n in CASES])
 def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, five_eval_rows):
     extra = {"grpo": ["--num_minibatches", 3, "--batch_size", 1], "dpo": ["--batch_size", 1], "ppo": ["--batch_size", 1]}  # fewer rows than processes
     extra = extra.get(name, ["--lora_r", 4])
@@ -121,7 +121,7 @@ def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, 
     assert all(two[0]["weights"][n].equal(two[1]["weights"][n]) for n in two[0]["weights"])
 
 
-@pytest.mark.parametrize("script, rows", [("grpo", 4), ("ppo", 7)])
+@pytest.mark.parametrize("script, rows", [("grpo", 4), pytest.param("ppo", 7, marks=pytest.mark.long)])
 def test_rollouts_do_not_depend_on_the_number_of_processes(script, rows, tmp_path, five_eval_rows):
     flags = [*CASES[script], *five_eval_rows, "--max_steps", 1]
     samples = []

@@ -49,3 +49,10 @@ def test_the_glossary_names_every_metric(name, flags, tmp_path):
         key = re.sub(r"rewards/\w+/", "rewards/<name>/", key)
         known = f"`{key}`" in README or (key.startswith("eval/") and f"`{key[5:]}`" in README)
         assert known, f"the README's glossary lacks {key}"
+
+
+def test_the_fsdp_config_is_one_that_accelerate_reads(tmp_path):
+    from accelerate.commands.config.config_args import load_config_from_file
+    (tmp_path / "fsdp.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
+    config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2 and config.num_processes == 8

@@ -144,7 +144,7 @@ def test_an_adapter_of_a_policy_and_rows_beyond_the_models_positions_are_refused
         "--eval_fraction", 0)
     with pytest.raises(common.UserError, match="is an adapter of a policy"):
         run(reward_model, tmp_path / "b", "--model_name_or_path", tmp_path / "a" / "model")
-    with pytest.raises(common.UserError, match="rows may have 5000 tokens and the model has 4096 positions"):
+    with pytest.raises(common.UserError, match="rows may have 5000 tokens and the model .*has 4096 positions"):
         run(reward_model, tmp_path / "c", "--max_length", 5000)
 
 
