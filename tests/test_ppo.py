@@ -457,8 +457,8 @@ def test_warnings_are_printed_once_while_they_hold(monkeypatch, tmp_path, capsys
 # ---- learning ----------------------------------------------------------------------------------------------------------
 
 def test_the_example_goes_past_its_demonstrations(tmp_path):
-    """The README's story on half of its steps: from the mistake of the demonstrations to at least 85 % right."""
-    metrics = run(ppo, tmp_path / "out", "--max_steps", 40, "--eval_steps", 40)
+    """The README's story on a quarter of its steps: from the mistake of the demonstrations to at least 85 % right."""
+    metrics = run(ppo, tmp_path / "out", "--max_steps", 20, "--eval_steps", 20)
     first, last = (m["eval/accuracy"] for m in metrics if "eval/accuracy" in m)
     assert first < 0.6 and last > 0.85
     names = sorted(os.listdir(tmp_path / "out"))
