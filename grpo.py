@@ -864,13 +864,14 @@ def main(args):
         records = [r for r in records if not math.isnan(r["score"])]
         require(records, f"step {first_step + 1}: no reward function applies to any completion of the "
                 "rollout (all returned None)")
-        if updates > 1:  # by the training forward, before the first update; with one update old = current
-            with common.unsharded(policy):
+        with common.unsharded(policy):
+            if updates > 1:  # by the training forward, before the first update; with one old = current
                 for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
                     record["old_logprobs"] = rows[0]
-        if reference:
-            with common.unsharded(policy), use_reference():
-                for record, rows in zip(records, forward_of_rollout(reference, records, args, accelerator)):
+            if reference:
+                with use_reference():
+                    references = forward_of_rollout(reference, records, args, accelerator)
+                for record, rows in zip(records, references):
                     record["ref_logprobs"] = rows[0]
 
         for update in range(updates):

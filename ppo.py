@@ -1044,9 +1044,10 @@ def main(args):
             for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
                 record["old_logprobs"], _, record["values"] = rows
                 record["ref_logprobs"] = record["old_logprobs"]  # without a reference KL is 0
-        if reference:
-            with common.unsharded(policy), use_reference():
-                for record, rows in zip(records, forward_of_rollout(reference, records, args, accelerator)):
+            if reference:
+                with use_reference():
+                    references = forward_of_rollout(reference, records, args, accelerator)
+                for record, rows in zip(records, references):
                     record["ref_logprobs"] = rows[0]
         seen |= add_advantages(records, args, state["kl_coef"])
         kl = seen.get("kl", 0.0)
