@@ -154,13 +154,15 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def logits(hidden, weight, bias, temperature):
-        return F.linear(hidden, weight, bias).float() / temperature  # (chunk, V)
+        z = F.linear(hidden, weight, bias).float()  # (chunk, V)
+        return z if temperature == 1 else z.div_(temperature)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
         device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand in both
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        ctx.temperature, ctx.chunk = temperature, max(1, 2**25 // weight.shape[0])  # 128 MiB of fp32 logits
+        # 128 MiB of fp32 logits; on a CPU 32 MiB, the most that malloc reuses instead of mapping it anew
+        ctx.temperature, ctx.chunk = temperature, max(1, 2**(23 if device == "cpu" else 25) // len(weight))
         ctx.save_for_backward(hidden, weight, bias, targets)
         w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
         logprobs, entropy, hits = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -169,11 +171,11 @@ class ChunkedLogprobs(torch.autograd.Function):
             for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
                 z = ChunkedLogprobs.logits(hidden[rows].to(ctx.dtype), w, b, temperature)
                 top, argmax = z.max(-1)
-                p = (z - top[:, None]).exp_()
+                z -= top[:, None]
+                p = z.exp()
                 total = p.sum(-1)
-                logsumexp = top + total.log()
-                logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - logsumexp
-                entropy[rows] = logsumexp - torch.linalg.vecdot(p, z.clamp_(min=-1e30)) / total
+                logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
+                entropy[rows] = total.log() - torch.linalg.vecdot(p, z.clamp_(min=-1e30)) / total
                 hits[rows] = (argmax == targets[rows]).float()
         ctx.mark_non_differentiable(entropy, hits)
         return logprobs, entropy, hits
@@ -187,12 +189,14 @@ class ChunkedLogprobs(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
-                h = hidden[rows].to(ctx.dtype)
-                dz = ChunkedLogprobs.logits(h, w, b, ctx.temperature).softmax(-1).neg_()  # - p
-                dz.scatter_add_(-1, targets[rows, None], torch.ones_like(dz[:, :1]))  # onehot(y) - p
-                dz = dz.mul_(grad[rows, None] / ctx.temperature).to(ctx.dtype)
+                h, d_logprobs = hidden[rows].to(ctx.dtype), grad[rows, None] / ctx.temperature
+                z = ChunkedLogprobs.logits(h, w, b, ctx.temperature)
+                dz = torch.softmax(z, -1, out=z).mul_(-d_logprobs)  # (onehot(y) - p) d_logprobs
+                dz = dz.scatter_add_(-1, targets[rows, None], d_logprobs).to(ctx.dtype)
                 d_hidden[rows] = (dz @ w).to(hidden.dtype)
-                if d_weight is not None:
+                if d_weight is not None and dz.dtype == torch.float32:
+                    d_weight.addmm_(dz.T, h)
+                elif d_weight is not None:
                     d_weight += dz.T @ h
                 if d_bias is not None:
                     d_bias += dz.float().sum(0)
