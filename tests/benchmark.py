@@ -3,10 +3,11 @@
     pip install trl==1.16.0 && OMP_NUM_THREADS=1 python tests/benchmark.py [--rounds 3] [case ...]
 
 Every run is a process of its own; ours and TRL's alternate; medians and ratios are printed. Without TRL ours alone is measured.
-TRL runs with its default options for the case (8 rows a device, accumulated; gradient checkpointing on, as here). Timed is the
-training itself, from the start of the first step to the end of the last one. Memory is the peak of the whole process, libraries
-included. The rows are pieces of this project's own text, as long as GSM8K's questions and answers are (log-normal, in bytes), unless
---dataset_name gives a file with `question` and `answer`. A token is a byte here.
+TRL runs with its default options for the case (8 rows a device, accumulated; gradient checkpointing on). Ours runs with
+--gradient_checkpointing False --micro_batch_tokens 2048, which suits a model this small and changes no result; one case shows our
+defaults. Timed is the training itself, from the start of the first step to the end of the last one. Memory is the peak of the whole
+process, libraries included. A token is a byte here. The rows are pieces of this project's own text with as many bytes as GSM8K's
+questions and answers have tokens (log-normal, medians 50 and 105), unless --dataset_name gives a file with `question` and `answer`.
 """
 
 import argparse
@@ -28,10 +29,11 @@ sys.path.insert(0, ROOT)
 os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 # name -> (script, vocabulary, rows or completions of a step, steps, more)
 TRAINING = {
-    "sft 32k": ("sft", 32_000, 32, 2, {}), "sft 150k": ("sft", 150_000, 8, 1, {}),
-    "dpo 32k": ("dpo", 32_000, 16, 1, {}), "reward_model 32k": ("reward_model", 32_000, 32, 1, {}),
-    "grpo 32k, 64-token prompts": ("grpo", 32_000, 32, 2, {"prompt": 64}), "grpo 32k, 512-token prompts": ("grpo", 32_000, 32, 2, {"prompt": 512}),
+    "sft 32k": ("sft", 32_000, 32, 2, {}), "sft 32k, our defaults": ("sft", 32_000, 32, 2, {"flags": []}), "sft 150k": ("sft", 150_000, 32, 1, {}),
+    "dpo 32k": ("dpo", 32_000, 32, 1, {}), "reward_model 32k": ("reward_model", 32_000, 32, 2, {}),
+    "grpo 32k, 64-token prompts": ("grpo", 32_000, 32, 2, {"prompt": 64}), "grpo 32k, 512-token prompts": ("grpo", 32_000, 32, 1, {"prompt": 512}),
 }
+SMALL = ["--gradient_checkpointing", "False", "--micro_batch_tokens", "2048"]
 OTHERS = ["log-probs 150k", "rollout, 64-token prompts", "rollout, 512-token prompts", "rows", "300 steps"]
 
 
@@ -62,10 +64,10 @@ def make_rows(n, dataset_name=None):
     text, rng = text.encode("ascii", "ignore").decode(), random.Random(0)
 
     def piece(mean, spread):
-        length = min(1200, max(50, round(rng.lognormvariate(mean, spread))))
+        length = min(600, max(20, round(rng.lognormvariate(mean, spread))))
         start = rng.randrange(len(text) - length)
         return text[start:start + length].strip() or "nothing"
-    return [{"question": piece(5.38, 0.39), "answer": piece(5.54, 0.49), "other": piece(5.54, 0.49)} for _ in range(n)]
+    return [{"question": piece(3.91, 0.39), "answer": piece(4.65, 0.49), "other": piece(4.65, 0.49)} for _ in range(n)]
 
 
 def write(path, rows):
@@ -80,17 +82,46 @@ def length_reward(completions, **kwargs):
     return [float(len(c if isinstance(c, str) else c[0]["content"]) % 7) for c in completions]
 
 
+def clocked():
+    """A list that every later run of a script fills: (seconds, tokens so far) at its first step's start and after every step."""
+    import common
+    times, opened, progress = [], common.RunLog.__init__, common.RunLog.progress
+
+    def start(self, *args):
+        opened(self, *args)
+        times[:] = [(time.perf_counter(), 0)]
+
+    def step(self, number, tokens, shown):
+        progress(self, number, tokens, shown)
+        times.append((time.perf_counter(), times[-1][1] + tokens))
+    common.RunLog.__init__, common.RunLog.progress = start, step
+    return times
+
+
+def timed(owner, name, spent):
+    """Adds what each call of owner.name takes to spent[0]."""
+    inner = getattr(owner, name)
+
+    def outer(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            spent[0] += time.perf_counter() - start
+    setattr(owner, name, outer)
+
+
 def ours(case, folder, dataset_name):
-    """One training run of a script -> {"seconds", "loss", and what it counted}."""
+    """One training run of a script -> seconds, first loss, rows, trained tokens, and seconds of rollout or GFLOP/s."""
     import common
     kind, vocabulary, batch, steps, more = TRAINING[case]
     script = __import__(kind)
     rows = make_rows(batch * steps, dataset_name)
     make_model(f"{folder}/model", vocabulary)
     flags = ["--model_name_or_path", f"{folder}/model", "--output_dir", f"{folder}/out", "--eval_fraction", "0", "--max_steps", str(steps),
-             "--learning_rate", "1e-4", "--batch_size", str(batch)]
+             "--learning_rate", "1e-4", "--batch_size", str(batch), *more.get("flags", SMALL)]
     if kind == "grpo":
-        rows = [{"prompt": (r["question"] * 9)[:more["prompt"]]} for r in rows[:batch * steps // 8]]
+        rows = [{"prompt": (r["question"] * 99)[:more["prompt"]]} for r in rows[:batch * steps // 8]]
         (open(f"{folder}/reward.py", "w")).write("def f(completions):\n    return [float(len(c) % 7) for c in completions]\n")
         flags += ["--reward_funcs", f"{folder}/reward.py:f", "--max_completion_length", "128", "--max_prompt_length", "600", "--batch_size", str(batch // 8)]
     elif kind == "sft":
@@ -99,14 +130,40 @@ def ours(case, folder, dataset_name):
         rows = [{"prompt": r["question"], "chosen": r["answer"], "rejected": r["other"]} for r in rows]
         flags += ["--beta", "0.1", "--max_completion_length", "0"] if kind == "dpo" else []
     flags += ["--dataset_name", write(f"{folder}/rows.jsonl", rows)]
-    times, opened, progress = [], common.RunLog.__init__, common.RunLog.progress
-    common.RunLog.__init__ = lambda self, *a: (opened(self, *a), times.append(time.perf_counter()))[0]
-    common.RunLog.progress = lambda self, *a: (progress(self, *a), times.append(time.perf_counter()))[0]
+    times, rollout = clocked(), [0.0]
+    if kind == "grpo":
+        timed(script, "rollout", rollout)
     script.main(common.parse_args(script.Args, flags))
     with open(f"{folder}/out/metrics.jsonl") as file:
         metrics = [json.loads(line) for line in file]
-    counted = ("trained_tokens" if kind in ("sft", "grpo") else "trained_pairs")
-    return {"seconds": times[-1] - times[0], "units": sum(m[counted] for m in metrics), "loss": metrics[0]["loss"]}
+    result = {"seconds": times[-1][0] - times[0][0], "rows": batch * steps, "loss": metrics[0]["loss"]}
+    if kind in ("sft", "grpo"):
+        result["tokens"] = sum(m["trained_tokens"] for m in metrics)
+    if kind == "grpo":
+        result["rollout"] = rollout[0]
+    if kind == "sft":
+        result["gflops"] = model_flops(rows, result["tokens"], times[-1][1], vocabulary) / result["seconds"] / 1e9
+        result["machine"] = matmul_rate()
+    return result
+
+
+def model_flops(rows, trained_tokens, tokens, vocabulary):
+    """Forward and backward without recomputation: 6 a weight and token of the trunk, 6 a weight of the head and trained token, and
+    causal attention's 2 x 2 x T^2 / 2 x 3 a layer and channel, T taken from the rows' texts."""
+    lengths = [len(r["prompt"]) + len(r["completion"]) for r in rows]
+    return (6 * 6 * (4 * 256 * 256 + 3 * 256 * 1024) * tokens + 6 * 256 * vocabulary * trained_tokens
+            + 6 * 256 * 6 * sum(n * n for n in lengths))
+
+
+def matmul_rate():
+    """GFLOP/s of this machine: fp32, one thread, 2048 x 2048 x 2048, the median of ten."""
+    import torch
+    a, b, rates = torch.randn(2048, 2048), torch.randn(2048, 2048), []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        rates.append(2 * 2048**3 / (time.perf_counter() - start) / 1e9)
+    return statistics.median(rates)
 
 
 def theirs(case, folder, dataset_name):
@@ -125,7 +182,7 @@ def theirs(case, folder, dataset_name):
         data = [{"prompt": turn("user", r["question"]), "completion": turn("assistant", r["answer"])} for r in rows]
         trainer = lambda **k: trl.SFTTrainer(model=f"{folder}/model", args=trl.SFTConfig(max_length=2048, **options), **k)
     elif kind == "grpo":
-        data = [{"prompt": turn("user", (r["question"] * 9)[:more["prompt"]])} for r in rows[:batch * steps // 8]]
+        data = [{"prompt": turn("user", (r["question"] * 99)[:more["prompt"]])} for r in rows[:batch * steps // 8]]
         options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1}
         trainer = lambda **k: trl.GRPOTrainer(model=f"{folder}/model", reward_funcs=length_reward, args=trl.GRPOConfig(
             num_generations=8, max_completion_length=128, temperature=1.0, **options), **k)
@@ -136,7 +193,7 @@ def theirs(case, folder, dataset_name):
         else:
             model = AutoModelForSequenceClassification.from_pretrained(f"{folder}/model", num_labels=1)
             trainer = lambda **k: trl.RewardTrainer(model=model, args=trl.RewardConfig(max_length=4096, **options), **k)
-    times, losses = [], []
+    times, losses, lengths, rollout = [], [], [], [0.0]
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *a, **k):
@@ -147,10 +204,16 @@ def theirs(case, folder, dataset_name):
 
         def on_log(self, args, state, control, logs=None, **k):
             losses.append(logs.get("loss"))
+            lengths.append(logs.get("completions/mean_length"))
     from transformers import AutoTokenizer
+    if kind == "grpo":
+        timed(trl.GRPOTrainer, "_generate_and_score_completions", rollout)
     t = trainer(train_dataset=Dataset.from_list(data), processing_class=AutoTokenizer.from_pretrained(f"{folder}/model"), callbacks=[Clock()])
     t.train()
-    return {"seconds": times[-1] - times[0], "units": None, "loss": losses[0]}
+    result = {"seconds": times[-1] - times[0], "rows": batch * steps, "loss": losses[0]}
+    if kind == "grpo":
+        result |= {"rollout": rollout[0], "tokens": batch * sum(length for length in lengths if length)}
+    return result
 
 
 def logprobs(which):
@@ -168,7 +231,7 @@ def logprobs(which):
         values = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     values.sum().backward()
     seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "units": 2048, "loss": values.mean().item(), "extra": (peak - before) / 1024}
+    return {"seconds": seconds, "rows": 2048, "tokens": 2048, "loss": values.mean().item(), "extra": (peak - before) / 1024}
 
 
 def rollout(which, prompt, folder):
@@ -191,28 +254,23 @@ def rollout(which, prompt, folder):
                              temperature=1.0, max_new_tokens=128, eos_token_id=stops, pad_token_id=256)[:, prompt:]
         ended = torch.isin(out, torch.tensor(stops))
         units = int((ended.cumsum(-1) - ended.long() == 0).sum())
-    return {"seconds": time.perf_counter() - start, "units": units, "loss": None}
+    return {"seconds": time.perf_counter() - start, "rows": 64, "tokens": units}
 
 
 def rows_case(folder):
     """100,000 rows read, checked and tokenized; then the steps' speed with 1,000, 10,000 and 100,000 rows."""
     import common
     import sft
-    lines = []
-    whole = make_rows(2000)
+    lines, whole, times = [], make_rows(2000), clocked()
     for n in (1_000, 10_000, 100_000):
         path = write(f"{folder}/{n}.jsonl", [{"prompt": f"{i} " + whole[i % 2000]["question"], "completion": whole[i % 2000]["answer"]} for i in range(n)])
         start = time.perf_counter()
         common.read_rows(path)
-        read, times, opened, progress = time.perf_counter() - start, [], common.RunLog.__init__, common.RunLog.progress
-        common.RunLog.__init__ = lambda self, *a: (opened(self, *a), times.append((time.perf_counter(), 0)))[0]
-        common.RunLog.progress = lambda self, step, tokens, shown: (progress(self, step, tokens, shown), times.append((time.perf_counter(), tokens)))[0]
-        start = time.perf_counter()
+        read, start = time.perf_counter() - start, time.perf_counter()
         sft.main(common.parse_args(sft.Args, ["--model_name_or_path", os.path.join(HERE, "tiny", "sft"), "--dataset_name", path, "--output_dir",
-                                              f"{folder}/out{n}", "--eval_fraction", "0", "--batch_size", "16", "--max_steps", "20"]))
-        common.RunLog.__init__, common.RunLog.progress = opened, progress
-        speed = sum(t for _, t in times[1:]) / (times[-1][0] - times[0][0])
-        lines.append({"rows": n, "read and checked, s": read, "start-up, s": times[0][0] - start, "rows/s": n / (times[0][0] - start), "tokens/s": speed})
+                                              f"{folder}/out{n}", "--eval_fraction", "0", "--batch_size", "16", "--max_steps", "40"]))
+        (first, _), (last, tokens) = times[0], times[-1]
+        lines.append({"rows": n, "read, s": read, "start-up, s": first - start, "start-up, rows/s": n / (first - start), "tokens/s": tokens / (last - first)})
     return lines
 
 
@@ -259,20 +317,34 @@ def run(case, which, dataset_name):
 
 
 def compare(case, rounds, dataset_name, other):
+    """Runs both in turn and prints a line of the table; for grpo two more, of rollout and update apart. -> the median of ours."""
     results = {which: [] for which in ("ours", other) if which}
     for _ in range(rounds):
         for which in results:
             results[which].append(run(case, which, dataset_name))
-    median = {which: {key: statistics.median(r[key] for r in rs if r.get(key) is not None) for key in ("seconds", "peak", "units", "extra", "loss")
-                      if any(r.get(key) is not None for r in rs)} for which, rs in results.items()}
+    median = {which: {key: statistics.median(r[key] for r in rs) for key in rs[0] if isinstance(rs[0][key], (int, float))} for which, rs in results.items()}
     mine, its = median["ours"], median.get(other)
+    if its and "tokens" not in its and "tokens" in mine:
+        its["tokens"] = mine["tokens"]  # the same rows
     memory = "extra" if "extra" in mine else "peak"
-    cells = [case, f"{mine['seconds']:.1f} s", f"{mine[memory]:,.0f} MiB"]
-    if its:
-        work = mine["units"] / its["units"] if case.startswith("rollout") else 1.0  # completions differ in their number of tokens
-        cells += [f"{its['seconds']:.1f} s", f"{its[memory]:,.0f} MiB", f"{its['seconds'] / mine['seconds'] * work:.1f} x", f"{mine[memory] / its[memory]:.2f} x"]
-        cells += [f"{mine['loss']:.4f} / {its['loss']:.4f}" if "loss" in mine and "loss" in its else ""]
-    print("| " + " | ".join(cells) + " |", flush=True)
+
+    def figures(m, seconds):
+        rate = lambda key: f"{m[key] / seconds:,.1f}" if key in m else ""
+        return [f"{seconds:.1f}", rate("rows"), rate("tokens")]
+
+    def line(name, part, with_memory):
+        cells = [name, *figures(mine, part(mine)), f"{mine[memory]:,.0f}" if with_memory else ""]
+        if its:
+            work = mine["tokens"] / its["tokens"] if part(mine) != mine["seconds"] or case.startswith("rollout") or "grpo" in case else 1.0
+            cells += [*figures(its, part(its)), f"{its[memory]:,.0f}" if with_memory else "", f"{part(its) / part(mine) * work:.1f} x",
+                      f"{mine[memory] / its[memory]:.2f} x" if with_memory else "",
+                      f"{mine['loss']:.4f} / {its['loss']:.4f}" if with_memory and "loss" in mine and "grpo" not in case else ""]
+        print("| " + " | ".join(cells) + " |", flush=True)
+    line(case, lambda m: m["seconds"], True)
+    if "rollout" in mine:
+        line("- its rollout", lambda m: m["rollout"], False)
+        line("- its update", lambda m: m["seconds"] - m["rollout"], False)
+    return mine
 
 
 def main():
@@ -284,12 +356,15 @@ def main():
     args = parser.parse_args()
     if args.child:
         return child(args.case[0], args.child, args.dataset_name)
-    has_trl = importlib.util.find_spec("trl") is not None
-    print("| case | ours | peak | theirs | peak | speed, ours / theirs | memory, ours / theirs | first loss |\n|---|---|---|---|---|---|---|---|")
+    has_trl, notes = importlib.util.find_spec("trl") is not None, []
+    print("| case | s | rows/s | tokens/s | MiB | theirs: s | rows/s | tokens/s | MiB | speed, ours / theirs | memory, ours / theirs | first losses |")
+    print("|---" * 12 + "|")
     for case in args.case or [*TRAINING, *OTHERS[:3]]:
-        if case in ("rows", "300 steps"):
-            continue
-        compare(case, args.rounds, args.dataset_name, ("trl" if has_trl else None) if case in TRAINING else "plain")
+        if case in TRAINING or case in OTHERS[:3]:
+            mine = compare(case, args.rounds, args.dataset_name, ("trl" if has_trl else None) if case in TRAINING else "plain")
+            if "gflops" in mine:
+                notes.append(f"{case}: {mine['gflops']:.0f} of the machine's {mine['machine']:.0f} GFLOP/s ({mine['gflops'] / mine['machine']:.0%})")
+    print("\n" + "\n".join(notes))
     for case in OTHERS[3:]:
         if not args.case or case in args.case:
             lines = run(case, "ours", args.dataset_name)["lines"]
