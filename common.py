@@ -867,7 +867,7 @@ class RunLog:
                     _cut_back(path, start_step)
             with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
                 json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
-        if start_step == total_steps:
+        if start_step == total_steps > 0:
             say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
         if args.log_with:
             accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))

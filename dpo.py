@@ -525,6 +525,11 @@ def main(args):
             figures = "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items())
             say(f"eval     step {state['step']}: {figures}")
             common.show_table(table)
+            moved = metrics["eval/rewards/chosen"] / args.beta  # nats a completion, against the reference
+            if moved < min(-1.0, 0.2 * (metrics["eval/logps/chosen"] - moved)):
+                say(f"warning  the chosen completions have lost {-moved:.3g} nats, over a fifth of their "
+                    "log-prob: the policy leaves them too. Add --sft_coef 1, raise --beta or lower "
+                    "--learning_rate")
 
     if state["step"] == 0:
         report()

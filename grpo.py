@@ -39,7 +39,7 @@ import os
 import re
 import signal
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
@@ -98,6 +98,12 @@ class Args:
     epsilon_high: float | None = HfArg(default=None, help="above at 1 + this; default: epsilon (DAPO: 0.28)")
     kl_coef: float = HfArg(default=0.0, help="weight of the KL term; 0: no reference policy is kept")
     mask_truncated_completions: bool = HfArg(default=False, help="completions without an end get no loss")
+    overlong_penalty: int = HfArg(default=0, help="last tokens over which a score falls by up to 1 (DAPO)")
+    drop_flat_groups: bool = HfArg(default=False, help="sample until batch_size groups vary (DAPO)")
+    best_fraction: float = HfArg(default=0.0, help="share of a group, its best, that also gets an NLL term")
+    demo_threshold: float | None = HfArg(default=None, help="pass rate up to which a demonstration steps in")
+    demo_column: str = HfArg(default="demonstration", help="column of the demonstrations, whole answers")
+    sft_coef: float = HfArg(default=0.1, help="weight of that NLL: a mean over the update's such tokens")
     num_iterations: int = HfArg(default=1, help="passes over a rollout")
     num_minibatches: int = HfArg(default=1, help="updates of one pass")
     # optimization
@@ -113,6 +119,8 @@ class Args:
     seed: int = HfArg(default=0, help="decides the order of the prompts, the samples and random weights")
     # evaluation and output
     eval_steps: int = HfArg(default=50, help="steps between greedy evaluations; also at start and end")
+    eval_samples: int = HfArg(default=0, help="samples a prompt for pass@k and votes; 0: greedy alone")
+    kl_warn: float = HfArg(default=50.0, help="KL, in nats per sequence, above which a warning is printed")
     output_dir: str = HfArg(default="out/grpo", help="where everything goes")
     overwrite_output_dir: bool = HfArg(default=False, help="replace the run that is there")
     resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's folder")
@@ -131,9 +139,13 @@ class Args:
                    "rollout_batch_size", "num_iterations", "num_minibatches", "micro_batch_tokens",
                    "eval_steps", "save_steps", "save_total_limit", "logging_steps", "epsilon",
                    "reward_timeout"),
-            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "num_train_epochs"))
-        require(self.max_steps > 0 or self.num_train_epochs > 0,
-                "nothing to do: give --max_steps or --num_train_epochs")
+            ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "num_train_epochs",
+             "overlong_penalty", "sft_coef", "eval_samples", "kl_warn"))
+        require(self.overlong_penalty <= self.max_completion_length,
+                f"--overlong_penalty {self.overlong_penalty} is more than --max_completion_length")
+        require(0 <= self.best_fraction <= 1, f"--best_fraction must lie in [0, 1], not {self.best_fraction}")
+        require(self.demo_threshold is None or not self.drop_flat_groups,
+                "--drop_flat_groups would drop the failing groups that --demo_threshold replaces: choose one")
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
         require(self.num_generations > 1,
                 "--num_generations must be at least 2: an advantage compares completions of one prompt")
@@ -151,7 +163,16 @@ class Args:
         common.check_tracker(self.log_with)
 
 
+MAX_DRAWS = 10  # of --drop_flat_groups: after so many the step takes the groups that it has
+
+
 # ---- loss --------------------------------------------------------------------------------------------------
+
+def groups_vary(scores, num_generations):
+    """Which groups teach something: (N*G,) scores, NaN = not scored -> (N,) bool, False if all are equal."""
+    groups = scores.view(-1, num_generations)  # (N, G)
+    return groups.nan_to_num(-math.inf).amax(1) > groups.nan_to_num(math.inf).amin(1)
+
 
 def group_advantages(scores, num_generations, scale_rewards="group"):
     """A = (r - mean of its group) / (std + 1e-4), std (n - 1) of the group or the batch; none: undivided.
@@ -168,9 +189,29 @@ def group_advantages(scores, num_generations, scale_rewards="group"):
         advantages = advantages / (variance.sqrt() + 1e-4)
     elif scale_rewards == "batch":
         advantages = advantages / (groups[known].std() + 1e-4)
-    highest = groups.nan_to_num(-math.inf).amax(1, keepdim=True)  # (N, 1)
-    lowest = groups.nan_to_num(math.inf).amin(1, keepdim=True)
-    return torch.where(highest > lowest, advantages, 0.0).view(-1)  # 1 / std would blow up float noise
+    varies = groups_vary(scores, num_generations)[:, None]  # (N, 1): 1 / std would blow up float noise
+    return torch.where(varies, advantages, 0.0).view(-1)
+
+
+def best_of_groups(scores, num_generations, fraction):
+    """The completions that get an NLL term: of each group the top ceil(fraction G), with all ties, but never
+    its lowest score, and so none of a group whose scores are all equal. scores (N*G,) -> bool (N*G,).
+
+    Rejection sampling (RAFT, Dong 2023, arXiv 2304.06767, keeps 1 of G). Scores 3, 2, 2, 1 and fraction 0.5
+    keep the first three; scores 1, 0, 0, 0 keep the first alone.
+    """
+    groups = scores.view(-1, num_generations)  # (N, G)
+    lowest, known = groups.nan_to_num(math.inf).amin(1, keepdim=True), groups.nan_to_num(-math.inf)
+    threshold = known.topk(math.ceil(fraction * num_generations), 1).values[:, -1:]  # (N, 1)
+    return ((known >= threshold) & (known > lowest)).view(-1)
+
+
+def overlong_penalty(length, max_completion_length, buffer):
+    """What a completion's score loses for its length: 0 up to max - buffer tokens, then evenly down to -1.
+
+    DAPO (Yu 2025, arXiv 2503.14476, eq. 13). At most 100 tokens, buffer 20: 80 -> 0, 90 -> -0.5, 100 -> -1.
+    """
+    return -max(0.0, length - (max_completion_length - buffer)) / buffer if buffer else 0.0
 
 
 def importance_ratio(logprobs, old_logprobs, loss_mask, importance_sampling_level="token"):
@@ -536,6 +577,25 @@ def load_prompts(args, tokenizer):
     return train, held
 
 
+def encode_demonstrations(args, tokenizer, prompts):
+    """Gives each prompt with a demonstration its tokens, as demo_ids and demo_mask (T,)."""
+    longest, count, too_long = args.max_prompt_length + args.max_completion_length, 0, 0
+    for prompt in prompts:
+        text = prompt["columns"].get(args.demo_column)
+        if text is not None and str(text).strip():
+            with common.explain(prompt["place"], ValueError):
+                turns = [*prompt["turns"], common.turn("assistant", str(text))]
+                ids, mask = common.upto_answer(common.encode_conversation(tokenizer, turns)[-1])
+            if len(ids) <= longest:
+                prompt["demo_ids"] = torch.tensor(ids, dtype=torch.int32)
+                prompt["demo_mask"] = torch.tensor(mask, dtype=torch.int8)
+            count, too_long = count + (len(ids) <= longest), too_long + (len(ids) > longest)
+    require(count, f"--demo_threshold: no prompt has a demonstration of at most {longest} tokens in a column "
+            f"'{args.demo_column}'; --demo_column names another")
+    say(f"data     {count:,} of {len(prompts):,} prompts have a demonstration"
+        + (f"; {too_long:,} are too long" if too_long else ""))
+
+
 def collate(examples, device):
     """Examples -> input_ids (B, T) right-padded, loss_mask (B, T-1)."""
     input_ids = common.pad([e["input_ids"] for e in examples], 0)
@@ -627,9 +687,10 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
                        past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=False):
+def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=False,
+            first=0):
     """Completes and scores the prompts -> (one dict a completion, in order, the same on every process;
-    {logged name: value}).
+    {logged name: value}). `first`: the prompts that this step has sampled before.
 
     A process samples and scores its share of the prompts; then all are gathered, so what follows knows the
     whole rollout.
@@ -644,8 +705,8 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
         prompt_ids = common.pad(ids, tokenizer.pad_token_id, side="left").to(accelerator.device)
         attention_mask = common.pad([[1] * len(x) for x in ids], 0, side="left").to(accelerator.device)
         uniforms = None if greedy else torch.stack(
-            [torch.rand(C, generator=stream(args.seed, "sample", step, i * G + g), dtype=torch.float64)
-             for i in part for g in range(G)]).to(accelerator.device)
+            [torch.rand(C, generator=stream(args.seed, "sample", step, row), dtype=torch.float64)
+             for i in part for row in range((first + i) * G, (first + i) * G + G)]).to(accelerator.device)
         with accelerator.autocast():
             sampled = sample(model, prompt_ids, attention_mask, uniforms, C, args.temperature, stop_ids, G)
         for row, (completion, logprobs, length) in enumerate(zip(*(x.cpu() for x in sampled))):
@@ -715,11 +776,58 @@ def rollout_metrics(records, rewards):
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
+def distinct_n(sequences, n=4):
+    """Different n-grams / all n-grams of token sequences (Li 2016, arXiv 1510.03055); 1: none comes twice."""
+    grams = [tuple(s[i:i + n]) for s in sequences for i in range(len(s) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def drift_signs(seen, first):
+    """Signs of over-optimisation: a rollout's metrics against the first one's -> {metric: sentence}."""
+    signs, length, distinct = {}, "completions/mean_length", "completions/distinct_4"
+    if seen[length] > 2 * first[length]:
+        signs[length] = (f"completions have {seen[length]:.0f} tokens, at first {first[length]:.0f}: "
+                         "the reward may be paying for length")
+    if seen[distinct] < 0.5 * first[distinct]:
+        signs[distinct] = (f"completions repeat: {seen[distinct]:.0%} of their 4-grams are different, "
+                           f"at first {first[distinct]:.0%}")
+    return signs
+
+
 def group_metrics(scores, num_generations):
     """scores (N*G,) -> the mean spread of a group's, and the share of groups that teach nothing."""
     groups = [g[~g.isnan()] for g in scores.view(-1, num_generations)]
     return {"reward_std": sum(g.std().item() for g in groups if len(g) > 1) / len(groups),
-            "frac_reward_zero_std": sum(len(g.unique()) <= 1 for g in groups) / len(groups)}
+            "frac_reward_zero_std": 1 - groups_vary(scores, num_generations).float().mean().item()}
+
+
+def varied_groups(records, num_generations, wanted):
+    """The records of the first `wanted` groups whose scores differ."""
+    varies = groups_vary(torch.tensor([r["score"] for r in records]), num_generations)
+    kept = varies.nonzero().squeeze(-1)[:wanted].tolist()
+    return [r for g in kept for r in records[g * num_generations:(g + 1) * num_generations]]
+
+
+def demonstrate(records, prompts, num_generations, threshold, correctness):
+    """Replaces every group with a pass rate <= threshold by its prompt's demonstration, where there is one
+    -> (records, metrics).
+
+    The pass rate is the mean of reward number `correctness`, whatever other rewards say. After Lv 2025
+    (arXiv 2509.04419); its evidence is from one seed a model.
+    """
+    kept, demonstrations, groups = [], [], len(records) // num_generations
+    for g in range(groups):
+        group = records[g * num_generations:(g + 1) * num_generations]
+        prompt = prompts[group[0]["prompt"]]
+        passed = torch.stack([r["rewards"][correctness] for r in group]).nanmean().item()
+        if passed <= threshold and "demo_ids" in prompt:
+            demonstrations.append({
+                "input_ids": prompt["demo_ids"], "completion_mask": prompt["demo_mask"], "sampled": 0.0,
+                "sampled_logprobs": torch.zeros(len(prompt["demo_ids"]) - 1), "score": 0.0, "nll": True,
+                "advantage": torch.tensor(0.0), "weight": torch.tensor(0.0)})
+        else:
+            kept += group
+    return kept + demonstrations, {"demo_fraction": len(demonstrations) / groups}
 
 
 def sample_record(record, prompt, rewards):
@@ -730,19 +838,85 @@ def sample_record(record, prompt, rewards):
 
 # ---- evaluation --------------------------------------------------------------------------------------------
 
+def pass_at_k(n, correct, k):
+    """The chance that one of k samples is right, from n of which `correct` are: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased; Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2.
+    """
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def vote(answers, weights=None):
+    """The answer with the largest sum of weights (default: one vote each); None never votes, ties go to the
+    earliest. Self-consistency, Wang 2022, arXiv 2203.11171. ["7", None, "8", "8"] -> "8"."""
+    totals = {}
+    for answer, weight in zip(answers, weights or [1.0] * len(answers)):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + weight
+    return max(totals, key=totals.get, default=None)
+
+
+def interval(mean, n):
+    """Wilson's 95 % interval of a share over n prompts: also sound at 0 and 1. 0.5, 100: 0.404, 0.596."""
+    z2 = 1.96**2
+    middle = (mean + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return middle - half, middle + half
+
+
+def verify(groups, references, scores):
+    """Inference-time verification -> {"pass@k", "majority@k", "best_of@k", "weighted_vote@k": share right}.
+
+    groups: of each prompt the n answers (None: no answer), references: the right ones, scores (P, n) of a
+    reward model, or None. For k = 1, 2, 4 ... n the last three choose among the first k samples. A vote's
+    weights are softmax(scores): a reward model's scores mean nothing but by their differences.
+    """
+    n, metrics = len(groups[0]), {}
+    for k in [2**i for i in range(n.bit_length()) if 2**i < n] + [n]:
+        chosen = {"majority": [vote(answers[:k]) for answers in groups]}
+        if scores is not None:
+            chosen["best_of"] = [answers[s[:k].argmax()] for answers, s in zip(groups, scores)]
+            chosen["weighted_vote"] = [vote(answers[:k], s[:k].softmax(0).tolist())
+                                       for answers, s in zip(groups, scores)]
+        metrics[f"pass@{k}"] = sum(pass_at_k(n, sum(a == right for a in answers), k)
+                                   for answers, right in zip(groups, references)) / len(groups)
+        for name, picks in chosen.items():
+            metrics[f"{name}@{k}"] = sum(a == b for a, b in zip(picks, references)) / len(groups)
+    return metrics
+
+
+def reference_of(prompt):
+    """The right answer in a prompt's columns `answer` or `solution`, or None."""
+    known = [prompt["columns"].get(name) for name in ("answer", "solution")]
+    return next((extract_answer(str(value)) for value in known if value is not None), None)
+
+
 def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps):
     """Greedy completions of the held-out prompts -> (metrics, records). eval/accuracy is exact match, where
-    rows have answers."""
+    rows have answers; --eval_samples adds verify()'s figures over samples."""
     records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step,
                               total_steps, greedy=True)
     figures = rollout_metrics(records, rewards) | logged
     metrics = {f"eval/{name}": value for name, value in figures.items()
                if not name.endswith(("/std", "/weighted"))}
-    columns = {name: [prompts[r["prompt"]]["columns"].get(name) for r in records]
-               for name in ("answer", "solution")}
-    right = [r for r in accuracy(None, [r["text"] for r in records], **columns) if r is not None]
+    references = [reference_of(p) for p in prompts]
+    right = [extract_answer(r["text"]) == references[r["prompt"]] for r in records
+             if references[r["prompt"]] is not None]
     if right:
         metrics["eval/accuracy"] = sum(right) / len(right)
+    asked = [i for i, reference in enumerate(references) if reference is not None]
+    if args.eval_samples and asked:
+        n, sampling = args.eval_samples, replace(args, num_generations=args.eval_samples, seed=args.seed + 1)
+        sampled, _ = rollout(model, [prompts[i] for i in asked], sampling, accelerator, tokenizer, stop_ids,
+                             rewards, step, total_steps)
+        answers = [extract_answer(r["text"]) for r in sampled]
+        judges = [f for f, (reward, _) in enumerate(rewards.values()) if hasattr(reward, "of_model")]
+        scores = torch.stack([r["rewards"][judges[0]] for r in sampled]).view(-1, n) if judges else None
+        found = verify([answers[i:i + n] for i in range(0, len(answers), n)],
+                       [references[i] for i in asked], scores)
+        for name, value in found.items():
+            low, high = interval(value, len(asked))
+            metrics |= {f"eval/{name}": value, f"eval/{name}/low": low, f"eval/{name}/high": high}
     return metrics, records
 
 
@@ -781,6 +955,8 @@ def main(args):
     rewards = load_rewards(args, accelerator.device)
     tokenizer = common.load_tokenizer(args)
     train, held = load_prompts(args, tokenizer)
+    if args.demo_threshold is not None:
+        encode_demonstrations(args, tokenizer, train)
     data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]
                                                             + reward_sources(args)))
     score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
@@ -790,6 +966,8 @@ def main(args):
             f"--reward_funcs accuracy needs a column 'answer' or 'solution'; {args.dataset_name} has "
             f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
     common.show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
+    require(held or args.num_train_epochs or args.max_steps > 0, "nothing to evaluate: --num_train_epochs 0 "
+            "needs --eval_dataset_name, or an --eval_fraction above 0")
     require(args.num_minibatches <= min(len(train), args.batch_size) * args.num_generations,
             f"--num_minibatches {args.num_minibatches}, but {len(train)} prompts are all a rollout can have")
     rollouts_per_epoch = math.ceil(len(train) / args.batch_size)
@@ -811,12 +989,12 @@ def main(args):
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
     check_head(policy, model, torch.tensor([train[0]["prompt_ids"][:64]], device=accelerator.device),
                accelerator)
-    state = {"step": 0, "num_tokens": 0, "data": data}
+    state = {"step": 0, "num_tokens": 0, "draws": 0, "data": data, "first": None}
     if checkpoint:
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
-    interrupt, flat_rollouts = common.Interrupt(), 0
+    interrupt, warned, kl_warned, flat_rollouts = common.Interrupt(), set(), False, 0
     if args.importance_sampling_level == "sequence" and args.epsilon > 0.01:
         say(f"warning  --epsilon {args.epsilon:g} never clips a ratio of whole sequences: 3e-4 is usual")
     say(f"train    {num_rollouts} rollouts of {args.batch_size} prompts x {args.num_generations} completions"
@@ -840,17 +1018,35 @@ def main(args):
     if state["step"] == 0:
         report()
     for rollout_index in range(state["step"] // updates, num_rollouts):
-        # rollout: prompts are a function of (seed, epoch) and the rollout's number
-        first_step = state["step"]
-        epoch, at = divmod(rollout_index, rollouts_per_epoch)
-        order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
-        prompts = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
-        with common.unsharded(policy):
-            records, logged = rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards,
-                                      first_step, total_steps)
-        scores = torch.tensor([r["score"] for r in records])  # (N*G,)
-        seen = rollout_metrics(records, rewards) | group_metrics(scores, args.num_generations) | logged
-        for record in records[:args.num_generations]:
+        # rollout: prompts are a function of (seed, epoch) and the number of draws before
+        first_step, prompts, sampled = state["step"], [], []
+        for attempt in range(MAX_DRAWS if args.drop_flat_groups else 1):
+            epoch, at = divmod(state["draws"], rollouts_per_epoch)
+            order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
+            drawn = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
+            with common.unsharded(policy):
+                records, logged = rollout(model, drawn, args, accelerator, tokenizer, stop_ids, rewards,
+                                          first_step, total_steps, first=len(prompts))
+            for record in records:
+                record["score"] += overlong_penalty(len(record["completion_ids"]), args.max_completion_length,
+                                                    args.overlong_penalty)
+                record["prompt"] += len(prompts)
+            prompts, sampled, state["draws"] = prompts + drawn, sampled + records, state["draws"] + 1
+            varied = varied_groups(sampled, args.num_generations, args.batch_size)
+            if len(varied) == args.batch_size * args.num_generations:
+                break
+        records = varied if args.drop_flat_groups and varied else sampled
+        scores = torch.tensor([r["score"] for r in sampled])  # of all draws
+        seen = rollout_metrics(sampled, rewards) | group_metrics(scores, args.num_generations) | logged
+        seen["completions/distinct_4"] = distinct_n([r["completion_ids"] for r in sampled])
+        if args.drop_flat_groups:
+            seen |= {"draws": attempt + 1, "groups": len(records) // args.num_generations}
+        state["first"] = state["first"] or {k: v for k, v in seen.items() if k.startswith("completions/")}
+        signs = drift_signs(seen, state["first"])
+        for name in signs.keys() - warned:
+            say(f"warning  {signs[name]}. Look at {os.path.join(args.output_dir, 'samples.jsonl')}")
+        warned = signs.keys()
+        for record in sampled[:args.num_generations]:
             log.write("samples.jsonl", {"step": first_step + 1, "kind": "rollout",
                                         **sample_record(record, prompts[0]["prompt"], rewards)})
         flat_rollouts = flat_rollouts + 1 if seen["frac_reward_zero_std"] == 1 else 0
@@ -860,11 +1056,23 @@ def main(args):
                 "prompts may be too hard or too easy, or the reward always equal")
 
         # advantages: groups are whole, and the whole rollout is here
+        scores = torch.tensor([r["score"] for r in records])  # (N*G,)
         advantages = group_advantages(scores, args.num_generations, args.scale_rewards)
-        for record, advantage in zip(records, advantages):
-            record["advantage"] = advantage
+        best = (best_of_groups(scores, args.num_generations, args.best_fraction).tolist()
+                if args.best_fraction else [False] * len(records))
+        for record, advantage, is_best in zip(records, advantages, best):
+            record["advantage"], record["sampled"], record["nll"] = advantage, 1.0, is_best
             if args.mask_truncated_completions and record["truncated"]:
                 record["completion_mask"] = torch.zeros_like(record["completion_mask"])
+        if args.best_fraction:
+            lengths = [len(r["completion_ids"]) for r in records if r["nll"]]
+            seen |= {"best_fraction": sum(best) / len(best)}
+            seen |= {"best_length": sum(lengths) / len(lengths)} if lengths else {}
+        if args.demo_threshold is not None:
+            names = list(rewards)
+            records, demos = demonstrate(records, prompts, args.num_generations, args.demo_threshold,
+                                         names.index("accuracy") if "accuracy" in names else 0)
+            seen |= demos
         records = [r for r in records if not math.isnan(r["score"])]
         require(records, f"step {first_step + 1}: no reward function applies to any completion of the "
                 "rollout (all returned None)")
@@ -884,46 +1092,56 @@ def main(args):
             shuffled = torch.randperm(
                 len(records), generator=stream(args.seed, "minibatch", rollout_index, iteration)).tolist()
             rows = [records[i] for i in shuffled[minibatch::args.num_minibatches]]
-            trained = torch.tensor([float(r["completion_mask"][1:].sum()) for r in rows])
-            for row, weight in zip(rows, token_weights(trained, args.loss_type, args.max_completion_length)):
+            samples = [r for r in rows if r["sampled"]]
+            trained = torch.tensor([float(r["completion_mask"][1:].sum()) for r in samples])
+            weights = token_weights(trained, args.loss_type, args.max_completion_length)
+            for row, weight in zip(samples, weights):
                 row["weight"] = weight
+            nll_tokens = max(1, sum(int(r["completion_mask"][1:].sum()) for r in rows if r["nll"]))
+            for row in rows:
+                row["nll_weight"] = torch.tensor(args.sft_coef / nll_tokens if row["nll"] else 0.0)
             lengths, trained_tokens = [len(r["input_ids"]) for r in rows], int(trained.sum())
             batches = micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
                                     accelerator.num_processes)
 
-            totals = torch.zeros(7, device=accelerator.device)  # loss, entropy, kl, low, high, either; stop
+            # loss, entropy, kl, clipped low, high, either; stop signal; nll
+            totals = torch.zeros(8, device=accelerator.device)
             worst = torch.zeros(2, device=accelerator.device)  # |ratio - 1|, |trainer's - sampler's log-prob|
             totals[6] = interrupt.signal
             for i, batch in enumerate(batches):
                 part = [rows[j] for j in batch] or records[:1]
                 input_ids, loss_mask = collate(part, accelerator.device)
                 loss_mask = loss_mask * bool(batch)  # a process without rows takes part, all masked
-                advantages, weights = (torch.stack([r[name] for r in part]).to(accelerator.device)
-                                       for name in ("advantage", "weight"))  # (B,)
+                advantages, weights, nll_weights, is_sample = (
+                    torch.tensor([float(r[name]) for r in part], device=accelerator.device)
+                    for name in ("advantage", "weight", "nll_weight", "sampled"))  # (B,)
+                sample_mask = loss_mask * is_sample[:, None]  # without the demonstrations
                 with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
                     logprobs, entropy, _ = policy(input_ids, loss_mask, args.temperature)  # (B, T-1)
                     old_logprobs = (pad_masked(part, "old_logprobs", loss_mask) if updates > 1
                                     else logprobs.detach())
-                    token_loss = grpo_loss(logprobs, old_logprobs, advantages, loss_mask, args.epsilon,
+                    token_loss = grpo_loss(logprobs, old_logprobs, advantages, sample_mask, args.epsilon,
                                            args.epsilon_high, args.importance_sampling_level)
                     if reference:  # + kl_coef ratio_t k3_t, both factors attached
                         k3 = kl_k3(logprobs, pad_masked(part, "ref_logprobs", loss_mask))
                         token_loss = token_loss + args.kl_coef * (logprobs - old_logprobs).exp() * k3
-                        totals[2] += k3.detach().sum()
-                    loss = (weights[:, None] * token_loss).sum()
+                        totals[2] += (k3.detach() * sample_mask).sum()
+                    nll = -(nll_weights * logprobs.sum(-1)).sum()  # sft_coef x mean over the NLL's tokens
+                    loss = (weights[:, None] * token_loss).sum() + nll
                     accelerator.backward(loss * accelerator.num_processes)  # DDP averages: undo its division
                 with torch.no_grad():
-                    ratio = importance_ratio(logprobs, old_logprobs, loss_mask,
+                    ratio = importance_ratio(logprobs, old_logprobs, sample_mask,
                                              args.importance_sampling_level)
-                    low = (ratio < 1 - args.epsilon) & (advantages[:, None] < 0) & loss_mask.bool()
-                    high = (ratio > 1 + args.epsilon_high) & (advantages[:, None] > 0) & loss_mask.bool()
-                    totals[:2] += torch.stack([loss, entropy.sum()])
+                    low = (ratio < 1 - args.epsilon) & (advantages[:, None] < 0) & sample_mask.bool()
+                    high = (ratio > 1 + args.epsilon_high) & (advantages[:, None] > 0) & sample_mask.bool()
+                    totals[:2] += torch.stack([loss, (entropy * sample_mask).sum()])
+                    totals[7] += nll
                     totals[3:6] += torch.stack([low.sum(), high.sum(), (low | high).sum()])
-                    difference = logprobs - pad_masked(part, "sampled_logprobs", loss_mask)
+                    difference = logprobs * sample_mask - pad_masked(part, "sampled_logprobs", sample_mask)
                     worst = torch.stack([(ratio - 1).abs().max(), difference.abs().max()]).maximum(worst)
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(),
                                                     args.max_grad_norm or math.inf).item()
-            loss, entropy, kl, low, high, either, stop = accelerator.reduce(totals, "sum").tolist()
+            loss, entropy, kl, low, high, either, stop, nll = accelerator.reduce(totals, "sum").tolist()
             ratio_deviation, difference = accelerator.gather(worst[None]).amax(0).tolist()
             require(math.isfinite(loss) and math.isfinite(grad_norm),
                     f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
@@ -944,6 +1162,11 @@ def main(args):
                        "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
                        "trained_tokens": trained_tokens}
             metrics |= {"kl": kl / tokens} if reference else {}
+            metrics |= {"nll_loss": nll / args.sft_coef} if args.sft_coef and nll else {}
+            if reference and kl / max(len(samples), 1) > args.kl_warn and not kl_warned:
+                kl_warned = True
+                say(f"warning  the policy is {kl / len(samples):.3g} nats a completion from its reference "
+                    f"(--kl_warn {args.kl_warn:g}): raise --kl_coef or lower --learning_rate")
             if update == 0:  # later updates have moved away from the policy that sampled
                 metrics["sampling/logprob_difference_max"] = difference
                 if step == 0:
@@ -968,7 +1191,8 @@ def main(args):
             interrupt.leave(args, state["step"])
 
     log.close()
-    common.finish(args, accelerator, model, tokenizer)
+    if total_steps:
+        common.finish(args, accelerator, model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -760,9 +760,10 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
                        past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=False):
+def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=False,
+            first=0):
     """Completes and scores the prompts -> (one dict a completion, in order, the same on every process;
-    {logged name: value}).
+    {logged name: value}). `first`: the prompts that this step has sampled before.
 
     A process samples and scores its share of the prompts; then all are gathered, so what follows knows the
     whole rollout.
@@ -777,8 +778,8 @@ def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, ste
         prompt_ids = common.pad(ids, tokenizer.pad_token_id, side="left").to(accelerator.device)
         attention_mask = common.pad([[1] * len(x) for x in ids], 0, side="left").to(accelerator.device)
         uniforms = None if greedy else torch.stack(
-            [torch.rand(C, generator=stream(args.seed, "sample", step, i * G + g), dtype=torch.float64)
-             for i in part for g in range(G)]).to(accelerator.device)
+            [torch.rand(C, generator=stream(args.seed, "sample", step, row), dtype=torch.float64)
+             for i in part for row in range((first + i) * G, (first + i) * G + G)]).to(accelerator.device)
         with accelerator.autocast():
             sampled = sample(model, prompt_ids, attention_mask, uniforms, C, args.temperature, stop_ids, G)
         for row, (completion, logprobs, length) in enumerate(zip(*(x.cpu() for x in sampled))):
@@ -860,6 +861,18 @@ def distinct_n(sequences, n=4):
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
+def drift_signs(seen, first):
+    """Signs of over-optimisation: a rollout's metrics against the first one's -> {metric: sentence}."""
+    signs, length, distinct = {}, "completions/mean_length", "completions/distinct_4"
+    if seen[length] > 2 * first[length]:
+        signs[length] = (f"completions have {seen[length]:.0f} tokens, at first {first[length]:.0f}: "
+                         "the reward may be paying for length")
+    if seen[distinct] < 0.5 * first[distinct]:
+        signs[distinct] = (f"completions repeat: {seen[distinct]:.0%} of their 4-grams are different, "
+                           f"at first {first[distinct]:.0%}")
+    return signs
+
+
 def add_advantages(records, args, kl_coef):
     """Fills in every record's advantages and returns, (T_i - 1,) -> metrics of the rollout.
 
@@ -889,21 +902,14 @@ def add_advantages(records, args, kl_coef):
 
 
 def warning_signs(seen, first, kl_warn):
-    """Signs of over-optimisation: a rollout's metrics against the first one's -> {metric: sentence}."""
-    signs, kl = {}, seen.get("kl_sequence", 0.0)
-    length, distinct = "completions/mean_length", "completions/distinct_4"
+    """drift_signs, and those of the KL and of the scores -> {metric: sentence}."""
+    signs, kl = drift_signs(seen, first), seen.get("kl_sequence", 0.0)
     if kl > kl_warn:
         signs["kl"] = (f"the policy is {kl:.3g} nats a completion from its reference (--kl_warn "
                        f"{kl_warn:g}): raise --kl_coef, or set --kl_target")
     if kl < -1:
         signs["kl"] = (f"the KL estimate is {kl:.3g} nats a completion, and no KL is negative: "
                        "what is scored is not what was sampled")
-    if seen[length] > 2 * first[length]:
-        signs[length] = (f"completions have {seen[length]:.0f} tokens, at first {first[length]:.0f}: "
-                         "the reward may be paying for length")
-    if seen[distinct] < 0.5 * first[distinct]:
-        signs[distinct] = (f"completions repeat: {seen[distinct]:.0%} of their 4-grams are different, "
-                           f"at first {first[distinct]:.0%}")
     if abs(seen["score"]) + seen["score_std"] > 10:
         signs["score"] = (f"scores are around {seen['score']:.3g} +- {seen['score_std']:.3g}: the value's "
                           "loss grows with their square and drowns the policy's; use --reward_weights or "

@@ -2,7 +2,7 @@
 
     pip install trl==1.16.0 && OMP_NUM_THREADS=1 python tests/benchmark.py [--rounds 3] [case ...]
 
-Every run is a process of its own; ours and TRL's alternate; medians and ratios are printed. Without TRL ours alone is measured.
+Every run is a process of its own, forked from one that has imported the libraries; ours and TRL's alternate; medians and ratios are printed. Without TRL ours alone is measured.
 TRL runs with its default options for the case (8 rows a device, accumulated; gradient checkpointing on). Ours runs with
 --gradient_checkpointing False --micro_batch_tokens 2048, which suits a model this small and changes no result; one case shows our
 defaults. Timed is the training itself, from the start of the first step to the end of the last one. Memory is the peak of the whole
@@ -29,9 +29,10 @@ sys.path.insert(0, ROOT)
 os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 # name -> (script, vocabulary, rows or completions of a step, steps, more)
 TRAINING = {
-    "sft 32k": ("sft", 32_000, 32, 2, {}), "sft 32k, our defaults": ("sft", 32_000, 32, 2, {"flags": []}), "sft 150k": ("sft", 150_000, 32, 1, {}),
-    "dpo 32k": ("dpo", 32_000, 32, 1, {}), "reward_model 32k": ("reward_model", 32_000, 32, 2, {}),
-    "grpo 32k, 64-token prompts": ("grpo", 32_000, 32, 2, {"prompt": 64}), "grpo 32k, 512-token prompts": ("grpo", 32_000, 32, 1, {"prompt": 512}),
+    "sft 32k": ("sft", 32_000, 32, 1, {}), "sft 150k": ("sft", 150_000, 8, 1, {}),
+    "dpo 32k": ("dpo", 32_000, 8, 1, {}), "reward_model 32k": ("reward_model", 32_000, 32, 1, {}),
+    "grpo 32k, 64-token prompts": ("grpo", 32_000, 16, 1, {"prompt": 64}), "grpo 32k, 512-token prompts": ("grpo", 32_000, 16, 1, {"prompt": 512}),
+    "sft 32k, our defaults": ("sft", 32_000, 32, 1, {"flags": []}),
 }
 SMALL = ["--gradient_checkpointing", "False", "--micro_batch_tokens", "2048"]
 OTHERS = ["log-probs 150k", "rollout, 64-token prompts", "rollout, 512-token prompts", "rows", "300 steps"]
@@ -291,29 +292,56 @@ def steps_case(folder):
     return [{"step": i, "MiB": seen[i - 1]} for i in range(50, 301, 50)]
 
 
-def child(case, which, dataset_name):
+def one(case, which, dataset_name):
     with tempfile.TemporaryDirectory() as folder:
         if case in TRAINING:
-            result = (ours if which == "ours" else theirs)(case, folder, dataset_name)
+            result = (theirs if which == "trl" else ours)(case, folder, dataset_name)
         elif case.startswith("log-probs"):
             result = logprobs(which)
         elif case.startswith("rollout"):
             result = rollout(which, 512 if "512" in case else 64, folder)
         else:
             result = {"lines": rows_case(folder) if case == "rows" else steps_case(folder)}
-    result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("RESULT " + json.dumps(result))
+    return result | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def serve(libraries):
+    """Imports the libraries once; then every line [case, which, dataset_name] on stdin is run in a fork, its result printed."""
+    for name in libraries:
+        importlib.import_module(name)
+    import torch
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            try:
+                print("RESULT " + json.dumps(one(*json.loads(line))), flush=True)
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        os.wait()
+        print("DONE", flush=True)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------------------
 
+SERVERS = {}
+
+
 def run(case, which, dataset_name):
-    command = [sys.executable, os.path.abspath(__file__), "--child", which, case, *(["--dataset_name", dataset_name] if dataset_name else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        sys.exit(f"{case} ({which}) failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(found[0])
+    kind = "trl" if which == "trl" else "ours"
+    libraries = ["trl.trainer.grpo_trainer"] if kind == "trl" else ["grpo", "dpo", "reward_model", "sft"]
+    if kind not in SERVERS:
+        SERVERS[kind] = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--serve", *libraries], stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, text=True)
+    server, said = SERVERS[kind], []
+    server.stdin.write(json.dumps([case, which, dataset_name]) + "\n")
+    server.stdin.flush()
+    for line in server.stdout:
+        if line == "DONE\n":
+            break
+        said.append(line)
+    found = [line[7:] for line in said if line.startswith("RESULT ")]
+    return json.loads(found[0]) if found else sys.exit(f"{case} ({which}) failed:\n{''.join(said)[-2000:]}")
 
 
 def compare(case, rounds, dataset_name, other):
@@ -352,10 +380,10 @@ def main():
     parser.add_argument("case", nargs="*")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dataset_name")
-    parser.add_argument("--child")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return child(args.case[0], args.child, args.dataset_name)
+    if args.serve:
+        return serve(args.case)
     has_trl, notes = importlib.util.find_spec("trl") is not None, []
     print("| case | s | rows/s | tokens/s | MiB | theirs: s | rows/s | tokens/s | MiB | speed, ours / theirs | memory, ours / theirs | first losses |")
     print("|---" * 12 + "|")
@@ -367,7 +395,7 @@ def main():
     print("\n" + "\n".join(notes))
     for case in OTHERS[3:]:
         if not args.case or case in args.case:
-            lines = run(case, "ours", args.dataset_name)["lines"]
+            lines = run(case, "ours", None)["lines"]
             print("\n| " + " | ".join(lines[0]) + " |\n|" + "---|" * len(lines[0]))
             for line in lines:
                 print("| " + " | ".join(f"{v:,.0f}" if v >= 100 else f"{v:.1f}" for v in line.values()) + " |")

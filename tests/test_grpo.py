@@ -382,6 +382,154 @@ def test_a_prompt_too_long_is_dropped_and_counted(tmp_path, capsys):
     assert len(train) + len(held) == kept and f"{8000 - kept:,} dropped" in capsys.readouterr().out
 
 
+# ---- rejection sampling, demonstrations, dynamic sampling, length ---------------------------------------------------------
+
+def test_best_of_groups_by_hand():
+    scores = tensor([3.0, 2, 2, 1, 1, 0, 0, 0, 5, 5, 5, 5, math.nan, 2, 1, 0])
+    assert grpo.best_of_groups(scores, 4, 0.5).tolist() == [True] * 3 + [False] + [True] + [False] * 3 + [False] * 4 + [False, True, True, False]
+    assert grpo.best_of_groups(scores, 4, 0.25).view(4, 4).sum(1).tolist() == [1, 1, 0, 1]
+    assert grpo.best_of_groups(torch.full((4,), math.nan), 4, 1.0).tolist() == [False] * 4
+
+
+def test_overlong_penalty_by_hand():
+    """DAPO's table: nothing up to max - buffer, a straight line, -1 at the end; 0 switches it off."""
+    assert [grpo.overlong_penalty(n, 100, 20) for n in (1, 80, 85, 90, 100)] == [0, 0, -0.25, -0.5, -1]
+    assert grpo.overlong_penalty(100, 100, 0) == 0
+
+
+def test_overlong_penalty_lowers_the_score(monkeypatch, tmp_path):
+    (tmp_path / "r.py").write_text("def same(completions):\n    return [1.0] * len(completions)\n")
+    flags = ["--eval_fraction", 0, "--batch_size", 2, "--max_steps", 1, "--reward_funcs", f"{tmp_path}/r.py:same", "--temperature", 1.5,
+             "--max_completion_length", 30]
+    seen, advantages = [], grpo.group_advantages
+    monkeypatch.setattr(grpo, "group_advantages", lambda scores, *a: seen.append(scores) or advantages(scores, *a))
+    run(grpo, tmp_path / "a", *flags)
+    metrics = run(grpo, tmp_path / "b", *flags, "--overlong_penalty", 30)
+    assert seen[0].eq(1).all() and metrics[0]["rewards/same/mean"] == 1
+    close(1 - seen[1].mean().item(), metrics[0]["completions/mean_length"] / 30)  # 1 - length / 30 each
+
+
+def answers_file(path, demonstrations):
+    """24 sums, those of `demonstrations` with one."""
+    with open(os.path.join(TINY, "addition.jsonl")) as file:
+        data = [json.loads(line) for line in file][:24]
+    path.write_text("".join(json.dumps({"prompt": r["prompt"], "answer": r["answer"]} | (
+        {"demonstration": r["completion"]} if i in demonstrations else {})) + "\n" for i, r in enumerate(data)))
+    return path
+
+
+def test_the_loss_with_best_of_group_and_demonstrations_equals_the_formula_row_by_row(monkeypatch, tmp_path):
+    """Two thirds of the prompts have a demonstration: groups that always fail are replaced by it and weigh in the NLL alone."""
+    kept, rollout = [], grpo.rollout
+    monkeypatch.setattr(grpo, "rollout", lambda *a, **k: kept.append((rollout(*a, **k), a[1])) or kept[-1][0])
+    flags = ["--dataset_name", answers_file(tmp_path / "d.jsonl", {i for i in range(24) if i % 3}), "--best_fraction", 0.25, "--sft_coef", 0.3,
+             "--demo_threshold", 0, "--loss_type", "grpo", "--batch_size", 24, "--num_generations", 4, "--kl_coef", 0.1]
+    (got,), metrics = gradient(monkeypatch, tmp_path, *flags)
+    (records, _), prompts = kept[0]
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json")])
+    tokenizer = common.load_tokenizer(args)
+    model = common.load_model(args, tokenizer)
+    lp = lambda ids: model(ids[None]).logits[0].float().log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)
+    surrogate, nll, sequences, tokens, replaced, best = [], 0.0, 0, 0, 0, 0
+    for g in range(24):
+        group, prompt = records[4 * g:4 * g + 4], prompts[g]
+        r = tensor([x["score"] for x in group])
+        if r.sum() == 0 and prompt["columns"]["demonstration"]:
+            text = f"<|user|>{prompt['prompt']}<|end|><|assistant|>"
+            head = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tensor(head + tokenizer(prompt["columns"]["demonstration"] + "<|end|>", add_special_tokens=False)["input_ids"])
+            nll, tokens, replaced = nll - lp(ids)[len(head) - 1:].sum(), tokens + len(ids) - len(head), replaced + 1
+            continue
+        a = (r - r.mean()) / (r.std() + 1e-4)
+        for x, advantage in zip(group, a):
+            n, ids = len(x["completion_ids"]), x["input_ids"].long()
+            values = lp(ids)[-n:]
+            surrogate, sequences = [*surrogate, -advantage * values.mean()], sequences + 1
+            if x["score"] == 1 and r.sum() < 4:  # all winners tie for the best
+                nll, tokens, best = nll - values.sum(), tokens + n, best + 1
+    assert 0 < replaced < 16 and best > 5 and sequences == 4 * (24 - replaced)
+    (sum(surrogate) / sequences + 0.3 * nll / tokens).backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert (got - want).norm() / want.norm() < 1e-5
+    close(tensor([metrics[0]["nll_loss"], metrics[0]["demo_fraction"], metrics[0]["best_fraction"]]),
+          tensor([nll.item() / tokens, replaced / 24, best / 96]), 1e-4)
+    assert metrics[0]["sampling/logprob_difference_max"] < 1e-4 and abs(metrics[0]["kl"]) < 1e-5
+
+
+def test_the_gate_looks_at_correctness_alone_and_at_the_threshold():
+    ids = torch.arange(4, dtype=torch.int32)
+    prompts = [{"demo_ids": ids, "demo_mask": ids > 1}, {"demo_ids": ids, "demo_mask": ids > 1}, {}]
+    groups = [{"prompt": i // 2, "rewards": tensor([9.0, float(i == 2)])} for i in range(6)]  # pass rates 0, 1/2, 0
+    kept, metrics = grpo.demonstrate(groups, prompts, 2, 0.0, 1)
+    assert [r.get("prompt") for r in kept] == [1, 1, 2, 2, None] and metrics == {"demo_fraction": 1 / 3}
+    assert [r.get("prompt") for r in grpo.demonstrate(groups, prompts, 2, 0.5, 1)[0]] == [2, 2, None, None]
+
+
+def test_flat_groups_are_sampled_again_until_enough_vary(tmp_path, capsys):
+    plain = run(grpo, tmp_path / "a", "--eval_fraction", 0, "--batch_size", 6, "--max_steps", 3, "--temperature", 0.5)
+    dropped = run(grpo, tmp_path / "b", "--eval_fraction", 0, "--batch_size", 6, "--max_steps", 3, "--temperature", 0.5, "--drop_flat_groups")
+    assert plain[0]["frac_reward_zero_std"] > 0 and all(m["groups"] == 6 for m in dropped)
+    assert dropped[0]["draws"] > 1 and dropped[0]["frac_reward_zero_std"] > 0  # of all that were sampled
+    (tmp_path / "r.py").write_text("def same(completions):\n    return [1.0] * len(completions)\n")
+    flat = run(grpo, tmp_path / "c", "--eval_fraction", 0, "--batch_size", 1, "--max_steps", 1, "--max_completion_length", 4,
+               "--drop_flat_groups", "--reward_funcs", f"{tmp_path}/r.py:same")
+    assert flat[0]["draws"] == grpo.MAX_DRAWS and flat[0]["grad_norm"] == 0  # bounded, and the step goes on
+
+
+def test_later_draws_of_a_step_sample_anew(monkeypatch, tmp_path):
+    """The same prompt drawn twice in a step gets other completions, and no prompt is passed over."""
+    data, drawn, rollout = tmp_path / "d.jsonl", [], grpo.rollout
+    data.write_text('{"prompt": "1+1=", "answer": "99"}\n{"prompt": "2+1=", "answer": "99"}\n')
+
+    def spy(*a, **k):
+        records, logged = rollout(*a, **k)
+        drawn.append([(p["prompt"], r["completion_ids"]) for p in a[1] for r in records if a[1][r["prompt"]] is p])
+        return records, logged
+    monkeypatch.setattr(grpo, "rollout", spy)
+    run(grpo, tmp_path / "a", "--dataset_name", data, "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 1, "--drop_flat_groups",
+        "--temperature", 1.5, "--max_completion_length", 8)
+    assert len(drawn) == grpo.MAX_DRAWS and all({p for p, _ in d} == {"1+1=", "2+1="} for d in drawn)
+    assert len({str(sorted(d)) for d in drawn}) == grpo.MAX_DRAWS
+
+
+# ---- verification at inference --------------------------------------------------------------------------------------------
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for n, correct, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if correct <= n and k <= n:
+            subsets = list(itertools.combinations([i < correct for i in range(n)], k))
+            assert math.isclose(grpo.pass_at_k(n, correct, k), sum(map(any, subsets)) / len(subsets), abs_tol=1e-12)
+
+
+def test_votes_by_hand():
+    assert grpo.vote(["7", None, "8", "8"]) == "8" and grpo.vote([None, None]) is None
+    assert grpo.vote(["7", "8", "8", "7"]) == "7"  # a tie: the earliest
+    assert grpo.vote(["7", "8", "8"], [0.6, 0.1, 0.2]) == "7"
+    low, high = grpo.interval(0.5, 100)
+    assert abs(low - 0.4038) < 1e-4 and abs(high - 0.5962) < 1e-4
+    assert grpo.interval(1.0, 20)[0] < 0.9 and grpo.interval(0.0, 20)[1] > 0.1
+
+
+def test_verification_by_hand():
+    """Two prompts, four samples: the right answers are 1 and 2; the reward model likes the third sample."""
+    groups, scores = [["1", "3", "1", "3"], [None, "5", "2", "5"]], tensor([[0.0, 0, 5, 0], [9, 1, 3, 1]])
+    got = grpo.verify(groups, ["1", "2"], scores)
+    assert got["pass@1"] == (2 / 4 + 1 / 4) / 2 and got["pass@4"] == 1 and math.isclose(got["pass@2"], (5 / 6 + 3 / 6) / 2)
+    assert got["majority@1"] == 0.5 and got["majority@2"] == 0.5 and got["majority@4"] == 0.5  # 1 by tie; 5
+    assert got["best_of@4"] == 0.5 and got["best_of@2"] == 0.5  # no answer has the highest score
+    assert got["weighted_vote@4"] == 1  # e^3 > 2 e^1, and None does not vote
+    assert {name.split("@")[1] for name in grpo.verify([["1"] * 6], ["1"], None)} == {"1", "2", "4", "6"}
+
+
+def test_evaluation_alone_leaves_no_model(tmp_path):
+    metrics = run(grpo, tmp_path / "out", "--max_steps", -1, "--num_train_epochs", 0, "--eval_samples", 4, "--eval_fraction", 0.003)
+    assert [m["step"] for m in metrics] == [0] and sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.jsonl", "samples.jsonl"]
+    m = metrics[0]
+    assert m["eval/pass@1"] <= m["eval/pass@2"] <= m["eval/pass@4"] and m["eval/majority@4/low"] < m["eval/majority@4"] < m["eval/majority@4/high"]
+    with pytest.raises(common.UserError, match="nothing to evaluate"):
+        run(grpo, tmp_path / "none", "--max_steps", -1, "--num_train_epochs", 0, "--eval_fraction", 0)
+
+
 # ---- learning ----------------------------------------------------------------------------------------------------------
 
 def test_the_example_goes_past_its_demonstrations(tmp_path):

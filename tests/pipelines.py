@@ -1,0 +1,70 @@
+"""python tests/pipelines.py [--seed 0] [--output_dir out/pipelines]: the README's pipelines on the small example, one after the other.
+
+Each stage is a script as a user runs it, started from the model that the stage before it saved. Every model is then evaluated in
+the same way, by `grpo.py --num_train_epochs 0`: greedy answers to the same 200 held-out problems, and the majority of 8 samples.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT, TINY = os.path.dirname(HERE), os.path.join(HERE, "tiny")
+# stage -> (script, the stage whose model it starts from, flags)
+STAGES = {
+    "sft": ("sft", None, []),
+    "dpo": ("dpo", "sft", []),
+    "grpo": ("grpo", "sft", []),
+    "grpo after dpo": ("grpo", "dpo", []),
+    "reward_model": ("reward_model", "sft", []),
+    "ppo": ("ppo", "sft", ["--reward_funcs", "{reward_model}", "--kl_coef", "0.5"]),
+}
+PIPELINES = [["sft"], ["sft", "dpo"], ["sft", "grpo"], ["sft", "reward_model", "ppo"], ["sft", "dpo", "grpo after dpo"]]
+
+
+def command(script, folder, args, *flags):
+    """The command line of one run: the example's arguments file, flags on top."""
+    return [sys.executable, os.path.join(ROOT, f"{script}.py"), os.path.join(TINY, f"{script}.json"), "--seed", str(args.seed),
+            "--output_dir", folder, "--overwrite_output_dir", *flags]
+
+
+def run(words):
+    """Runs a command -> its seconds; stops everything with its output if it fails."""
+    start = time.time()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return time.time() - start
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", default=os.path.join(ROOT, "out", "pipelines"))
+    args = parser.parse_args()
+    folder = lambda stage: os.path.join(args.output_dir, stage.replace(" ", "_"))
+    model = lambda stage: os.path.join(folder(stage), "model")
+    seconds, found = {}, {}
+    for stage, (script, before, flags) in STAGES.items():
+        start = ["--model_name_or_path", model(before)] if before else []
+        flags = [flag.format(reward_model=model("reward_model")) for flag in flags]
+        seconds[stage] = run(command(script, folder(stage), args, *start, *flags))
+        if stage != "reward_model":
+            check = os.path.join(args.output_dir, "evaluation")
+            run(command("grpo", check, args, "--model_name_or_path", model(stage), "--max_steps", "-1", "--num_train_epochs", "0",
+                        "--eval_samples", "8"))
+            with open(os.path.join(check, "metrics.jsonl")) as file:
+                found[stage] = json.loads(file.readline())
+        print(f"{stage:15} {seconds[stage]:4.0f} s" + (f"  greedy {found[stage]['eval/accuracy']:.1%}" if stage in found else ""), flush=True)
+    print("\n| pipeline | s | greedy | pass@1 | majority of 8 |\n|---|---|---|---|---|")
+    for stages in PIPELINES:
+        m = found[stages[-1]]
+        print(f"| {' -> '.join(STAGES[s][0] for s in stages)} | {sum(seconds[s] for s in stages):.0f} | {m['eval/accuracy']:.1%} | "
+              f"{m['eval/pass@1']:.1%} | {m['eval/majority@8']:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
