@@ -265,30 +265,36 @@ class ChunkedLogprobs(torch.autograd.Function):
     carry no gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
 
+    CHUNK = 256  # rows of logits at once: enough for a fast matrix product
+
     @staticmethod
-    def logits(hidden, weight, bias, temperature):
-        z = F.linear(hidden, weight, bias).float()  # (chunk, V)
+    def logits(hidden, weight, bias, temperature, out):
+        """z (chunk, V) fp32, in `out`: new memory for every chunk would cost a CPU more than the exponentials."""
+        z = out[:len(hidden)]
+        if weight.dtype == torch.float32:
+            torch.mm(hidden, weight.T, out=z)
+        else:
+            z.copy_(hidden @ weight.T)
+        z += 0 if bias is None else bias
         return z if temperature == 1 else z.div_(temperature)
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
         device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand in both
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        # 128 MiB of fp32 logits; on a CPU 32 MiB, the most that malloc reuses instead of mapping it anew
-        ctx.temperature, ctx.chunk = temperature, max(1, 2**(23 if device == "cpu" else 25) // len(weight))
+        ctx.temperature = temperature
         ctx.save_for_backward(hidden, weight, bias, targets)
-        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
-        logprobs, entropy, hits = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-                                   for _ in range(3))
+        w, (n, chunk) = weight.to(ctx.dtype), (len(targets), ChunkedLogprobs.CHUNK)
+        logprobs, entropy, hits = torch.empty(3, n, dtype=torch.float32, device=hidden.device)
+        out_z, out_p = torch.empty(2, min(n, chunk), len(w), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
-            for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
-                z = ChunkedLogprobs.logits(hidden[rows].to(ctx.dtype), w, b, temperature)
+            for rows in torch.arange(n, device=hidden.device).split(chunk):
+                z = ChunkedLogprobs.logits(hidden[rows].to(ctx.dtype), w, bias, temperature, out_z)
+                p = torch.softmax(z, -1, out=out_p[:len(rows)])
                 top, argmax = z.max(-1)
-                z -= top[:, None]
-                p = z.exp()
-                total = p.sum(-1)
-                logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
-                entropy[rows] = total.log() - torch.linalg.vecdot(p, z.clamp_(min=-1e30)) / total
+                logsumexp = top - p.gather(-1, argmax[:, None]).squeeze(-1).log()  # p = exp(z - logsumexp)
+                logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - logsumexp
+                entropy[rows] = logsumexp - torch.linalg.vecdot(p, z.clamp_(min=-1e30))
                 hits[rows] = (argmax == targets[rows]).float()
         ctx.mark_non_differentiable(entropy, hits)
         return logprobs, entropy, hits
@@ -296,14 +302,15 @@ class ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _entropy, _hits):
         hidden, weight, bias, targets = ctx.saved_tensors
-        w, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        w, (n, chunk) = weight.to(ctx.dtype), (len(targets), ChunkedLogprobs.CHUNK)
         d_hidden = torch.zeros_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        out = torch.empty(min(n, chunk), len(w), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in torch.arange(len(targets), device=hidden.device).split(ctx.chunk):
+            for rows in torch.arange(n, device=hidden.device).split(chunk):
                 h, d_logprobs = hidden[rows].to(ctx.dtype), grad[rows, None] / ctx.temperature
-                z = ChunkedLogprobs.logits(h, w, b, ctx.temperature)
+                z = ChunkedLogprobs.logits(h, w, bias, ctx.temperature, out)
                 dz = torch.softmax(z, -1, out=z).mul_(-d_logprobs)  # (onehot(y) - p) d_logprobs
                 dz = dz.scatter_add_(-1, targets[rows, None], d_logprobs).to(ctx.dtype)
                 d_hidden[rows] = (dz @ w).to(hidden.dtype)
