@@ -34,11 +34,19 @@ import asyncio
 import hashlib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
+import select
 import signal
-from contextlib import contextmanager, nullcontext
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
@@ -401,12 +409,16 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+def references(completions, columns):
+    """The row's `answer`, else its `solution`, else None, for each completion."""
+    return [a if a is not None else s for a, s in zip(*(columns.get(name) or [None] * len(completions)
+                                                        for name in ("answer", "solution")))]
+
+
 def accuracy(prompts, completions, **columns):
     """1 if the completion ends with the answer of the row's `answer` column (or `solution`), 0 if not, None
     where there is none."""
-    answers = [a if a is not None else s for a, s in zip(*(columns.get(name) or [None] * len(completions)
-                                                           for name in ("answer", "solution")))]
-    known = [None if a is None else extract_answer(str(a)) for a in answers]
+    known = [None if a is None else extract_answer(str(a)) for a in references(completions, columns)]
     return [None if k is None else float(extract_answer(text_of(c)) == k) for c, k in zip(completions, known)]
 
 
@@ -416,7 +428,155 @@ def format_reward(prompts, completions, **columns):
     return [float(re.fullmatch(shape, text_of(c), re.DOTALL) is not None) for c in completions]
 
 
-BUILT_IN = {"accuracy": accuracy, "format": format_reward}
+def levenshtein(a, b):
+    """The fewest insertions, deletions and replacements of characters that turn a into b.
+
+    One column of the usual table at a time, as the bits of two integers (Myers 1999, in the form of Hyyrö
+    2003): bit i of up, down says that row i + 1 is one more, one less than row i. 2,000 x 2,000 characters
+    take some 3 ms; cell by cell Python needs 2 s.
+    """
+    ones, where = (1 << len(a)) - 1, {}
+    for i, letter in enumerate(a):
+        where[letter] = where.get(letter, 0) | 1 << i
+    up, down = ones, 0
+    for letter in b:
+        equal = where.get(letter, 0)
+        same = (((equal & up) + up) ^ up) | equal | down  # as much as a row higher in the column before
+        more = (down | ~(same | up)) << 1 | 1  # one more than in the column before, for the row below
+        up, down = ((up & same) << 1 | ~(same | more)) & ones, more & same & ones
+    return len(b) + up.bit_count() - down.bit_count()
+
+
+def edit_distance(prompts, completions, **columns):
+    """1 - (Levenshtein distance to the row's `answer` or `solution`) / (length of the longer one), None where
+    there is none."""
+    pairs = [(text_of(c).strip(), None if r is None else str(r).strip())
+             for c, r in zip(completions, references(completions, columns))]
+    return [None if r is None else 1 - levenshtein(c, r) / max(len(c), len(r), 1) for c, r in pairs]
+
+
+def keys_of(column):
+    """A row's `schema`, a list of keys or the JSON text of one -> the list, empty where there is none."""
+    with suppress(ValueError):
+        keys = json.loads(column) if isinstance(column, str) and column.strip() else column or []
+        if isinstance(keys, list) and all(isinstance(key, str) for key in keys):
+            return keys
+    raise ValueError(f"the column 'schema' must be a list of keys, not {str(column)[:80]!r}")
+
+
+def json_reward(prompts, completions, **columns):
+    """1 if the completion, less a ``` or ```json fence around it, is JSON and, where the row's `schema`
+    lists keys, is an object that has them; 0 otherwise."""
+    def fits(text, keys):
+        fenced = re.fullmatch(r"```(?:json)?\s(.*)```", text, re.DOTALL)
+        try:  # int, called on NaN and Infinity, raises ValueError: they are not JSON
+            value = json.loads(fenced[1] if fenced else text, parse_constant=int)
+        except (ValueError, RecursionError):
+            return False
+        return not keys or isinstance(value, dict) and set(keys) <= value.keys()
+    schemas = [keys_of(s) for s in columns.get("schema") or [None] * len(completions)]
+    return [float(fits(text_of(c).strip(), keys)) for c, keys in zip(completions, schemas)]
+
+
+def tests_of(column):
+    """A row's `tests`, Python as a string or several -> the list, empty where there is none."""
+    tests = [column] if isinstance(column, str) else column or []
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"the column 'tests' must be a string or strings, not {str(column)[:80]!r}")
+    return [test for test in tests if test.strip()]
+
+
+CODE_SECONDS = 10
+# The limits are set here and not by preexec_fn, which may deadlock where there are threads. What is needed
+# after the completion is bound before it, out of reach of what it does to builtins and modules. There is no
+# RLIMIT_NPROC: it counts all of the user's processes, so no number is right.
+CODE_RUNNER = """
+import json, os, resource, signal, sys
+def main(run=exec, write=os.write, leave=os._exit, answer=os.dup(1)):
+    token, seconds, *texts = json.load(sys.stdin)
+    for fd in 0, 1:
+        os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+    signal.alarm(seconds + 1)  # in case the trainer is killed
+    for name, most in ("CPU", seconds), ("AS", 2**30), ("FSIZE", 2**24), ("CORE", 0):
+        try:
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+        except (ValueError, OSError):  # macOS lacks some; or it is lower already
+            pass
+    sys.modules["__main__"] = module = type(sys)("__main__")
+    try:
+        for program in [compile(text, "<completion>", "exec") for text in texts]:
+            run(program, module.__dict__)
+        write(answer, token.encode())
+    finally:
+        leave(0)  # waits for no thread
+main()
+"""
+
+
+def passes(code, tests, stop):
+    """Whether `tests` run to their end after `code` (see code_reward); the event `stop` ends it early."""
+    token, folder, end = os.urandom(16).hex(), tempfile.mkdtemp(), time.monotonic() + CODE_SECONDS
+    with tempfile.TemporaryFile() as job:
+        job.write(json.dumps([token, CODE_SECONDS, code, *tests]).encode())
+        job.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", CODE_RUNNER], stdin=job, stdout=subprocess.PIPE, cwd=folder,
+            stderr=subprocess.DEVNULL, env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
+            start_new_session=True)
+    try:
+        answer = select.poll()
+        answer.register(process.stdout, select.POLLIN)
+        while not (stop.is_set() or time.monotonic() > end or answer.poll(100)):  # milliseconds
+            pass
+        return bool(answer.poll(0)) and os.read(process.stdout.fileno(), 64) == token.encode()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # before wait, which frees the number for another process
+        process.wait()
+        process.stdout.close()
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)  # rmtree fails on deep nesting
+
+
+def code_reward(prompts, completions, **columns):
+    """1 if the row's `tests` pass after the completion's code (its last ``` block, or else all of it), 0 if
+    not, None where there are none.
+
+    Each runs in its own process: 10 s, 1 GiB, files of 16 MiB in a folder that is removed; no environment, no
+    input, no output; its process group is killed in any case. A random token sent after the last test counts,
+    so ending early fails. This is no sandbox: it limits accidents, not malice. Files, the network, the token
+    in the caller's frame, an object equal to everything are within reach. Train in a container.
+    """
+    def run(completion, tests):
+        text = text_of(completion)
+        blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
+        return float(passes(blocks[-1] if blocks else text, tests, stop)) if tests else None
+    tests = [tests_of(t) for t in columns.get("tests") or [None] * len(completions)]
+    at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # its processes share the cores
+    stop, pool = threading.Event(), ThreadPoolExecutor(max(1, at_once))
+    try:
+        return list(pool.map(run, completions, tests))
+    finally:  # --reward_timeout interrupts this thread alone: the others kill what they run
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+BUILT_IN = {"accuracy": accuracy, "format": format_reward, "edit_distance": edit_distance,
+            "json": json_reward, "code": code_reward}
+
+
+def check_columns(rewards, train, held, dataset_name):
+    """UserError, before a model is loaded, if a row's columns are not what the built-in rewards read."""
+    needed = {"accuracy": ("answer", "solution"), "edit_distance": ("answer", "solution"), "code": ("tests",)}
+    used = {name for name, (reward, _) in rewards.items() if reward is BUILT_IN.get(name)}
+    for row in train + held:
+        with common.explain(row["place"], (ValueError, SyntaxError)):
+            if "json" in used:
+                keys_of(row["columns"].get("schema"))
+            for test in tests_of(row["columns"].get("tests")) if "code" in used else []:
+                compile(test, "the column 'tests'", "exec")  # or no completion of this row could pass
+    for name, columns in needed.items():
+        require(name not in used or any(row["columns"].get(c) is not None for row in train for c in columns),
+                f"--reward_funcs {name} needs a column {' or '.join(map(repr, columns))}; {dataset_name} has "
+                f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
 
 
 def split_reward(name):
@@ -892,12 +1052,6 @@ def verify(groups, references, scores):
     return metrics
 
 
-def reference_of(prompt):
-    """The right answer in a prompt's columns `answer` or `solution`, or None."""
-    known = [prompt["columns"].get(name) for name in ("answer", "solution")]
-    return next((extract_answer(str(value)) for value in known if value is not None), None)
-
-
 def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps):
     """Greedy completions of the held-out prompts -> (metrics, records). eval/accuracy is exact match, where
     rows have answers; --eval_samples adds verify()'s figures over samples."""
@@ -906,21 +1060,20 @@ def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, st
     figures = rollout_metrics(records, rewards) | logged
     metrics = {f"eval/{name}": value for name, value in figures.items()
                if not name.endswith(("/std", "/weighted"))}
-    references = [reference_of(p) for p in prompts]
-    right = [extract_answer(r["text"]) == references[r["prompt"]] for r in records
-             if references[r["prompt"]] is not None]
-    if right:
+    columns = {name: [p["columns"].get(name) for p in prompts] for name in ("answer", "solution")}
+    answers = [None if a is None else extract_answer(str(a)) for a in references(prompts, columns)]
+    asked = [i for i, answer in enumerate(answers) if answer is not None]
+    if asked:
+        right = [extract_answer(r["text"]) == answers[r["prompt"]] for r in records if r["prompt"] in asked]
         metrics["eval/accuracy"] = sum(right) / len(right)
-    asked = [i for i, reference in enumerate(references) if reference is not None]
     if args.eval_samples and asked:
         n, sampling = args.eval_samples, replace(args, num_generations=args.eval_samples, seed=args.seed + 1)
         sampled, _ = rollout(model, [prompts[i] for i in asked], sampling, accelerator, tokenizer, stop_ids,
                              rewards, step, total_steps)
-        answers = [extract_answer(r["text"]) for r in sampled]
+        given = [extract_answer(r["text"]) for r in sampled]
         judges = [f for f, (reward, _) in enumerate(rewards.values()) if hasattr(reward, "of_model")]
         scores = torch.stack([r["rewards"][judges[0]] for r in sampled]).view(-1, n) if judges else None
-        found = verify([answers[i:i + n] for i in range(0, len(answers), n)],
-                       [references[i] for i in asked], scores)
+        found = verify([given[i:i + n] for i in range(0, len(given), n)], [answers[i] for i in asked], scores)
         for name, value in found.items():
             low, high = interval(value, len(asked))
             metrics |= {f"eval/{name}": value, f"eval/{name}/low": low, f"eval/{name}/high": high}
@@ -966,12 +1119,9 @@ def main(args):
         encode_demonstrations(args, tokenizer, train)
     data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]
                                                             + reward_sources(args)))
+    check_columns(rewards, train, held, args.dataset_name)
     score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
           args.reward_timeout)
-    require(any(reward is not accuracy for reward, _ in rewards.values())
-            or any(p["columns"].get(name) is not None for p in train for name in ("answer", "solution")),
-            f"--reward_funcs accuracy needs a column 'answer' or 'solution'; {args.dataset_name} has "
-            f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
     common.show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
     require(held or args.num_train_epochs or args.max_steps > 0, "nothing to evaluate: --num_train_epochs 0 "
             "needs --eval_dataset_name, or an --eval_fraction above 0")

@@ -5,10 +5,13 @@ import itertools
 import json
 import math
 import os
+import random
+import threading
+import time
 
 import pytest
 import torch
-from conftest import TINY, RecordGradients, run, tiny_model
+from conftest import TINY, RecordGradients, in_child, run, tiny_model
 from torch import tensor
 
 import common
@@ -219,6 +222,144 @@ def test_numpy_scalars_ints_and_bools_are_numbers():
     values, _ = grpo.score({"f": (lambda completions: numpy.array([1, 2]), 1.0), "g": (lambda completions: [True, numpy.float32(.5)], 1.0)},
                            rows(), sampled("a", "b"), 0, 1)
     assert values.tolist() == [[1, 1], [2, 0.5]]
+
+
+# ---- built-in rewards --------------------------------------------------------------------------------------------------
+
+def test_edit_distance_by_hand_and_against_the_table():
+    assert grpo.edit_distance(None, ["sitting", " same\n", "", "x", "ab", "7"], answer=["kitten", "same", "", "", None, 7]) == \
+        [1 - 3 / 7, 1, 1, 0, None, 1]
+    assert grpo.edit_distance(None, [[{"role": "assistant", "content": "ac"}]], solution=["abc"]) == [1 - 1 / 3]
+    assert grpo.edit_distance(None, ["a"]) == [None]
+    draw = random.Random(0)
+    for _ in range(300):
+        a, b = ("".join(draw.choices("abé😀", k=draw.randrange(80))) for _ in range(2))
+        row = list(range(len(b) + 1))  # two rows of the table, one cell at a time
+        for i, x in enumerate(a, 1):
+            row, before = [i], row
+            for j, y in enumerate(b, 1):
+                row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+        assert grpo.levenshtein(a, b) == row[-1]
+    start = time.perf_counter()
+    assert grpo.levenshtein("ab" * 1000, "ba" * 1000) == 2
+    assert time.perf_counter() - start < 0.5
+
+
+def test_json():
+    def value(text, *schema):
+        return grpo.json_reward(None, [text], **({"schema": list(schema)} if schema else {}))[0]
+    good = ['{"a": 1}', " [1, 2]\n", "null", '```json\n{"a": 1}\n```', "```\n3\n```", "1e999"]
+    bad = ["", "{'a': 1}", '{"a": 1,}', '{"a": NaN}', "-Infinity", 'see:\n```json\n1\n```', "```json\n1", "[" * 100_000, "9" * 5000]
+    assert [value(t) for t in good] == [1] * 6 and [value(t) for t in bad] == [0] * 9
+    for schema in (["a", "b"], '["a", "b"]'):
+        assert value('{"b": null, "a": 1, "c": 2}', schema) == 1 and value('{"a": 1}', schema) == value('["a", "b"]', schema) == 0
+    assert value("1", None) == value("1", []) == value("1", "") == 1
+    for wrong in ({"a": "string"}, [1], [["a"]], "a, b", '{"required": ["a"]}', 3, '"a"'):
+        with pytest.raises(ValueError, match="'schema' must be a list of keys, not "):
+            value("{}", wrong)
+    with pytest.raises(common.UserError, match="'json' raised ValueError: the column 'schema' must .* of row file:1"):
+        grpo.score({"json": (grpo.json_reward, 1.0)}, rows(schema="a, b"), sampled("1", "2"), 0, 1)
+
+
+F = "def f(x):\n    return x + 1\n"
+ENDS_EARLY = ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "import os; os.kill(os.getpid(), 9)", "1 / 0", "def f(x:",
+              "import os; print('0' * 32, flush=True); os.write(3, b'0' * 32); os._exit(0)", "", "a\0b",
+              "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n1 / 0",
+              "import builtins, os, sys\nfor m, n in (builtins, 'exec'), (builtins, 'compile'), (os, 'write'), (os, '_exit'):\n"
+              "    setattr(m, n, lambda *a, **k: None)\nsys.modules.clear()\nf = lambda x: 3"]
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def code(*completions, tests="assert f(1) == 2"):
+    return grpo.code_reward(None, list(completions), tests=[tests] * len(completions))
+
+
+def test_code_passes_or_fails_its_tests(tmp_path):
+    fenced = [f"so:\n```python\nf = None\n```\nno,\n```py\n{F}```\nis it.", f"```\n{F}", [{"role": "assistant", "content": F}]]
+    assert code(F, *fenced, F.replace("1", "2"), f"```\n{F}```\n```\nf = None\n```") == [1, 1, 1, 1, 0, 0]
+    assert code(F, tests=["assert f(1) == 2", "assert f(-1) == 0"]) == [1] and code(F, tests=["assert f(1) == 2", "assert f(1) == 3"]) == [0]
+    assert code(F, tests=None) == code(F, tests=[]) == code(F, tests=" ") == grpo.code_reward(None, [F]) == [None]
+    assert code("import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n    x: 'int'\ny = pickle.loads(pickle.dumps(A(1)))", tests="assert y == A(1)") == [1]
+    for wrong in (1, [None], {"a": 1}, [["assert f"]]):
+        with pytest.raises(ValueError, match="'tests' must be a string or strings, not "):
+            code(F, tests=wrong)
+
+
+def test_code_that_ends_early_does_not_pass():
+    start = time.monotonic()
+    assert code(*ENDS_EARLY) == [0.0] * len(ENDS_EARLY)
+    assert time.monotonic() - start < grpo.CODE_SECONDS  # none waits for its limit
+
+
+def test_code_sees_nothing_of_the_trainer_and_its_folder_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET", "x")
+    monkeypatch.setattr(grpo.tempfile, "mkdtemp", lambda: str(tmp_path.joinpath("folder").mkdir() or tmp_path / "folder"))
+    (tmp_path / "secret").write_text("x")
+    secret = os.open(tmp_path / "secret", os.O_RDONLY)
+    os.set_inheritable(secret, True)
+    looks = ("import os, sys, tempfile\nassert set(os.environ) <= {'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}, os.environ\n"
+             "opened = [os.path.realpath(f'/proc/self/fd/{i}') for i in range(64) if os.path.exists(f'/proc/self/fd/{i}')]\n"
+             "assert sys.stdin.read() == '' and opened[:3] == ['/dev/null'] * 3 and not any('secret' in name for name in opened)\n"
+             "assert os.getcwd() == tempfile.gettempdir() == os.path.expanduser('~') and os.listdir() == []\nopen('left', 'w').write('x')\n"
+             "for _ in range(1100):\n    os.mkdir('d'); os.chdir('d')\n")
+    assert code(looks, tests="assert open") == [1.0]
+    os.close(secret)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_code_may_use_is_bounded_and_nothing_is_left_running(monkeypatch, tmp_path):
+    monkeypatch.setattr(grpo, "CODE_SECONDS", 2)
+    fork = f"import os, time\nif os.fork() == 0:\n    open('{tmp_path}/PID', 'w').write(str(os.getpid()))\n    time.sleep(600)\n"
+    wait = f"import os\nwhile not os.path.exists('{tmp_path}/PID'): pass\n"
+    start = time.monotonic()
+    fails = ["while True: pass", "import time; time.sleep(600)", "x = []\nwhile True: x.append(bytearray(2**24))", "x = bytes(2**31)",
+             "import signal, time\nsignal.alarm(0)\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+             "with open('big', 'wb') as file:\n    for _ in range(17): file.write(bytes(2**20))", (fork + wait + "1 / 0").replace("PID", "1")]
+    assert code(*[c + "\n" + F for c in fails]) == [0.0] * len(fails)
+    passing = [(fork + wait).replace("PID", "2"), "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()",
+               "for _ in range(10**5): print('x' * 100)", "import os; os.rmdir(os.getcwd())"]
+    assert code(*[c + "\n" + F for c in passing]) == [1.0] * len(passing)
+    assert time.monotonic() - start < 15
+    assert not any(alive((tmp_path / name).read_text()) for name in "12")
+
+
+@pytest.mark.parametrize("how", ["timeout", "killed"])
+def test_code_is_stopped_with_the_reward_that_runs_it(how, monkeypatch, tmp_path):
+    monkeypatch.setattr(grpo, "CODE_SECONDS", 60 if how == "timeout" else 1)
+    sleeps = f"import os, time\nopen(f'{tmp_path}/{{os.getpid()}}', 'w')\nif os.fork(): time.sleep(600)\nopen(f'{tmp_path}/{{os.getpid()}}', 'w')\ntime.sleep(600)"
+    if how == "timeout":
+        with pytest.raises(common.UserError, match="'code' raised TimeoutError: no answer in 1 s"):
+            grpo.score({"code": (grpo.code_reward, 1.0)}, rows(9, tests="assert f"), sampled(*[sleeps] * 9), 0, 1, timeout=1)
+        assert len(os.listdir(tmp_path)) in range(2, 2 * os.cpu_count() + 1)  # those that waited never began
+    else:
+        def dies():
+            threading.Timer(0.5, os._exit, (0,)).start()
+            code(sleeps.replace("os.fork()", "True"))
+        assert in_child(dies) == 0 and len(os.listdir(tmp_path)) == 1
+        time.sleep(2)
+    assert not any(map(alive, os.listdir(tmp_path)))
+
+
+def test_a_run_with_built_in_rewards_and_columns_that_are_refused(tmp_path):
+    def train(*rewards, **columns):
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1"} | (columns if i == 2 else {})) + "\n" for i in range(4)))
+        return run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 1,
+                   "--num_generations", 2, "--max_completion_length", 32, "--reward_funcs", *rewards)
+    metrics, = train("code", "json", "edit_distance", tests=["assert True"], answer="<think>2+1=3</think><answer>3</answer>")
+    assert metrics["rewards/code/mean"] == metrics["rewards/json/mean"] == 0 < metrics["rewards/edit_distance/mean"] < 1
+    for name, columns, sentence in [
+            ("code", {"tests": 3}, "d.jsonl:3: the column 'tests' must be a string"), ("json", {"schema": "a"}, "d.jsonl:3: the column 'schema' must be a list"),
+            ("code", {"tests": "assert f("}, r"d.jsonl:3: '\(' was never closed \(the column 'tests', line 1\)"),
+            ("code", {"test_list": ["assert f"]}, "--reward_funcs code needs a column 'tests'; .*d.jsonl has test_list")]:
+        with pytest.raises(common.UserError, match=sentence):
+            train("format", name, **columns)
 
 
 # ---- sampler -----------------------------------------------------------------------------------------------------------

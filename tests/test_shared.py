@@ -1,4 +1,4 @@
-"""What holds for all scripts: functions of one name are one function, flags are read, importing does nothing, limits of form."""
+"""What holds for all scripts: functions and constants of one name are one, flags are read, importing does nothing, limits of form."""
 
 import ast
 import glob
@@ -15,8 +15,9 @@ OWN = {"Args", "main", "evaluate", "collate", "load_examples"}  # the names that
 def definitions(path):
     with open(path) as file:
         source = file.read()
-    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}, source
+    named = {node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", None): ast.get_source_segment(source, node)
+             for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))}
+    return named, source
 
 
 def test_functions_of_the_same_name_are_byte_identical():
