@@ -30,7 +30,7 @@ import math
 import os
 import re
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 from transformers.hf_argparser import HfArg
 
@@ -84,7 +85,12 @@ class Args:
     micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
     num_train_epochs: float = HfArg(default=2.0, help="passes over the data")
     max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
-    seed: int = HfArg(default=0, help="decides the order of the rows, random weights and dropout")
+    seed: int = HfArg(default=0, help="decides the order of the rows, random weights, dropout and noise")
+    freeze_layers: float = HfArg(default=0.0, help="share of the lowest blocks that is not trained")
+    adversarial: Literal["fgm", "neftune"] | None = HfArg(
+        default=None, help="perturb the embeddings: fgm adds the loss under attack; neftune trains on noise")
+    adversarial_epsilon: float = HfArg(default=1.0, help="fgm: a row's attack in its mean embedding norm")
+    neftune_noise_alpha: float = HfArg(default=5.0, help="neftune: about 1.7 times the norm of a row's noise")
     # evaluation
     eval_steps: int = HfArg(default=100, help="steps between evaluations; also at the start and the end")
     max_completion_length: int = HfArg(default=256, help="tokens generated to evaluate answers; 0 for none")
@@ -105,11 +111,13 @@ class Args:
                 "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
         common.check_numbers(
             self, ("learning_rate", "max_length", "batch_size", "micro_batch_tokens", "eval_steps",
-                   "save_steps", "save_total_limit", "logging_steps"),
+                   "save_steps", "save_total_limit", "logging_steps", "adversarial_epsilon",
+                   "neftune_noise_alpha"),
             ("lora_r", "warmup_steps", "weight_decay", "max_grad_norm", "max_completion_length",
              "num_train_epochs"))
         require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in [0, 1), not {self.lora_dropout}")
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
+        require(0 <= self.freeze_layers < 1, f"--freeze_layers must lie in [0, 1), not {self.freeze_layers}")
         require(self.max_steps > 0 or self.num_train_epochs > 0,
                 "nothing to do: give --max_steps or --num_train_epochs")
         common.check_tracker(self.log_with)
@@ -125,6 +133,30 @@ def sft_loss(logprobs, loss_mask):
     With log-probs -0.5, -1.0, -2.0 and mask 1, 0, 1 it is 0.5, 0, 2.0: a mean of 1.25 over 2 trained tokens.
     """
     return -torch.where(loss_mask.bool(), logprobs, 0.0)  # L_t = - mask_t log p(x_t | x_<t)
+
+
+def fgm_delta(grad, embeddings, mask, epsilon):
+    """FGM (Miyato 2017, arXiv 1605.07725): of all changes of its size what raises the loss of each row most,
+    to first order.
+
+    r = epsilon mean_t ||E_t|| g / ||g||,  g = d loss / dE:  ||g|| over the whole row, the mean over its real
+    tokens, and r = 0 where g = 0. grad, embeddings (B, T, d), mask (B, T) with 1 = real token -> (B, T, d).
+    With E = (3, 4), (0, 1), whose mean norm is 3, g = (0, 3), (4, 0) of norm 5 and epsilon 0.5 it is 0.3 g.
+    """
+    g = grad.float() * mask[..., None]
+    norm = torch.linalg.vector_norm(g, dim=(1, 2))  # (B,)
+    size = (embeddings.float().norm(dim=-1) * mask).sum(-1) / mask.sum(-1)  # (B,)
+    return g * (epsilon * size / norm.where(norm > 0, 1.0))[:, None, None]
+
+
+def neftune_delta(noise, mask, alpha):
+    """NEFTune (Jain 2023, arXiv 2310.05914): alpha / sqrt(L d) U(-1, 1), L real tokens in the row.
+
+    noise (B, T, d) in (-1, 1), mask (B, T) with 1 = real token -> (B, T, d), 0 on padding.
+    With alpha 5 and a row of L = 2 tokens and d = 2 numbers each it is 2.5 times the noise.
+    """
+    scale = alpha / (mask.sum(-1) * noise.shape[-1]).sqrt()  # (B,)
+    return noise * mask[..., None] * scale[:, None, None]
 
 
 class ChunkedLogprobs(torch.autograd.Function):
@@ -221,6 +253,24 @@ class Policy(nn.Module):
 
     def forward(self, input_ids, loss_mask, temperature=1.0):
         return self.logprobs(self.hidden(input_ids), input_ids, loss_mask, temperature)
+
+
+@contextmanager
+def perturbed(model, delta):
+    """Inside, the input embeddings E (B, T, d) come out as E + delta; None adds nothing. -> a list, where a
+    forward puts E.
+
+    The weight is not touched: it may be frozen, under LoRA, and is the output head's too where they are tied.
+    """
+    def add(layer, inputs, embeddings):
+        seen.append(embeddings.detach())
+        return embeddings + delta.to(embeddings.dtype)
+    seen, hook = [], None if delta is None else model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield seen
+    finally:
+        if hook:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -330,6 +380,25 @@ def stream(*key):
         int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
 
 
+def starting_delta(args, model, examples, keys, device):
+    """What is added to the embeddings in the first pass over B examples -> (B, T, d) or None, and the mask of
+    the real tokens (B, T).
+
+    fgm: zeros, whose gradient is d loss / dE. neftune: noise drawn from each row's own key, so that neither
+    the cut nor the number of processes changes it.
+    """
+    lengths, d = [len(e["input_ids"]) for e in examples], model.get_input_embeddings().weight.shape[1]
+    mask = common.pad([[1] * n for n in lengths], 0).to(device)
+    if args.adversarial == "fgm":
+        return torch.zeros(*mask.shape, d, device=device, requires_grad=True), mask
+    if args.adversarial == "neftune":
+        noise = [torch.rand(n, d, generator=stream(args.seed, "neftune", *key)) * 2 - 1
+                 for n, key in zip(lengths, keys)]
+        return neftune_delta(pad_sequence(noise, batch_first=True).to(device), mask,
+                             args.neftune_noise_alpha), mask
+    return None, mask
+
+
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 def extract_answer(text):
@@ -385,6 +454,33 @@ def evaluate(policy, model, examples, args, accelerator, tokenizer, stop_ids):
     return metrics, table
 
 
+@torch.no_grad()
+def evaluate_attack(policy, model, examples, args, accelerator):
+    """-> {"eval/loss_under_attack"}: evaluate's loss, over the same tokens, with the embeddings perturbed."""
+    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    model.eval()
+    # eval() switches checkpointing off: where it is needed, only one row at a time is sure to fit
+    micro_batch_tokens = 1 if args.gradient_checkpointing else args.micro_batch_tokens
+    for batch in micro_batches([len(e["input_ids"]) for e in examples], micro_batch_tokens,
+                               accelerator.process_index, accelerator.num_processes):
+        some = [examples[i] for i in batch] or examples[:1]  # FSDP: as many passes on every process
+        input_ids, loss_mask = collate(some, accelerator.device)
+        loss_mask = loss_mask * bool(batch)
+        keys = [("eval", i) for i in batch or [0]]
+        delta, real = starting_delta(args, model, some, keys, accelerator.device)
+        if args.adversarial == "fgm":
+            with torch.enable_grad(), accelerator.no_sync(policy), perturbed(model, delta) as seen:
+                loss = sft_loss(policy(input_ids, loss_mask)[0], loss_mask).sum()
+                gradient, = torch.autograd.grad(loss, delta)
+            delta = fgm_delta(gradient, seen[0], real, args.adversarial_epsilon)
+        with perturbed(model, delta):
+            loss = sft_loss(policy(input_ids, loss_mask)[0], loss_mask).sum()
+        totals += torch.stack([loss, loss_mask.sum()])
+    model.train()
+    loss, tokens = accelerator.reduce(totals, "sum").tolist()
+    return {"eval/loss_under_attack": loss / tokens}
+
+
 def generate(model, rows, args, accelerator, tokenizer, stop_ids):
     """Greedy completions of examples' prompts, as texts. Nothing is inherited from the checkpoint's
     generation config."""
@@ -432,8 +528,25 @@ def make_optimizer(module, args):
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
+def freeze_lowest(model, share):
+    """Freezes that share of the transformer blocks, at least one, and the input embedding unless it is the
+    output head too: a tied one is trained, as the head is."""
+    blocks = next((m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)
+                   and len(m) == model.config.get_text_config().num_hidden_layers), None)
+    require(blocks, f"--freeze_layers: no list of blocks was found in a {model.config.model_type} model")
+    frozen, embedding = list(blocks[:max(1, int(share * len(blocks)))]), model.get_input_embeddings()
+    tied = embedding.weight is model.get_output_embeddings().weight
+    for module in frozen + [embedding] * (not tied):
+        module.requires_grad_(False)
+    say(f"freeze   the lowest {len(frozen)} of {len(blocks)} blocks"
+        + (", not the embedding, which is the output head too" if tied else " and the embedding")
+        + f": {sum(p.numel() for p in model.parameters() if p.requires_grad):,} weights are trained")
+
+
 def main(args):
     accelerator = common.make_accelerator(args)
+    require(not args.freeze_layers or not common.trains_adapter(args),
+            "--freeze_layers is for full fine-tuning: under LoRA every block is frozen already")
     if args.learning_rate is None:
         args.learning_rate = 2e-4 if common.trains_adapter(args) else 2e-5
     checkpoint = common.open_run(args)
@@ -448,11 +561,13 @@ def main(args):
 
     # model, optimizer, and where an earlier run stopped
     model = common.load_model(args, tokenizer, accelerator.device, dropout=True)
+    if args.freeze_layers:
+        freeze_lowest(model, args.freeze_layers)
     stop_ids = model.generation_config.eos_token_id
     optimizer = make_optimizer(model, args)
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
     check_head(policy, model, train[0]["input_ids"][None, :64].long().to(accelerator.device), accelerator)
-    state = {"step": 0, "num_tokens": 0, "best_loss": math.inf, "data": data}
+    state = {"step": 0, "num_tokens": 0, "best_loss": math.inf, "eval_losses": [], "data": data}
     best = os.path.join(args.output_dir, "checkpoints", "best")
     if checkpoint:
         common.restore(model, optimizer, checkpoint)
@@ -461,6 +576,7 @@ def main(args):
             state["best_loss"] = math.inf
     log = common.RunLog(accelerator, args, total_steps, state["step"])
     interrupt = common.Interrupt()
+    passes = 2 if args.adversarial == "fgm" else 1  # fgm's second pass is on E + r; both gradients add up
     say(f"train    {total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch), "
         f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
         f"{accelerator.num_processes} process(es) on {accelerator.device}")
@@ -474,9 +590,15 @@ def main(args):
             return
         with common.unsharded(policy):
             metrics, table = evaluate(policy, model, held, args, accelerator, tokenizer, stop_ids)
+        if args.adversarial:
+            metrics.update(evaluate_attack(policy, model, held, args, accelerator))
         log.metrics(state["step"], metrics)
         say(f"eval     step {state['step']}: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items()))
         common.show_table(table)
+        state["eval_losses"] = last = [*state["eval_losses"][-3:], metrics["eval/loss"]]
+        if len(last) == 4 and all(a < b for a, b in zip(last, last[1:])):
+            say(f"warning  the evaluation loss has risen three times in a row, from {last[0]:.4f}: the model "
+                "overfits. Take --keep_best, fewer epochs or a lower --learning_rate")
         if args.keep_best and metrics["eval/loss"] < state["best_loss"]:
             state["best_loss"] = metrics["eval/loss"]
             save("best")
@@ -494,18 +616,26 @@ def main(args):
                                 accelerator.num_processes)
 
         torch.manual_seed(stream(args.seed, "dropout", step, accelerator.process_index).initial_seed())
-        totals = torch.zeros(3, device=accelerator.device)  # loss, hits, stop signal
-        totals[2] = interrupt.signal
+        totals = torch.zeros(5, device=accelerator.device)  # loss, hits, both of fgm's attack, stop signal
+        totals[4] = interrupt.signal
         for i, batch in enumerate(batches):
-            input_ids, loss_mask = collate([rows[j] for j in batch] or rows[:1], accelerator.device)
+            some = [rows[j] for j in batch] or rows[:1]
+            input_ids, loss_mask = collate(some, accelerator.device)
             loss_mask = loss_mask * bool(batch)  # a process without rows takes part with an all-masked pass
-            with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
-                logprobs, _, hits = policy(input_ids, loss_mask)
-                loss = sft_loss(logprobs, loss_mask).sum()
-                accelerator.backward(loss * accelerator.num_processes / trained_tokens)  # undo DDP's average
-            totals[:2] += torch.stack([loss.detach(), hits.sum()])
+            keys = [(step, j) for j in batch or [0]]
+            delta, real = starting_delta(args, model, some, keys, accelerator.device)
+            for attack in range(passes):  # under no_sync: DDP takes one synchronised backward, the last
+                last = i == len(batches) - 1 and attack == passes - 1
+                with nullcontext() if last else accelerator.no_sync(policy), perturbed(model, delta) as seen:
+                    logprobs, _, hits = policy(input_ids, loss_mask)
+                    loss = sft_loss(logprobs, loss_mask).sum()
+                    # DDP averages over the processes: undo it
+                    accelerator.backward(loss * accelerator.num_processes / trained_tokens)
+                totals[2 * attack:2 * attack + 2] += torch.stack([loss.detach(), hits.sum()])
+                if attack < passes - 1:
+                    delta = fgm_delta(delta.grad, seen[0], real, args.adversarial_epsilon)
         grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
-        loss_sum, hits, stop = accelerator.reduce(totals, "sum").tolist()
+        loss_sum, hits, attacked, _, stop = accelerator.reduce(totals, "sum").tolist()
         require(math.isfinite(loss_sum) and math.isfinite(grad_norm),
                 f"step {step + 1}: the loss is {loss_sum / trained_tokens} and its gradient's norm "
                 f"{grad_norm}, on rows {order[at * args.batch_size:(at + 1) * args.batch_size][:8]} ... of "
@@ -517,9 +647,12 @@ def main(args):
         optimizer.zero_grad()
 
         state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
-        log.metrics(step + 1, {"loss": loss_sum / trained_tokens, "token_accuracy": hits / trained_tokens,
-                               "grad_norm": grad_norm, "learning_rate": group["lr"],
-                               "num_tokens": state["num_tokens"], "trained_tokens": trained_tokens})
+        metrics = {"loss": loss_sum / trained_tokens, "token_accuracy": hits / trained_tokens,
+                   "grad_norm": grad_norm, "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
+                   "trained_tokens": trained_tokens}
+        if passes == 2:
+            metrics["adversarial_loss"] = attacked / trained_tokens
+        log.metrics(step + 1, metrics)
         log.progress(step + 1, sum(lengths), {"loss": loss_sum / trained_tokens,
                                               "token_accuracy": hits / trained_tokens})
         if (step + 1) % args.eval_steps == 0 or step + 1 == total_steps:

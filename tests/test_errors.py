@@ -102,6 +102,9 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (ppo, ["--beta", "0.1"], "the weight of the KL term is --kl_coef"),
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
     (sft, ["--resume_from_checkpoint", "nowhere"], "no such folder (or say 'latest')"),
+    (sft, ["--freeze_layers", "1"], "--freeze_layers must lie in [0, 1), not 1.0"),
+    (sft, ["--freeze_layers", "0.5", "--lora_r", "4"], "--freeze_layers is for full fine-tuning"),
+    (sft, ["--adversarial_epsilon", "0"], "--adversarial_epsilon must be positive"), (sft, ["--adversarial", "pgd"], "invalid choice: 'pgd'"),
     (sft, ["--learning_rate", "1e20", "--max_grad_norm", "0", "--max_steps", "40"], "gradient's norm nan"),
 ]
 

@@ -68,7 +68,7 @@ def launch(tmp_path, name, processes, *flags, dies=False):
     out = tmp_path / f"{name}-{processes}"
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(several if processes > 1 else [])]
-    done = subprocess.run([*command, str(worker), name, str(out), *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+    done = subprocess.run([*command, str(worker), name.split("-")[0], str(out), *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=300)
     if dies:
         return done
@@ -80,6 +80,8 @@ def launch(tmp_path, name, processes, *flags, dies=False):
 
 CASES = {
     "sft": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200],
+    "sft-fgm": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200, "--adversarial", "fgm"],
+    "sft-neftune": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200, "--adversarial", "neftune"],
     "dpo": ["--batch_size", 5, "--micro_batch_tokens", 300],
     "reward_model": ["--batch_size", 5, "--micro_batch_tokens", 300, "--model_name_or_path", os.path.join(TINY, "sft")],
     "grpo": ["--batch_size", 3, "--num_generations", 4, "--kl_coef", 0.1, "--micro_batch_tokens", 300, "--temperature", 1.3],
@@ -113,7 +115,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), key
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in ("sft", "reward_model"))) for n in CASES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n.startswith("sft") or n == "reward_model")) for n in CASES])
 def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, five_eval_rows):
     extra = {"grpo": ["--num_minibatches", 3, "--batch_size", 1], "dpo": ["--batch_size", 1], "ppo": ["--batch_size", 1]}  # fewer rows than processes
     extra = extra.get(name, ["--lora_r", 4])
@@ -134,7 +136,7 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(script, rows, tmp_pat
 
 
 LORA, FOUR = ["--lora_r", 4], ["--lora_r", 4, "--load_in_4bit"]
-SHARDED = [("sft", []), ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA), ("reward_model", []), ("grpo", []), ("grpo", FOUR),
+SHARDED = [("sft", []), ("sft-fgm", []), ("sft-neftune", LORA), ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA), ("reward_model", []), ("grpo", []), ("grpo", FOUR),
            ("ppo", []), ("ppo", LORA), ("ppo", [*FOUR, "--share_trunk"])]
 
 

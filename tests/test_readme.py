@@ -41,7 +41,7 @@ def test_line_counts_are_true(name):
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("sft", []), ("dpo", ["--max_completion_length", 8]), ("reward_model", []), ("grpo", ["--kl_coef", 0.1, "--num_generations", 2]),
+    ("sft", []), ("sft", ["--adversarial", "fgm"]), ("dpo", ["--max_completion_length", 8]), ("reward_model", []), ("grpo", ["--kl_coef", 0.1, "--num_generations", 2]),
     ("ppo", ["--sft_dataset", os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.1])])
 def test_the_glossary_names_every_metric(name, flags, tmp_path):
     metrics = run(__import__(name), tmp_path, "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0.001, *flags)

@@ -21,6 +21,10 @@ RUNS = {  # name -> (script, flags); every run crosses an epoch or has several u
     "sft": (sft, ["--max_steps", 7, "--eval_steps", 3, "--save_steps", 2, "--keep_best", "--max_completion_length", 4]),
     "sft-lora-dropout": (sft, ["--max_steps", 5, "--save_steps", 2, "--lora_r", 4, "--lora_dropout", 0.2,
                                "--model_name_or_path", os.path.join(TINY, "sft")]),
+    "sft-fgm": (sft, ["--max_steps", 3, "--eval_steps", 2, "--save_steps", 1, "--adversarial", "fgm", "--freeze_layers", 0.5,
+                      "--model_name_or_path", os.path.join(TINY, "sft"), "--max_completion_length", 0]),
+    "sft-neftune": (sft, ["--max_steps", 3, "--eval_steps", 2, "--save_steps", 1, "--adversarial", "neftune", "--lora_r", 4,
+                          "--model_name_or_path", os.path.join(TINY, "sft"), "--max_completion_length", 0]),
     "grpo": (grpo, ["--max_steps", 8, "--save_steps", 2, "--num_iterations", 2, "--kl_coef", 0.05, "--eval_steps", 3]),
     "dpo": (dpo, ["--max_steps", 5, "--eval_steps", 3, "--save_steps", 2]),  # precomputed reference
     "sft-8bit": (sft, ["--max_steps", 3, "--save_steps", 1, "--optim", "adamw_8bit", "--model_name_or_path", os.path.join(TINY, "sft"),
@@ -117,7 +121,7 @@ def killed_and_resumed(name, data, out, hook):
     return outcome(out)
 
 
-MORE = {"sft-8bit", "dpo-lora", "grpo-lora", "ppo-lora"}  # the same paths with other weights: in CI
+MORE = {"sft-8bit", "sft-neftune", "dpo-lora", "grpo-lora", "ppo-lora"}  # the same paths with other weights: in CI
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in MORE)) for n in RUNS])

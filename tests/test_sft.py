@@ -82,6 +82,98 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused():
         sft.check_head(sft.Policy(model), model, torch.arange(20)[None], Accelerator())
 
 
+# ---- perturbed embeddings ----------------------------------------------------------------------------------------------
+
+def test_fgm_by_hand():
+    """The docstring's row with a padded position that would count; a row without a gradient is left alone."""
+    grad = tensor([[[0.0, 3], [4, 0], [7, 7]], [[0, 0], [0, 0], [0, 0]]])
+    embeddings, mask = tensor([[3.0, 4], [0, 1], [9, 9]]).repeat(2, 1, 1), tensor([[1, 1, 0], [1, 1, 1]])
+    delta = sft.fgm_delta(grad, embeddings, mask, 0.5)
+    torch.testing.assert_close(delta, tensor([[[0, 0.9], [1.2, 0], [0, 0]], [[0.0, 0], [0, 0], [0, 0]]]))
+    torch.testing.assert_close(sft.fgm_delta(grad * 1e-20, embeddings, mask, 0.5), delta)
+
+
+def test_neftune_by_hand():
+    noise = tensor([[[0.1, -1], [0.4, 0.2]], [[0.1, -1], [0.4, 0.2]]])
+    torch.testing.assert_close(sft.neftune_delta(noise, tensor([[1, 1], [1, 0]]), 5.0),
+                               tensor([[[0.25, -2.5], [1, 0.5]], [[0.5 / 2**0.5, -5 / 2**0.5], [0, 0]]]))
+
+
+def examples(*lengths):
+    g = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 320, (n,), generator=g), "completion_mask": torch.ones(n)} for n in lengths]
+
+
+def test_neftune_noise_belongs_to_the_row_and_shrinks_with_its_length():
+    args = type("A", (), {"adversarial": "neftune", "neftune_noise_alpha": 5.0, "seed": 0})
+    model, rows = tiny_model("llama"), examples(4, 64)
+    noise, mask = sft.starting_delta(args, model, rows, [(7, 0), (7, 1)], "cpu")
+    assert noise.shape == (2, 64, 64) and mask.sum(-1).tolist() == [4, 64] and noise[0, 4:].eq(0).all()
+    for row, n in ((noise[0, :4], 4), (noise[1], 64)):
+        bound = 5 / (n * 64)**0.5
+        assert 0.97 * bound < row.max() <= bound and -bound <= row.min() < -0.97 * bound and row.mean().abs() < 0.1 * bound
+        assert row.norm() == pytest.approx(5 / 3**0.5, rel=0.05)
+    alone, _ = sft.starting_delta(args, model, rows[:1], [(7, 0)], "cpu")
+    other, _ = sft.starting_delta(args, model, rows[:1], [(8, 0)], "cpu")
+    assert alone[0].equal(noise[0, :4]) and not other.equal(alone)
+
+
+@pytest.mark.parametrize("attack", ["fgm", "neftune"])
+@pytest.mark.parametrize("kind, flags", [("llama-tied", ()), ("llama", ()), ("gpt2", ()), ("llama-tied", ("--lora_r", 4))], ids=str)
+def test_the_perturbed_gradient_is_that_of_plain_transformers(monkeypatch, tmp_path, attack, kind, flags, tokenizer):
+    """Row by row, without padding, through inputs_embeds: sum of both losses (fgm), or the one on noise."""
+    import json
+    rows = [{"prompt": "a", "completion": "b" * n, "answer": None} for n in (1, 40, 3, 90)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    model = tiny_model(kind)
+    model.config.update({rate: 0.0 for rate in ("resid_pdrop", "embd_pdrop", "attn_pdrop")})  # gpt2's; sft.py trains with dropout
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    flags = ["--model_name_or_path", tmp_path / "m", *flags, "--adversarial", attack, "--adversarial_epsilon", 0.7]
+    got, metrics = gradient(monkeypatch, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", *flags, "--batch_size", 4)
+    args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), *map(str, flags)])
+    model = common.load_model(args, tokenizer)
+    clean = attacked = 0.0
+    for j, i in enumerate(torch.randperm(4, generator=sft.stream(0, "order", 0)).tolist()):
+        prompt = tokenizer("<|user|>a<|end|><|assistant|>")["input_ids"]
+        ids = tensor(prompt + tokenizer(rows[i]["completion"] + "<|end|>")["input_ids"])
+
+        def loss(E):
+            logits = model(inputs_embeds=E[None]).logits[0, len(prompt) - 1:-1]
+            return torch.nn.functional.cross_entropy(logits, ids[len(prompt):], reduction="sum") / (2 + 41 + 4 + 91)
+        E = model.get_input_embeddings()(ids).requires_grad_()
+        if attack == "fgm":
+            g, = torch.autograd.grad(loss(E), E)
+            clean = clean + loss(E)
+            attacked = attacked + loss(E + 0.7 * E.detach().norm(dim=-1).mean() * g / g.norm())  # E of both passes takes a gradient
+        else:
+            U = 2 * torch.rand(*E.shape, generator=sft.stream(0, "neftune", 0, j)) - 1
+            clean = clean + loss(E + 5 / math.sqrt(E.numel()) * U)
+    (clean + attacked).backward()
+    clean, attacked = float(clean.detach()), float(attacked.detach() if attack == "fgm" else 0)
+    want = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert metrics["loss"] == pytest.approx(clean, rel=1e-5)
+    assert ("adversarial_loss" in metrics) == (attack == "fgm") and metrics.get("adversarial_loss", 0) == pytest.approx(attacked, rel=1e-5)
+    assert attacked == 0 or attacked > 1.01 * clean
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize("attack", ["fgm", "neftune"])
+def test_evaluation_under_attack_repeats_and_touches_no_gradient(attack):
+    from accelerate import Accelerator
+    model, rows = tiny_model("llama-tied"), examples(5, 30, 12)
+    policy, losses = sft.Policy(model), []
+    for cut in ({"micro_batch_tokens": 1000, "gradient_checkpointing": False}, {"micro_batch_tokens": 1000, "gradient_checkpointing": True}) * 2:
+        args = type("A", (), {"adversarial": attack, "adversarial_epsilon": 1.0, "neftune_noise_alpha": 30.0, "seed": 0, **cut})
+        losses.append(sft.evaluate_attack(policy, model, rows, args, Accelerator())["eval/loss_under_attack"])
+    assert losses[:2] == losses[2:] and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    input_ids, loss_mask = sft.collate(rows, "cpu")
+    clean = sft.sft_loss(policy(input_ids, loss_mask)[0], loss_mask).sum().item() / loss_mask.sum().item()
+    assert losses[0] > 1.02 * clean or attack == "neftune" and abs(losses[0] - clean) > 0.1
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training and not model.get_input_embeddings()._forward_hooks
+
+
 # ---- one step ----------------------------------------------------------------------------------------------------------
 
 def gradient(monkeypatch, out, *flags):
@@ -91,8 +183,12 @@ def gradient(monkeypatch, out, *flags):
     return RecordGradients.last.gradients[0], metrics[0]
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--completion_only_loss", "False")], ids=str)
+@pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--completion_only_loss", "False"), ("--freeze_layers", 0.5), ("--adversarial", "fgm"),
+                                   ("--adversarial", "neftune", "--lora_r", 4)], ids=str)
 def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(monkeypatch, tmp_path, flags):
+    with open(os.path.join(TINY, "addition.jsonl")) as file:
+        (tmp_path / "d.jsonl").write_text("".join(file.readlines()[:30]))
+    flags = "--dataset_name", tmp_path / "d.jsonl", *flags
     whole, metrics = gradient(monkeypatch, tmp_path / "a", *flags)
     assert whole.norm() > 1e-3
     for i, cut in enumerate((("--micro_batch_tokens", 1), ("--micro_batch_tokens", 150), ("--gradient_checkpointing",))):
@@ -193,6 +289,39 @@ def test_the_best_weights_are_kept(tmp_path):
     assert losses[0] == min(losses) and losses[-1] > 1
     start, kept = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (os.path.join(TINY, "sft"), tmp_path / "a" / "model"))
     assert all(torch.equal(start[k], kept[k]) for k in start)
+
+
+def test_the_lowest_blocks_stay_as_they_were(tmp_path, capsys):
+    from safetensors.torch import load_file
+    run(sft, tmp_path / "a", "--model_name_or_path", os.path.join(TINY, "sft"), "--eval_fraction", 0, "--max_steps", 3, "--batch_size", 4,
+        "--freeze_layers", 0.5, "--gradient_checkpointing", "True")
+    assert "freeze   the lowest 1 of 2 blocks, not the embedding" in capsys.readouterr().out
+    start, end = (load_file(os.path.join(p, "model.safetensors")) for p in (os.path.join(TINY, "sft"), tmp_path / "a" / "model"))
+    assert {k for k in start if start[k].equal(end[k])} == {k for k in start if "layers.0." in k} and start.keys() == end.keys()
+
+
+@pytest.mark.parametrize("kind, names", [("llama", ("embed_tokens", "layers.0.")), ("llama-tied", ("layers.0.",)), ("gpt2", ("wte", "h.0."))])
+def test_an_embedding_is_frozen_with_them_unless_it_is_the_head(kind, names):
+    model = tiny_model(kind)
+    sft.freeze_lowest(model, 0.2)  # of two blocks: at least one
+    assert all(p.requires_grad != any(n in name for n in names) for name, p in model.named_parameters())
+
+
+def test_a_warning_when_the_evaluation_loss_has_risen_three_times_in_a_row(tmp_path, monkeypatch, capsys):
+    import shutil
+    losses = iter([5, 1, 2, 3, 2.5, 2.6, 2.7, 2.8, 2.8])
+    said, say = [], sft.say
+    monkeypatch.setattr(sft, "say", lambda text: said.append(text) or say(text))
+    monkeypatch.setattr(sft, "evaluate", lambda *rest: ({"eval/loss": float(next(losses))}, []))
+    flags = ["--model_name_or_path", os.path.join(TINY, "sft"), "--max_steps", 8, "--eval_steps", 1, "--save_steps", 1, "--batch_size", 2]
+    run(sft, tmp_path, *flags)
+    at = [said[i - 1] for i, text in enumerate(said) if text.startswith("warning")]
+    assert len(at) == 1 and at[0].startswith("eval     step 7:") and "--keep_best" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000007", tmp_path / "b" / "checkpoints" / "step-00000007")
+    losses = iter([2.9])
+    said.clear()
+    run(sft, tmp_path / "b", *flags, "--resume_from_checkpoint", "latest", "--overwrite_output_dir", "False")
+    assert [text for text in said if "risen three times in a row, from 2.6000" in text], "the losses before the checkpoint count"
 
 
 def test_evaluation_by_hand(tmp_path, monkeypatch):
