@@ -19,6 +19,7 @@ Differences from TRL's SFTTrainer
 3. batch_size counts the rows of an optimizer step over all processes; what fits into memory is
    micro_batch_tokens.
 4. Exact duplicates are dropped, and a resumed run ends bit-equal to one that was never stopped.
+5. NEFTune's noise is on real tokens only and scaled by their number, not by the padded length.
 
 Run   python sft.py                                                   the small example, CPU, minutes
       python sft.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name my.jsonl --load_in_4bit --lora_r 16
@@ -88,8 +89,8 @@ class Args:
     seed: int = HfArg(default=0, help="decides the order of the rows, random weights, dropout and noise")
     freeze_layers: float = HfArg(default=0.0, help="share of the lowest blocks that is not trained")
     adversarial: Literal["fgm", "neftune"] | None = HfArg(
-        default=None, help="perturb the embeddings: fgm adds the loss under attack; neftune trains on noise")
-    adversarial_epsilon: float = HfArg(default=1.0, help="fgm: a row's attack in its mean embedding norm")
+        default=None, help="embeddings: fgm adds the loss under attack, neftune's loss is under noise")
+    adversarial_epsilon: float = HfArg(default=0.1, help="fgm: norm of a row's attack over its mean ||E_t||")
     neftune_noise_alpha: float = HfArg(default=5.0, help="neftune: about 1.7 times the norm of a row's noise")
     # evaluation
     eval_steps: int = HfArg(default=100, help="steps between evaluations; also at the start and the end")
@@ -616,7 +617,7 @@ def main(args):
                                 accelerator.num_processes)
 
         torch.manual_seed(stream(args.seed, "dropout", step, accelerator.process_index).initial_seed())
-        totals = torch.zeros(5, device=accelerator.device)  # loss, hits, both of fgm's attack, stop signal
+        totals = torch.zeros(5, device=accelerator.device)  # loss, hits, both under attack (fgm), stop signal
         totals[4] = interrupt.signal
         for i, batch in enumerate(batches):
             some = [rows[j] for j in batch] or rows[:1]

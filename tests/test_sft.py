@@ -176,6 +176,13 @@ def test_evaluation_under_attack_repeats_and_touches_no_gradient(attack):
 
 # ---- one step ----------------------------------------------------------------------------------------------------------
 
+@pytest.fixture
+def thirty_rows(tmp_path):
+    with open(os.path.join(TINY, "addition.jsonl")) as file:
+        (tmp_path / "thirty.jsonl").write_text("".join(file.readlines()[:30]))
+    return tmp_path / "thirty.jsonl"
+
+
 def gradient(monkeypatch, out, *flags):
     monkeypatch.setattr(sft, "make_optimizer", RecordGradients)
     metrics = run(sft, out, "--model_name_or_path", os.path.join(TINY, "sft"), "--eval_fraction", 0, "--batch_size", 12, "--max_grad_norm", 0,
@@ -185,10 +192,8 @@ def gradient(monkeypatch, out, *flags):
 
 @pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--completion_only_loss", "False"), ("--freeze_layers", 0.5), ("--adversarial", "fgm"),
                                    ("--adversarial", "neftune", "--lora_r", 4)], ids=str)
-def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(monkeypatch, tmp_path, flags):
-    with open(os.path.join(TINY, "addition.jsonl")) as file:
-        (tmp_path / "d.jsonl").write_text("".join(file.readlines()[:30]))
-    flags = "--dataset_name", tmp_path / "d.jsonl", *flags
+def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(monkeypatch, tmp_path, flags, thirty_rows):
+    flags = "--dataset_name", thirty_rows, *flags
     whole, metrics = gradient(monkeypatch, tmp_path / "a", *flags)
     assert whole.norm() > 1e-3
     for i, cut in enumerate((("--micro_batch_tokens", 1), ("--micro_batch_tokens", 150), ("--gradient_checkpointing",))):
@@ -291,10 +296,10 @@ def test_the_best_weights_are_kept(tmp_path):
     assert all(torch.equal(start[k], kept[k]) for k in start)
 
 
-def test_the_lowest_blocks_stay_as_they_were(tmp_path, capsys):
+def test_the_lowest_blocks_stay_as_they_were(tmp_path, capsys, thirty_rows):
     from safetensors.torch import load_file
-    run(sft, tmp_path / "a", "--model_name_or_path", os.path.join(TINY, "sft"), "--eval_fraction", 0, "--max_steps", 3, "--batch_size", 4,
-        "--freeze_layers", 0.5, "--gradient_checkpointing", "True")
+    run(sft, tmp_path / "a", "--model_name_or_path", os.path.join(TINY, "sft"), "--dataset_name", thirty_rows, "--eval_fraction", 0, "--max_steps", 3,
+        "--batch_size", 4, "--freeze_layers", 0.5, "--gradient_checkpointing", "True")
     assert "freeze   the lowest 1 of 2 blocks, not the embedding" in capsys.readouterr().out
     start, end = (load_file(os.path.join(p, "model.safetensors")) for p in (os.path.join(TINY, "sft"), tmp_path / "a" / "model"))
     assert {k for k in start if start[k].equal(end[k])} == {k for k in start if "layers.0." in k} and start.keys() == end.keys()
@@ -307,17 +312,18 @@ def test_an_embedding_is_frozen_with_them_unless_it_is_the_head(kind, names):
     assert all(p.requires_grad != any(n in name for n in names) for name, p in model.named_parameters())
 
 
-def test_a_warning_when_the_evaluation_loss_has_risen_three_times_in_a_row(tmp_path, monkeypatch, capsys):
+def test_a_warning_when_the_evaluation_loss_has_risen_three_times_in_a_row(tmp_path, monkeypatch, capsys, thirty_rows):
     import shutil
-    losses = iter([5, 1, 2, 3, 2.5, 2.6, 2.7, 2.8, 2.8])
+    losses = iter([1, 2, 3, 2.5, 2.4, 2.6, 2.7, 2.8, 2.8])
     said, say = [], sft.say
     monkeypatch.setattr(sft, "say", lambda text: said.append(text) or say(text))
     monkeypatch.setattr(sft, "evaluate", lambda *rest: ({"eval/loss": float(next(losses))}, []))
-    flags = ["--model_name_or_path", os.path.join(TINY, "sft"), "--max_steps", 8, "--eval_steps", 1, "--save_steps", 1, "--batch_size", 2]
-    run(sft, tmp_path, *flags)
+    flags = ["--model_name_or_path", os.path.join(TINY, "sft"), "--dataset_name", thirty_rows, "--eval_fraction", 0.1, "--max_steps", 8,
+             "--eval_steps", 1, "--save_steps", 1, "--batch_size", 2]
+    run(sft, tmp_path / "a", *flags)
     at = [said[i - 1] for i, text in enumerate(said) if text.startswith("warning")]
     assert len(at) == 1 and at[0].startswith("eval     step 7:") and "--keep_best" in capsys.readouterr().out
-    shutil.copytree(tmp_path / "checkpoints" / "step-00000007", tmp_path / "b" / "checkpoints" / "step-00000007")
+    shutil.copytree(tmp_path / "a" / "checkpoints" / "step-00000007", tmp_path / "b" / "checkpoints" / "step-00000007")
     losses = iter([2.9])
     said.clear()
     run(sft, tmp_path / "b", *flags, "--resume_from_checkpoint", "latest", "--overwrite_output_dir", "False")
