@@ -80,7 +80,8 @@ def launch(tmp_path, name, processes, *flags, dies=False):
 
 CASES = {
     "sft": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200],
-    "sft-fgm": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200, "--adversarial", "fgm"],
+    "sft-fgm": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200, "--adversarial", "fgm",
+                "--adversarial_epsilon", 1],
     "sft-neftune": ["--model_name_or_path", os.path.join(TINY, "sft"), "--batch_size", 7, "--micro_batch_tokens", 200, "--adversarial", "neftune"],
     "dpo": ["--batch_size", 5, "--micro_batch_tokens", 300],
     "reward_model": ["--batch_size", 5, "--micro_batch_tokens", 300, "--model_name_or_path", os.path.join(TINY, "sft")],
