@@ -63,7 +63,7 @@ def test_chunks_change_nothing(monkeypatch):
         values = sft.ChunkedLogprobs.apply(h, w, b, y, 0.7)
         outputs.append([*values, *torch.autograd.grad(values[0], [h, w, b], torch.arange(10.0))])
     for whole, cut in zip(*outputs):
-        torch.testing.assert_close(whole, cut, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(whole, cut, rtol=1e-5, atol=1e-5)
 
 
 def test_log_probs_over_a_large_vocabulary_are_good_to_six_digits():
