@@ -713,7 +713,7 @@ def score(rewards, rows, records, step, total_steps, timeout=600.0):
 # ---- data --------------------------------------------------------------------------------------------------
 
 def load_prompts(args, tokenizer):
-    """-> (train, held out): dicts of prompt (as in the row), turns, prompt_ids, columns and place."""
+    """-> (train, held out): dicts of prompt (as in the row), turns, prompt_ids, row, columns, place."""
     def encode(items):
         columns = sorted({name for _, row, _ in items for name in row} - {"prompt", "completion"})
         taken = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
@@ -726,7 +726,7 @@ def load_prompts(args, tokenizer):
                 prompt_ids = common.encode_prompt(tokenizer, messages)
             if len(prompt_ids) <= args.max_prompt_length:
                 prompts.append({"prompt": prompt, "turns": messages, "prompt_ids": prompt_ids, "place": place,
-                                "columns": {name: row.get(name) for name in columns}})
+                                "row": row, "columns": {name: row.get(name) for name in columns}})
         return prompts
 
     items, _ = common.read_items(args.dataset_name, args, common.PROMPT_FORMATS, common.to_prompt)
@@ -749,7 +749,7 @@ def encode_demonstrations(args, tokenizer, prompts):
     """Gives each prompt with a demonstration its tokens, as demo_ids and demo_mask (T,)."""
     longest, count, too_long = args.max_prompt_length + args.max_completion_length, 0, 0
     for prompt in prompts:
-        text = prompt["columns"].get(args.demo_column)
+        text = prompt["row"].get(args.demo_column)
         if text is not None and str(text).strip():
             with common.explain(prompt["place"], ValueError):
                 turns = [*prompt["turns"], common.turn("assistant", str(text))]

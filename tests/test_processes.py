@@ -86,6 +86,8 @@ CASES = {
     "dpo": ["--batch_size", 5, "--micro_batch_tokens", 300],
     "reward_model": ["--batch_size", 5, "--micro_batch_tokens", 300, "--model_name_or_path", os.path.join(TINY, "sft")],
     "grpo": ["--batch_size", 3, "--num_generations", 4, "--kl_coef", 0.1, "--micro_batch_tokens", 300, "--temperature", 1.3],
+    "grpo-demo": ["--batch_size", 5, "--num_generations", 4, "--kl_coef", 0.1, "--micro_batch_tokens", 300, "--temperature", 1.3,
+                  "--demo_threshold", 0.25, "--demo_column", "completion", "--best_fraction", 0.3, "--sft_coef", 0.5, "--eval_samples", 2],
     "ppo": ["--batch_size", 7, "--num_iterations", 1, "--num_minibatches", 1, "--micro_batch_tokens", 300, "--sft_dataset",
             os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.3, "--sft_fraction", 0.2],
 }
@@ -137,7 +139,7 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(script, rows, tmp_pat
 
 
 LORA, FOUR = ["--lora_r", 4], ["--lora_r", 4, "--load_in_4bit"]
-SHARDED = [("sft", []), ("sft-fgm", ["--gradient_checkpointing", "--freeze_layers", 0.5]), ("sft-neftune", LORA), ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA), ("reward_model", []), ("grpo", []), ("grpo", FOUR),
+SHARDED = [("sft", []), ("sft-fgm", ["--gradient_checkpointing", "--freeze_layers", 0.5]), ("sft-neftune", LORA), ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA), ("reward_model", []), ("grpo", []), ("grpo", FOUR), ("grpo-demo", []),
            ("ppo", []), ("ppo", LORA), ("ppo", [*FOUR, "--share_trunk"])]
 
 

@@ -35,6 +35,9 @@ RUNS = {  # name -> (script, flags); every run crosses an epoch or has several u
                   "--kl_gain", 1, "--learning_rate", 1e-3]),  # two updates a rollout: every second kill is between the passes of one
     "ppo-lora": (ppo, ["--max_steps", 4, "--save_steps", 1, "--num_iterations", 1, "--num_minibatches", 2, "--lora_r", 4, "--share_trunk",
                        "--sft_dataset", os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.1]),
+    "grpo-demo": (grpo, ["--max_steps", 3, "--save_steps", 1, "--demo_threshold", 0, "--demo_column", "completion", "--best_fraction", 0.3,
+                         "--sft_coef", 0.5, "--eval_samples", 2]),
+    "grpo-drop": (grpo, ["--max_steps", 3, "--save_steps", 1, "--drop_flat_groups", "--overlong_penalty", 40, "--temperature", 0.7]),
     "grpo-lora": (grpo, ["--max_steps", 4, "--save_steps", 1, "--lora_r", 4, "--kl_coef", 0.05]),
 }
 
@@ -121,7 +124,7 @@ def killed_and_resumed(name, data, out, hook):
     return outcome(out)
 
 
-MORE = {"sft-8bit", "sft-neftune", "dpo-lora", "grpo-lora", "ppo-lora"}  # the same paths with other weights: in CI
+MORE = {"grpo-demo", "sft-8bit", "sft-neftune", "dpo-lora", "grpo-lora", "ppo-lora"}  # the same paths with other weights: in CI
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in MORE)) for n in RUNS])
