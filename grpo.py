@@ -47,7 +47,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
@@ -122,13 +122,13 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
     micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
-    num_train_epochs: float = HfArg(default=1.0, help="passes over the prompts")
+    num_train_epochs: float = HfArg(default=1.0, help="passes over the prompts; 0: only evaluate")
     max_steps: int = HfArg(default=-1, help="steps, rounded up to whole rollouts; overrides num_train_epochs")
     seed: int = HfArg(default=0, help="decides the order of the prompts, the samples and random weights")
     # evaluation and output
     eval_steps: int = HfArg(default=50, help="steps between greedy evaluations; also at start and end")
     eval_samples: int = HfArg(default=0, help="samples a prompt for pass@k and votes; 0: greedy alone")
-    kl_warn: float = HfArg(default=50.0, help="KL, in nats per sequence, above which a warning is printed")
+    kl_warn: float = HfArg(default=50.0, help="warn above this KL (nats a completion; needs --kl_coef)")
     output_dir: str = HfArg(default="out/grpo", help="where everything goes")
     overwrite_output_dir: bool = HfArg(default=False, help="replace the run that is there")
     resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's folder")
@@ -152,6 +152,12 @@ class Args:
         require(self.overlong_penalty <= self.max_completion_length,
                 f"--overlong_penalty {self.overlong_penalty} is more than --max_completion_length")
         require(0 <= self.best_fraction <= 1, f"--best_fraction must lie in [0, 1], not {self.best_fraction}")
+        require(self.demo_threshold is None or self.demo_threshold >= 0,
+                f"--demo_threshold is a pass rate, 0 or more, not {self.demo_threshold}")
+        require(self.sft_coef or not self.best_fraction and self.demo_threshold is None,
+                "--sft_coef 0 leaves nothing to do for --best_fraction and --demo_threshold")
+        require(self.num_train_epochs or not self.merge,
+                "--num_train_epochs 0 trains nothing that --merge could write")
         require(self.demo_threshold is None or not self.drop_flat_groups,
                 "--drop_flat_groups would drop the failing groups that --demo_threshold replaces: choose one")
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
@@ -210,7 +216,7 @@ def best_of_groups(scores, num_generations, fraction):
     """
     groups = scores.view(-1, num_generations)  # (N, G)
     lowest, known = groups.nan_to_num(math.inf).amin(1, keepdim=True), groups.nan_to_num(-math.inf)
-    threshold = known.topk(math.ceil(fraction * num_generations), 1).values[:, -1:]  # (N, 1)
+    threshold = known.topk(math.ceil(round(fraction * num_generations, 9)), 1).values[:, -1:]  # (N, 1)
     return ((known >= threshold) & (known > lowest)).view(-1)
 
 
@@ -748,18 +754,23 @@ def load_prompts(args, tokenizer):
 def encode_demonstrations(args, tokenizer, prompts):
     """Gives each prompt with a demonstration its tokens, as demo_ids and demo_mask (T,)."""
     longest, count, too_long = args.max_prompt_length + args.max_completion_length, 0, 0
-    for prompt in prompts:
-        text = prompt["row"].get(args.demo_column)
-        if text is not None and str(text).strip():
-            with common.explain(prompt["place"], ValueError):
-                turns = [*prompt["turns"], common.turn("assistant", str(text))]
-                ids, mask = common.upto_answer(common.encode_conversation(tokenizer, turns)[-1])
-            if len(ids) <= longest:
-                prompt["demo_ids"] = torch.tensor(ids, dtype=torch.int32)
-                prompt["demo_mask"] = torch.tensor(mask, dtype=torch.int8)
-            count, too_long = count + (len(ids) <= longest), too_long + (len(ids) > longest)
-    require(count, f"--demo_threshold: no prompt has a demonstration of at most {longest} tokens in a column "
-            f"'{args.demo_column}'; --demo_column names another")
+
+    def encode(prompt):
+        answer = common.column_messages(prompt["row"], args.demo_column, "assistant")
+        common.expect(answer and answer[-1]["role"] == "assistant" and answer[-1]["content"].strip(),
+                      f"column '{args.demo_column}' does not end with an answer")
+        return common.upto_answer(common.encode_conversation(tokenizer, prompt["turns"] + answer)[-1])
+
+    given = [(p, p["place"]) for p in prompts if p["row"].get(args.demo_column) not in (None, "", [])]
+    require(given, f"--demo_threshold: no prompt has a demonstration in a column '{args.demo_column}'; "
+            "--demo_column names another")
+    for (ids, mask), prompt, _ in common.convert_rows(given, encode, args.skip_bad_rows, args.dataset_name):
+        if len(ids) <= longest:
+            prompt["demo_ids"] = torch.tensor(ids, dtype=torch.int32)
+            prompt["demo_mask"] = torch.tensor(mask, dtype=torch.int8)
+        count, too_long = count + (len(ids) <= longest), too_long + (len(ids) > longest)
+    require(count, f"--demo_threshold: all demonstrations are longer than {longest} tokens, "
+            "--max_prompt_length and --max_completion_length together")
     say(f"data     {count:,} of {len(prompts):,} prompts have a demonstration"
         + (f"; {too_long:,} are too long" if too_long else ""))
 
@@ -976,18 +987,18 @@ def varied_groups(records, num_generations, wanted):
     return [r for g in kept for r in records[g * num_generations:(g + 1) * num_generations]]
 
 
-def demonstrate(records, prompts, num_generations, threshold, correctness):
+def demonstrate(records, prompts, num_generations, threshold, gate):
     """Replaces every group with a pass rate <= threshold by its prompt's demonstration, where there is one
     -> (records, metrics).
 
-    The pass rate is the mean of reward number `correctness`, whatever other rewards say. After Lv 2025
+    The pass rate is the mean of reward number `gate`, whatever other rewards say. After Lv 2025
     (arXiv 2509.04419); its evidence is from one seed a model.
     """
     kept, demonstrations, groups = [], [], len(records) // num_generations
     for g in range(groups):
         group = records[g * num_generations:(g + 1) * num_generations]
         prompt = prompts[group[0]["prompt"]]
-        passed = torch.stack([r["rewards"][correctness] for r in group]).nanmean().item()
+        passed = torch.stack([r["rewards"][gate] for r in group]).double().nanmean().item()
         if passed <= threshold and "demo_ids" in prompt:
             demonstrations.append({
                 "input_ids": prompt["demo_ids"], "completion_mask": prompt["demo_mask"], "sampled": 0.0,
@@ -1005,6 +1016,12 @@ def sample_record(record, prompt, rewards):
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
+
+def right_answers(prompts):
+    """The answers in the columns `answer` or `solution`, None where a row has none."""
+    columns = {name: [p["columns"].get(name) for p in prompts] for name in ("answer", "solution")}
+    return [None if a is None else extract_answer(str(a)) for a in references(prompts, columns)]
+
 
 def pass_at_k(n, correct, k):
     """The chance that one of k samples is right, from n of which `correct` are: 1 - C(n-c, k) / C(n, k).
@@ -1061,19 +1078,20 @@ def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, st
     figures = rollout_metrics(records, rewards) | logged
     metrics = {f"eval/{name}": value for name, value in figures.items()
                if not name.endswith(("/std", "/weighted"))}
-    columns = {name: [p["columns"].get(name) for p in prompts] for name in ("answer", "solution")}
-    answers = [None if a is None else extract_answer(str(a)) for a in references(prompts, columns)]
+    answers = right_answers(prompts)
     asked = [i for i, answer in enumerate(answers) if answer is not None]
     if asked:
         right = [extract_answer(r["text"]) == answers[r["prompt"]] for r in records if r["prompt"] in asked]
         metrics["eval/accuracy"] = sum(right) / len(right)
     if args.eval_samples and asked:
-        n, sampling = args.eval_samples, replace(args, num_generations=args.eval_samples, seed=args.seed + 1)
+        n = args.eval_samples
+        sampling = SimpleNamespace(**vars(args) | {"num_generations": n, "seed": args.seed + 1})
         sampled, _ = rollout(model, [prompts[i] for i in asked], sampling, accelerator, tokenizer, stop_ids,
                              rewards, step, total_steps)
         given = [extract_answer(r["text"]) for r in sampled]
-        judges = [f for f, (reward, _) in enumerate(rewards.values()) if hasattr(reward, "of_model")]
-        scores = torch.stack([r["rewards"][judges[0]] for r in sampled]).view(-1, n) if judges else None
+        judges = torch.tensor([weight * hasattr(reward, "of_model") for reward, weight in rewards.values()])
+        scores = (torch.stack([(judges * r["rewards"]).nansum() for r in sampled]).view(-1, n)
+                  if judges.any() else None)
         found = verify([given[i:i + n] for i in range(0, len(given), n)], [answers[i] for i in asked], scores)
         for name, value in found.items():
             low, high = interval(value, len(asked))
@@ -1116,21 +1134,27 @@ def main(args):
     rewards = load_rewards(args, accelerator.device)
     tokenizer = common.load_tokenizer(args)
     train, held = load_prompts(args, tokenizer)
+    names = list(rewards)  # the reward that says whether a completion is right
+    gate = next((names.index(name) for name in ("accuracy", "code") if name in names), 0)
     if args.demo_threshold is not None:
         encode_demonstrations(args, tokenizer, train)
+        say(f"data     a demonstration steps in where a group's mean of '{names[gate]}' is at most "
+            f"{args.demo_threshold:g}")
     data = common.check_data(checkpoint, common.fingerprint([p | {"place": None} for p in train]
                                                             + reward_sources(args)))
     check_columns(rewards, train, held, args.dataset_name)
     score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
           args.reward_timeout)
     common.show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
-    require(held or args.num_train_epochs or args.max_steps > 0, "nothing to evaluate: --num_train_epochs 0 "
-            "needs --eval_dataset_name, or an --eval_fraction above 0")
+    require(held or args.num_train_epochs, "nothing to evaluate: --num_train_epochs 0 needs "
+            "--eval_dataset_name, or an --eval_fraction above 0")
+    require(not args.eval_samples or any(right_answers(held)), "--eval_samples: no held-out row has an "
+            "`answer` or `solution` to compare with")
     require(args.num_minibatches <= min(len(train), args.batch_size) * args.num_generations,
             f"--num_minibatches {args.num_minibatches}, but {len(train)} prompts are all a rollout can have")
     rollouts_per_epoch = math.ceil(len(train) / args.batch_size)
-    updates = args.num_iterations * args.num_minibatches  # of one rollout
-    num_rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0
+    updates, rollout_size = args.num_iterations * args.num_minibatches, args.batch_size * args.num_generations
+    num_rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0 and args.num_train_epochs
                              else rollouts_per_epoch * args.num_train_epochs)
     total_steps = num_rollouts * updates
 
@@ -1152,7 +1176,7 @@ def main(args):
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
-    interrupt, warned, kl_warned, flat_rollouts = common.Interrupt(), set(), False, 0
+    interrupt, warned, said, flat_rollouts = common.Interrupt(), set(), set(), 0
     if args.importance_sampling_level == "sequence" and args.epsilon > 0.01:
         say(f"warning  --epsilon {args.epsilon:g} never clips a ratio of whole sequences: 3e-4 is usual")
     say(f"train    {num_rollouts} rollouts of {args.batch_size} prompts x {args.num_generations} completions"
@@ -1191,14 +1215,18 @@ def main(args):
                 record["prompt"] += len(prompts)
             prompts, sampled, state["draws"] = prompts + drawn, sampled + records, state["draws"] + 1
             varied = varied_groups(sampled, args.num_generations, args.batch_size)
-            if len(varied) == args.batch_size * args.num_generations:
+            if len(varied) == rollout_size:
                 break
-        records = varied if args.drop_flat_groups and varied else sampled
+        records = varied if args.drop_flat_groups and varied else sampled[:rollout_size]
         scores = torch.tensor([r["score"] for r in sampled])  # of all draws
         seen = rollout_metrics(sampled, rewards) | group_metrics(scores, args.num_generations) | logged
-        seen["completions/distinct_4"] = distinct_n([r["completion_ids"] for r in sampled])
+        seen["completions/distinct_4"] = distinct_n([r["completion_ids"] for r in sampled[:rollout_size]])
         if args.drop_flat_groups:
             seen |= {"draws": attempt + 1, "groups": len(records) // args.num_generations}
+            if seen["draws"] == MAX_DRAWS and "draws" not in said:
+                said.add("draws")
+                say(f"warning  {MAX_DRAWS} draws gave {len(varied) // args.num_generations} of "
+                    f"{args.batch_size} groups whose scores differ: prompts may be too hard or too easy")
         state["first"] = state["first"] or {k: v for k, v in seen.items() if k.startswith("completions/")}
         signs = drift_signs(seen, state["first"])
         for name in signs.keys() - warned:
@@ -1207,11 +1235,6 @@ def main(args):
         for record in sampled[:args.num_generations]:
             log.write("samples.jsonl", {"step": first_step + 1, "kind": "rollout",
                                         **sample_record(record, prompts[0]["prompt"], rewards)})
-        flat_rollouts = flat_rollouts + 1 if seen["frac_reward_zero_std"] == 1 else 0
-        if flat_rollouts and flat_rollouts % 3 == 0:
-            say(f"warning  for {flat_rollouts} rollouts all completions of every prompt have scored the same"
-                f": nothing is learned. Look at {os.path.join(args.output_dir, 'samples.jsonl')}; "
-                "prompts may be too hard or too easy, or the reward always equal")
 
         # advantages: groups are whole, and the whole rollout is here
         scores = torch.tensor([r["score"] for r in records])  # (N*G,)
@@ -1219,18 +1242,23 @@ def main(args):
         best = (best_of_groups(scores, args.num_generations, args.best_fraction).tolist()
                 if args.best_fraction else [False] * len(records))
         for record, advantage, is_best in zip(records, advantages, best):
-            record["advantage"], record["sampled"], record["nll"] = advantage, 1.0, is_best
-            if args.mask_truncated_completions and record["truncated"]:
+            masked = args.mask_truncated_completions and record["truncated"]
+            record["advantage"], record["sampled"], record["nll"] = advantage, 1.0, is_best and not masked
+            if masked:
                 record["completion_mask"] = torch.zeros_like(record["completion_mask"])
-        if args.best_fraction:
-            lengths = [len(r["completion_ids"]) for r in records if r["nll"]]
-            seen |= {"best_fraction": sum(best) / len(best)}
-            seen |= {"best_length": sum(lengths) / len(lengths)} if lengths else {}
         if args.demo_threshold is not None:
-            names = list(rewards)
-            records, demos = demonstrate(records, prompts, args.num_generations, args.demo_threshold,
-                                         names.index("accuracy") if "accuracy" in names else 0)
+            records, demos = demonstrate(records, prompts, args.num_generations, args.demo_threshold, gate)
             seen |= demos
+        if args.best_fraction:
+            lengths = [len(r["completion_ids"]) for r in records if r["nll"] and r["sampled"]]
+            seen |= {"best_fraction": len(lengths) / max(1, sum(r["sampled"] == 1 for r in records))}
+            seen |= {"best_length": sum(lengths) / len(lengths)} if lengths else {}
+        flat = seen["frac_reward_zero_std"] == 1 and not seen.get("demo_fraction")
+        flat_rollouts = flat_rollouts + 1 if flat else 0
+        if flat_rollouts and flat_rollouts % 3 == 0:
+            say(f"warning  for {flat_rollouts} rollouts all completions of every prompt have scored the same"
+                f": nothing is learned. Look at {os.path.join(args.output_dir, 'samples.jsonl')}; "
+                "prompts may be too hard or too easy, or the reward always equal")
         records = [r for r in records if not math.isnan(r["score"])]
         require(records, f"step {first_step + 1}: no reward function applies to any completion of the "
                 "rollout (all returned None)")
@@ -1267,7 +1295,7 @@ def main(args):
             worst = torch.zeros(2, device=accelerator.device)  # |ratio - 1|, |trainer's - sampler's log-prob|
             totals[6] = interrupt.signal
             for i, batch in enumerate(batches):
-                part = [rows[j] for j in batch] or records[:1]
+                part = [rows[j] for j in batch] or [records[0] | {"weight": 0.0, "nll_weight": 0.0}]
                 input_ids, loss_mask = collate(part, accelerator.device)
                 loss_mask = loss_mask * bool(batch)  # a process without rows takes part, all masked
                 advantages, weights, nll_weights, is_sample = (
@@ -1275,16 +1303,17 @@ def main(args):
                     for name in ("advantage", "weight", "nll_weight", "sampled"))  # (B,)
                 sample_mask = loss_mask * is_sample[:, None]  # without the demonstrations
                 with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
-                    logprobs, entropy, _ = policy(input_ids, loss_mask, args.temperature)  # (B, T-1)
-                    old_logprobs = (pad_masked(part, "old_logprobs", loss_mask) if updates > 1
+                    all_logprobs, entropy, _ = policy(input_ids, loss_mask, args.temperature)  # (B, T-1)
+                    nll = -(nll_weights * all_logprobs.sum(-1)).sum()  # sft_coef x mean over the NLL's tokens
+                    logprobs = torch.where(sample_mask.bool(), all_logprobs, 0.0)
+                    old_logprobs = (pad_masked(part, "old_logprobs", sample_mask) if updates > 1
                                     else logprobs.detach())
                     token_loss = grpo_loss(logprobs, old_logprobs, advantages, sample_mask, args.epsilon,
                                            args.epsilon_high, args.importance_sampling_level)
                     if reference:  # + kl_coef ratio_t k3_t, both factors attached
-                        k3 = kl_k3(logprobs, pad_masked(part, "ref_logprobs", loss_mask))
+                        k3 = kl_k3(logprobs, pad_masked(part, "ref_logprobs", sample_mask))
                         token_loss = token_loss + args.kl_coef * (logprobs - old_logprobs).exp() * k3
-                        totals[2] += (k3.detach() * sample_mask).sum()
-                    nll = -(nll_weights * logprobs.sum(-1)).sum()  # sft_coef x mean over the NLL's tokens
+                        totals[2] += k3.detach().sum()
                     loss = (weights[:, None] * token_loss).sum() + nll
                     accelerator.backward(loss * accelerator.num_processes)  # DDP averages: undo its division
                 with torch.no_grad():
@@ -1295,7 +1324,7 @@ def main(args):
                     totals[:2] += torch.stack([loss, (entropy * sample_mask).sum()])
                     totals[7] += nll
                     totals[3:6] += torch.stack([low.sum(), high.sum(), (low | high).sum()])
-                    difference = logprobs * sample_mask - pad_masked(part, "sampled_logprobs", sample_mask)
+                    difference = logprobs - pad_masked(part, "sampled_logprobs", sample_mask)
                     worst = torch.stack([(ratio - 1).abs().max(), difference.abs().max()]).maximum(worst)
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(),
                                                     args.max_grad_norm or math.inf).item()
@@ -1310,19 +1339,21 @@ def main(args):
                     f"the policy starts {kl / tokens:.2g} nats a token away from its reference, not at it")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, total_steps, args)
-            optimizer.step()
+            if rows:  # a last, short rollout may have fewer than minibatches
+                optimizer.step()
             optimizer.zero_grad()
 
             state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
-            metrics = {"loss": loss, **seen, "entropy": entropy / tokens, "clip_ratio/low_mean": low / tokens,
-                       "clip_ratio/high_mean": high / tokens, "clip_ratio/region_mean": either / tokens,
-                       "ratio/max_deviation": ratio_deviation, "grad_norm": grad_norm,
+            metrics = {"loss": loss, **seen, "ratio/max_deviation": ratio_deviation, "grad_norm": grad_norm,
                        "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
                        "trained_tokens": trained_tokens}
-            metrics |= {"kl": kl / tokens} if reference else {}
+            if trained_tokens:
+                metrics |= {"entropy": entropy / tokens, "clip_ratio/low_mean": low / tokens,
+                            "clip_ratio/high_mean": high / tokens, "clip_ratio/region_mean": either / tokens}
+                metrics |= {"kl": kl / tokens} if reference else {}
             metrics |= {"nll_loss": nll / args.sft_coef} if args.sft_coef and nll else {}
-            if reference and kl / max(len(samples), 1) > args.kl_warn and not kl_warned:
-                kl_warned = True
+            if reference and kl / max(len(samples), 1) > args.kl_warn and "kl" not in said:
+                said.add("kl")
                 say(f"warning  the policy is {kl / len(samples):.3g} nats a completion from its reference "
                     f"(--kl_warn {args.kl_warn:g}): raise --kl_coef or lower --learning_rate")
             if update == 0:  # later updates have moved away from the policy that sampled
@@ -1335,8 +1366,8 @@ def main(args):
                     say(f"warning  sampler and trainer differ by {difference:.2g} in a log-prob: "
                         "what is learned is not what was sampled")
             log.metrics(step + 1, metrics)
-            log.progress(step + 1, sum(lengths), {
-                k: metrics[k] for k in ("reward", "loss", "entropy", "completions/mean_length")})
+            shown = ("reward", "loss", "entropy", "completions/mean_length")
+            log.progress(step + 1, sum(lengths), {k: metrics[k] for k in shown if k in metrics})
 
         # rollout boundary: the only place where a run can be cut without losing a rollout
         def due(every):

@@ -194,3 +194,14 @@ def test_the_example_learns_to_carry(tmp_path):
     metrics = run(dpo, tmp_path / "out", "--max_steps", 25, "--eval_steps", 25)
     first, last = (m["eval/accuracy"] for m in metrics if "eval/accuracy" in m)
     assert first < 0.3 and last > 0.8
+
+
+def test_falling_chosen_logprobs_are_said_aloud(tmp_path, capsys):
+    """The margin grows while the policy leaves both sides: without the NLL term a warning, with it none."""
+    flags = ["--eval_fraction", 0.02, "--max_completion_length", 0, "--max_steps", 6, "--eval_steps", 6]
+    run(dpo, tmp_path / "a", *flags)
+    assert "the policy leaves them too" not in capsys.readouterr().out
+    metrics = run(dpo, tmp_path / "b", *flags, "--sft_coef", 0, "--learning_rate", 1e-3)
+    assert "the policy leaves them too" in capsys.readouterr().out
+    first, last = (m["eval/logps/chosen"] for m in metrics if "eval/logps/chosen" in m)
+    assert last < first - 1

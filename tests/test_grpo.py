@@ -593,7 +593,7 @@ def test_the_loss_with_best_of_group_and_demonstrations_equals_the_formula_row_b
     want = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     assert (got - want).norm() / want.norm() < 1e-5
     close(tensor([metrics[0]["nll_loss"], metrics[0]["demo_fraction"], metrics[0]["best_fraction"]]),
-          tensor([nll.item() / tokens, replaced / 24, best / 96]), 1e-4)
+          tensor([nll.item() / tokens, replaced / 24, best / sequences]), 1e-4)
     assert metrics[0]["sampling/logprob_difference_max"] < 1e-4 and abs(metrics[0]["kl"]) < 1e-5
 
 
@@ -604,6 +604,32 @@ def test_the_gate_looks_at_correctness_alone_and_at_the_threshold():
     kept, metrics = grpo.demonstrate(groups, prompts, 2, 0.0, 1)
     assert [r.get("prompt") for r in kept] == [1, 1, 2, 2, None] and metrics == {"demo_fraction": 1 / 3}
     assert [r.get("prompt") for r in grpo.demonstrate(groups, prompts, 2, 0.5, 1)[0]] == [2, 2, None, None]
+    three_of_ten = [{"prompt": 0, "rewards": tensor([float(i < 3)])} for i in range(10)]  # in fp32 0.3 is more than 0.3
+    assert grpo.demonstrate(three_of_ten, prompts, 10, 0.3, 0)[1] == {"demo_fraction": 1}
+
+
+def test_the_gate_is_the_reward_that_tells_right_from_wrong_wherever_it_stands(tmp_path, capsys):
+    data = answers_file(tmp_path / "d.jsonl", range(24))
+    flags = ["--dataset_name", data, "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 1, "--demo_threshold", 0]
+    run(grpo, tmp_path / "a", *flags, "--reward_funcs", "format", "accuracy")
+    assert "a group's mean of 'accuracy' is at most 0" in capsys.readouterr().out
+
+
+def test_demonstrations_may_be_messages_and_are_checked(tmp_path):
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--demo_threshold", "0"])
+    tokenizer = common.load_tokenizer(args)
+    prompt = lambda demonstration: {"turns": [common.turn("user", "1+1=")], "row": {"demonstration": demonstration}, "place": "row 7"}
+    text, messages = prompt("2"), prompt([{"role": "assistant", "content": "2"}])
+    grpo.encode_demonstrations(args, tokenizer, [text, messages, prompt(None), prompt("")])
+    assert messages["demo_ids"].equal(text["demo_ids"]) and messages["demo_mask"].equal(text["demo_mask"])
+    assert tokenizer.decode(text["demo_ids"]) == "<|user|>1+1=<|end|><|assistant|>2<|end|>" and text["demo_mask"].sum() == 2
+    for bad, reason in ((42, "not a string but 42"), ([{"role": "user", "content": "2"}], "does not end with an answer"), (" ", "does not end")):
+        with pytest.raises(common.UserError, match=f"row 7: .*{reason}"):
+            grpo.encode_demonstrations(args, tokenizer, [text, prompt(bad)])
+    args.skip_bad_rows = True
+    grpo.encode_demonstrations(args, tokenizer, [text, prompt(42)])
+    with pytest.raises(common.UserError, match="no prompt has a demonstration in a column 'demonstration'"):
+        grpo.encode_demonstrations(args, tokenizer, [prompt(None)])
 
 
 def test_flat_groups_are_sampled_again_until_enough_vary(tmp_path, capsys):
@@ -663,12 +689,19 @@ def test_verification_by_hand():
 
 
 def test_evaluation_alone_leaves_no_model(tmp_path):
-    metrics = run(grpo, tmp_path / "out", "--max_steps", -1, "--num_train_epochs", 0, "--eval_samples", 4, "--eval_fraction", 0.003)
+    metrics = run(grpo, tmp_path / "out", "--num_train_epochs", 0, "--eval_samples", 4, "--eval_fraction", 0.003)  # whatever max_steps says
     assert [m["step"] for m in metrics] == [0] and sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.jsonl", "samples.jsonl"]
     m = metrics[0]
     assert m["eval/pass@1"] <= m["eval/pass@2"] <= m["eval/pass@4"] and m["eval/majority@4/low"] < m["eval/majority@4"] < m["eval/majority@4/high"]
     with pytest.raises(common.UserError, match="nothing to evaluate"):
-        run(grpo, tmp_path / "none", "--max_steps", -1, "--num_train_epochs", 0, "--eval_fraction", 0)
+        run(grpo, tmp_path / "none", "--num_train_epochs", 0, "--eval_fraction", 0)
+    metrics = run(grpo, tmp_path / "one", "--num_train_epochs", 0, "--eval_samples", 1, "--eval_fraction", 0.003)
+    assert metrics[0]["eval/pass@1"] == metrics[0]["eval/majority@1"]
+    (tmp_path / "r.py").write_text("def same(completions):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1="}\n' * 4 + '{"prompt": "2+1="}\n' * 4)
+    with pytest.raises(common.UserError, match="no held-out row has an `answer`"):
+        run(grpo, tmp_path / "two", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0.5, "--eval_samples", 2, "--reward_funcs",
+            f"{tmp_path}/r.py:same")
 
 
 # ---- learning ----------------------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n.startswith("sft") or n == "reward_model")) for n in CASES])
 def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, five_eval_rows):
     extra = {"grpo": ["--num_minibatches", 3, "--batch_size", 1], "dpo": ["--batch_size", 1], "ppo": ["--batch_size", 1]}  # fewer rows than processes
+    extra["grpo-demo"] = [*extra["grpo"], "--max_steps", 9]  # a process without rows in updates of several rollouts
     extra = extra.get(name, ["--lora_r", 4])
     two, _, _ = launch(tmp_path, name, 2, *CASES[name], *five_eval_rows, "--max_steps", 3, *extra)
     assert all(two[0]["weights"][n].equal(two[1]["weights"][n]) for n in two[0]["weights"])
@@ -139,8 +140,9 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(script, rows, tmp_pat
 
 
 LORA, FOUR = ["--lora_r", 4], ["--lora_r", 4, "--load_in_4bit"]
-SHARDED = [("sft", []), ("sft-fgm", ["--gradient_checkpointing", "--freeze_layers", 0.5]), ("sft-neftune", LORA), ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA), ("reward_model", []), ("grpo", []), ("grpo", FOUR), ("grpo-demo", []),
-           ("ppo", []), ("ppo", LORA), ("ppo", [*FOUR, "--share_trunk"])]
+SHARDED = [("sft", []), ("sft-fgm", ["--gradient_checkpointing", "--freeze_layers", 0.5]), ("sft-neftune", LORA),
+           ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA), ("reward_model", []), ("grpo", []), ("grpo", FOUR),
+           ("grpo-demo", []), ("ppo", []), ("ppo", LORA), ("ppo", [*FOUR, "--share_trunk"])]
 
 
 @pytest.mark.long
