@@ -280,11 +280,18 @@ class ChunkedLogprobs(torch.autograd.Function):
     """Log-prob, entropy and top-1 hit of N target tokens; the (N, V) logits are never whole in memory.
 
     z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
-    fp32. Backward recomputes z: d log p(y) / dz = onehot(y) - p. Entropy and hits are figures to look at and
-    carry no gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    fp32. Backward: d log p(y) / dz = onehot(y) - p, where p of the last chunk is still there and the others
+    are computed again. Entropy and hits are figures to look at and carry no gradient. hidden (N, d), weight
+    (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
 
-    CHUNK = 256  # rows of logits at once: enough for a fast matrix product
+    CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
+
+    @staticmethod
+    def chunks(hidden, weight):
+        """Row numbers, in equal parts that hold at most CHUNK logits each -> [(chunk,)]."""
+        count = max(1, math.ceil(len(hidden) * len(weight) / ChunkedLogprobs.CHUNK))
+        return torch.arange(len(hidden), device=hidden.device).tensor_split(count)
 
     @staticmethod
     def logits(hidden, weight, bias, temperature, out):
@@ -302,12 +309,12 @@ class ChunkedLogprobs(torch.autograd.Function):
         device = hidden.device.type  # autograd does not autocast a custom backward: cast by hand in both
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         ctx.temperature = temperature
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        w, (n, chunk) = weight.to(ctx.dtype), (len(targets), ChunkedLogprobs.CHUNK)
-        logprobs, entropy, hits = torch.empty(3, n, dtype=torch.float32, device=hidden.device)
-        out_z, out_p = torch.empty(2, min(n, chunk), len(w), dtype=torch.float32, device=hidden.device)
+        w, chunks = weight.to(ctx.dtype), ChunkedLogprobs.chunks(hidden, weight)
+        logprobs, entropy, hits = torch.empty(3, len(targets), dtype=torch.float32, device=hidden.device)
+        out_z, out_p = (torch.empty(len(chunks[0]), len(w), dtype=torch.float32, device=hidden.device)
+                        for _ in range(2))
         with torch.autocast(device, enabled=False):
-            for rows in torch.arange(n, device=hidden.device).split(chunk):
+            for rows in chunks:
                 z = ChunkedLogprobs.logits(hidden[rows].to(ctx.dtype), w, bias, temperature, out_z)
                 top, argmax = z.max(-1)
                 z -= top[:, None]
@@ -316,22 +323,27 @@ class ChunkedLogprobs(torch.autograd.Function):
                 logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
                 entropy[rows] = total.log() - torch.linalg.vecdot(p, z.clamp_(min=-1e30)) / total
                 hits[rows] = (argmax == targets[rows]).float()
+                p /= total[:, None]
+        ctx.save_for_backward(hidden, weight, bias, targets, p)
         ctx.mark_non_differentiable(entropy, hits)
         return logprobs, entropy, hits
 
     @staticmethod
     def backward(ctx, grad, _entropy, _hits):
-        hidden, weight, bias, targets = ctx.saved_tensors
-        w, (n, chunk) = weight.to(ctx.dtype), (len(targets), ChunkedLogprobs.CHUNK)
+        hidden, weight, bias, targets, p = ctx.saved_tensors
+        w, chunks = weight.to(ctx.dtype), ChunkedLogprobs.chunks(hidden, weight)
         d_hidden = torch.zeros_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        out = torch.empty(min(n, chunk), len(w), dtype=torch.float32, device=hidden.device)
+        size = len(chunks[0]) if chunks[1:] else 0
+        out = torch.empty(size, len(w), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in torch.arange(n, device=hidden.device).split(chunk):
+            for rows in reversed(chunks):
                 h, d_logprobs = hidden[rows].to(ctx.dtype), grad[rows, None] / ctx.temperature
-                z = ChunkedLogprobs.logits(h, w, bias, ctx.temperature, out)
-                dz = torch.softmax(z, -1, out=z).mul_(-d_logprobs)  # (onehot(y) - p) d_logprobs
+                if rows is not chunks[-1]:
+                    z = ChunkedLogprobs.logits(h, w, bias, ctx.temperature, out)
+                    p = torch.softmax(z, -1, out=z)
+                dz = p.mul_(-d_logprobs)  # (onehot(y) - p) d_logprobs
                 dz = dz.scatter_add_(-1, targets[rows, None], d_logprobs).to(ctx.dtype)
                 d_hidden[rows] = (dz @ w).to(hidden.dtype)
                 if d_weight is not None and dz.dtype == torch.float32:

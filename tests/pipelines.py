@@ -1,7 +1,8 @@
 """python tests/pipelines.py [--seed 0] [--output_dir out/pipelines]: the README's pipelines on the small example, one after the other.
 
 Each stage is a script as a user runs it, started from the model that the stage before it saved. Every model is then evaluated in
-the same way, by `grpo.py --num_train_epochs 0`: greedy answers to the same 200 held-out problems, and the majority of 8 samples.
+the same way, by `grpo.py --num_train_epochs 0 --eval_samples 8`: greedy answers to the same 200 held-out problems, and what a
+majority vote and the reward model make of 8 samples.
 """
 
 import argparse
@@ -16,12 +17,13 @@ ROOT, TINY = os.path.dirname(HERE), os.path.join(HERE, "tiny")
 # stage -> (script, the stage whose model it starts from, flags)
 STAGES = {
     "sft": ("sft", None, []),
+    "reward_model": ("reward_model", "sft", []),  # before all others: their evaluations ask it
     "dpo": ("dpo", "sft", []),
     "grpo": ("grpo", "sft", []),
     "grpo after dpo": ("grpo", "dpo", []),
-    "reward_model": ("reward_model", "sft", []),
     "ppo": ("ppo", "sft", ["--reward_funcs", "{reward_model}", "--kl_coef", "0.5"]),
 }
+COLUMNS = ["accuracy", "pass@1", "pass@8", "majority@8", "best_of@8", "weighted_vote@8"]
 PIPELINES = [["sft"], ["sft", "dpo"], ["sft", "grpo"], ["sft", "reward_model", "ppo"], ["sft", "dpo", "grpo after dpo"]]
 
 
@@ -52,18 +54,17 @@ def main():
         start = ["--model_name_or_path", model(before)] if before else []
         flags = [flag.format(reward_model=model("reward_model")) for flag in flags]
         seconds[stage] = run(command(script, folder(stage), args, *start, *flags))
-        if stage != "reward_model":
-            check = os.path.join(args.output_dir, "evaluation")
-            run(command("grpo", check, args, "--model_name_or_path", model(stage), "--max_steps", "-1", "--num_train_epochs", "0",
-                        "--eval_samples", "8"))
-            with open(os.path.join(check, "metrics.jsonl")) as file:
-                found[stage] = json.loads(file.readline())
-        print(f"{stage:15} {seconds[stage]:4.0f} s" + (f"  greedy {found[stage]['eval/accuracy']:.1%}" if stage in found else ""), flush=True)
-    print("\n| pipeline | s | greedy | pass@1 | majority of 8 |\n|---|---|---|---|---|")
+        print(f"{stage:15} {seconds[stage]:4.0f} s", flush=True)
+    for stage in dict.fromkeys(stages[-1] for stages in PIPELINES):
+        check = os.path.join(args.output_dir, "evaluation")
+        run(command("grpo", check, args, "--model_name_or_path", model(stage), "--num_train_epochs", "0", "--eval_samples", "8",
+                    "--reward_funcs", "accuracy", model("reward_model")))
+        with open(os.path.join(check, "metrics.jsonl")) as file:
+            found[stage] = json.loads(file.readline())
+    print("\n| pipeline | s |", " | ".join(COLUMNS), "|\n|---|---|" + "---|" * len(COLUMNS))
     for stages in PIPELINES:
-        m = found[stages[-1]]
-        print(f"| {' -> '.join(STAGES[s][0] for s in stages)} | {sum(seconds[s] for s in stages):.0f} | {m['eval/accuracy']:.1%} | "
-              f"{m['eval/pass@1']:.1%} | {m['eval/majority@8']:.1%} |")
+        figures = [f"{100 * found[stages[-1]][f'eval/{name}']:.1f}" for name in COLUMNS]
+        print("|", " -> ".join(STAGES[s][0] for s in stages), "|", f"{sum(seconds[s] for s in stages):.0f}", "|", " | ".join(figures), "|")
 
 
 if __name__ == "__main__":

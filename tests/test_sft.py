@@ -58,12 +58,17 @@ def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
 def test_chunks_change_nothing(monkeypatch):
     h, w, b = torch.randn(10, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.randn(20, requires_grad=True)
     y, outputs = torch.randint(0, 20, (10,)), []
-    for chunk in (256, 3):  # all at once; 3, 3, 3 and 1
+    for chunk, rows in ((2**25, [10]), (60, [3, 3, 2, 2]), (20, [1] * 10)):  # 200 logits in all
         monkeypatch.setattr(sft.ChunkedLogprobs, "CHUNK", chunk)
+        assert [len(c) for c in sft.ChunkedLogprobs.chunks(h, w)] == rows
         values = sft.ChunkedLogprobs.apply(h, w, b, y, 0.7)
         outputs.append([*values, *torch.autograd.grad(values[0], [h, w, b], torch.arange(10.0))])
-    for whole, cut in zip(*outputs):
-        torch.testing.assert_close(whole, cut, rtol=1e-5, atol=1e-5)
+    for whole, *cut in zip(*outputs):
+        for part in cut:
+            torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-5)
+    values[0].sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # the kept chunk is used up: no second backward
+        values[0].sum().backward()
 
 
 def test_log_probs_over_a_large_vocabulary_are_good_to_six_digits():
