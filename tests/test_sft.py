@@ -66,6 +66,7 @@ def test_chunks_change_nothing(monkeypatch):
     for whole, *cut in zip(*outputs):
         for part in cut:
             torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-5)
+    values = sft.ChunkedLogprobs.apply(h, w, b, y, 0.7)
     values[0].sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # the kept chunk is used up: no second backward
         values[0].sum().backward()
