@@ -472,7 +472,7 @@ def evaluate_attack(policy, model, examples, args, accelerator):
     """-> {"eval/loss_under_attack"}: evaluate's loss, over the same tokens, with the embeddings perturbed."""
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     model.eval()
-    # eval() switches checkpointing off: where it is needed, only one row at a time is sure to fit
+    # evaluation mode has no checkpointing: where that is needed, only one row at a time is sure to fit
     micro_batch_tokens = 1 if args.gradient_checkpointing else args.micro_batch_tokens
     for batch in micro_batches([len(e["input_ids"]) for e in examples], micro_batch_tokens,
                                accelerator.process_index, accelerator.num_processes):

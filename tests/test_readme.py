@@ -42,11 +42,12 @@ def test_line_counts_are_true(name):
 
 @pytest.mark.parametrize("name, flags", [
     ("sft", []), ("sft", ["--adversarial", "fgm"]), ("dpo", ["--max_completion_length", 8]), ("reward_model", []), ("grpo", ["--kl_coef", 0.1, "--num_generations", 2]),
+    ("grpo", ["--eval_samples", 2, "--best_fraction", 0.5, "--drop_flat_groups", "--temperature", 1.5]),
     ("ppo", ["--sft_dataset", os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.1])])
 def test_the_glossary_names_every_metric(name, flags, tmp_path):
     metrics = run(__import__(name), tmp_path, "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0.001, *flags)
     for key in {key for line in metrics for key in line} - {"step"}:
-        key = re.sub(r"rewards/\w+/", "rewards/<name>/", key)
+        key = re.sub(r"@\d+(/low|/high)?$", "@k", re.sub(r"rewards/\w+/", "rewards/<name>/", key))
         known = f"`{key}`" in README or (key.startswith("eval/") and f"`{key[5:]}`" in README)
         assert known, f"the README's glossary lacks {key}"
 
