@@ -12,6 +12,7 @@ import csv
 import difflib
 import glob
 import hashlib
+import html
 import importlib.util
 import json
 import logging
@@ -20,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import string
 import sys
 import time
 import warnings
@@ -37,7 +39,7 @@ import pandas
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, set_seed
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -845,6 +847,177 @@ def show_table(rows):
         say("  " + table.replace("\n", "\n  "))
 
 
+AUDIT_PAGE = string.Template(r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>$name, step $step</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"><style>
+:root { color-scheme: light dark; --ink: #15181d; --dim: #5d6673; --page: #fff; --card: #f6f7f9;
+  --line: #d5dae1; --up: 213 94 0; --down: 0 114 178 }
+@media (prefers-color-scheme: dark) { :root { --ink: #eceff3; --dim: #9aa5b4; --page: #14171b;
+  --card: #1d2127; --line: #39414c; --up: 240 120 30; --down: 60 150 225 } }
+body { margin: 0 auto; padding: 1.5rem 1rem 12rem; max-width: 62rem; background: var(--page);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: .95rem; margin: 0 0 .4rem }
+h2 small, .dim, summary, pre, dt { color: var(--dim); font-weight: 400; font-size: .85rem }
+pre, .tokens, td, dd, .key { font-family: ui-monospace, "DejaVu Sans Mono", monospace }
+pre, .tokens, dd { white-space: pre-wrap; overflow-wrap: anywhere }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
+  margin: 1rem 0 }
+.tokens, .key { margin: 0; line-height: 1.95; font-size: .92rem }
+p.key span { padding: 0 .5em; margin-right: .8em; white-space: nowrap }
+.tokens span { color: var(--dim); cursor: default; padding: .1em 0 } [data-m]:before { content: attr(data-m) }
+span.t { color: var(--ink); border-bottom: 2px dotted var(--dim); border-radius: 3px; margin-right: 1px }
+span.up { background: rgb(var(--up) / calc(var(--s) * .7)); border-bottom: 2px solid rgb(var(--up)) }
+span.dn { background: rgb(var(--down) / calc(var(--s) * .7)); border-bottom: 2px dashed rgb(var(--down)) }
+span.on, :focus-visible { outline: 3px solid var(--ink); outline-offset: 1px }
+summary { cursor: pointer; margin-top: .5rem } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .8rem }
+th, td { padding: .1rem .7rem; text-align: right; white-space: pre; border-bottom: 1px solid var(--line) }
+#panel { position: fixed; left: 0; right: 0; bottom: 0; padding: .6rem 1rem; background: var(--page);
+  border-top: 2px solid var(--ink); max-height: 45vh; overflow: auto }
+dl { margin: 0 auto; max-width: 62rem; display: grid; gap: .3rem 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) } dd { margin: 0 }
+</style></head><body>
+<h1>$name, step $step: loss <span id="loss">$loss</span></h1><pre>$formula</pre><p>$about</p>
+<p class="key"><span class="t up" style="--s:1">raises the loss</span>
+<span class="t dn" style="--s:1">lowers it</span>
+<span class="t">trained, no share</span><span class="dim">not trained</span>
+<span>▲ ratio clipped above</span><span>▼ below</span></p>
+<p class="dim">The colour grows with the square root of a share. Figures: hover, tap, or Tab to a row and the
+arrow keys.</p><details><summary>all arguments</summary><pre>$arguments</pre></details>
+$rows<aside id="panel" role="status" hidden></aside><script>
+const panel = document.getElementById('panel'), every = [...document.querySelectorAll('.tokens')];
+const token = e => e.target.closest && e.target.closest('.tokens span');
+function show(t) {
+  document.querySelectorAll('.on').forEach(x => x.classList.remove('on'));
+  t.classList.add('on');
+  const table = t.closest('article').querySelector('table'), list = document.createElement('dl');
+  const cells = table.tBodies[0].rows[[...t.parentNode.children].indexOf(t)].cells;
+  [...table.tHead.rows[0].cells].forEach((head, k) => {
+    const box = list.appendChild(document.createElement('div'));
+    box.appendChild(document.createElement('dt')).textContent = head.textContent;
+    box.appendChild(document.createElement('dd')).textContent = cells[k].textContent || '–';
+  });
+  panel.replaceChildren(list);
+  panel.hidden = false;
+}
+every.forEach(row => [...row.children].forEach((t, i) => t.tabIndex = i ? -1 : 0));
+for (const kind of ['pointerover', 'focusin', 'click'])
+  addEventListener(kind, e => token(e) && show(token(e)));
+addEventListener('keydown', e => {
+  if (e.key === 'Escape') panel.hidden = true;
+  if (!token(e)) return;
+  const row = token(e).parentNode, at = every.indexOf(row), first = row => row && row.firstElementChild;
+  const to = { ArrowRight: token(e).nextElementSibling, ArrowLeft: token(e).previousElementSibling,
+    ArrowDown: first(every[at + 1]), ArrowUp: first(every[at - 1]), Home: first(row),
+    End: row.lastElementChild }[e.key];
+  if (to) { e.preventDefault(); to.focus(); to.scrollIntoView({ block: 'center' }); }
+});
+</script></body></html>
+""")
+
+
+def token_texts(tokenizer, ids):
+    """Each token's own text; joined they are the whole. A character whose bytes are spread over several
+    tokens belongs to the last of them; the others are empty."""
+    def decode(start, end):
+        return tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+    texts, before, start = [], 0, 0  # decoded with what comes before: alone, a token may lose its space
+    for end in range(1, len(ids) + 1):
+        text = decode(before, end)[len(decode(before, start)):]
+        half = text.endswith("\ufffd") and end - start < 4 and end < len(ids)
+        texts.append("" if half else text)
+        before, start = (before, start) if half else (start, end)
+    return texts
+
+
+def audit_row(title, note, texts, columns, greatest):
+    """One row of the page: its tokens as text (T,), and a table of {name: (T-1,) numbers} -> HTML."""
+    def symbols(text, kinds):  # control characters and white space as something to see
+        return re.sub(kinds, lambda c: {"\n": "⏎", " ": "␣"}.get(c[0], chr(0x2400 + ord(c[0]))), text)
+    spans, lines = [], ["".join(f"<th>{html.escape(name)}" for name in ("#", "token", *columns))]
+    for t, text in enumerate(texts):
+        seen = {name: values[t - 1] if t else 0 for name, values in columns.items()}
+        share, clipped = seen["share"], int(seen.get("clipped", 0))
+        kind = "t up" if share > 0 else "t dn" if share < 0 else "t" if seen["mask"] else ""
+        mark = ("", "▲", "▼")[clipped] + symbols("".join(re.findall("[\n\t]", text)), "[\n\t]")
+        mark += "" if text else "◌"
+        spans.append("<span" + (f' class="{kind}"' if kind else "") + (f' data-m="{mark}"' if mark else "")
+                     + (f' style="--s:{math.sqrt(abs(share) / greatest):.2f}"' if share else "")
+                     + ">" + html.escape(symbols(text, "[\0-\x08\x0b-\x1f]")) + "</span>")
+        cells = [("", "▲ above", "▼ below")[clipped] if name == "clipped" else
+                 f"{value:.{9 if name == 'share' else 6}g}" if seen["mask"] or name in ("mask", "share")
+                 else "" for name, value in seen.items()]
+        lines.append("".join(f"<td>{cell}" for cell in (t, html.escape(symbols(text, "[\0- ]")), *cells)))
+    return (f'<article><h2>{title} <small>{html.escape(note)}</small></h2><p class="tokens" role="group" '
+            f'aria-label="tokens of {title}">{"".join(spans)}</p><details><summary>all figures, as a table'
+            f'</summary><div class="scroll"><table><thead><tr>{lines[0]}<tbody><tr>'
+            + "\n<tr>".join(lines[1:]) + "</table></div></details></article>\n")
+
+
+class Audit:
+    """--audit FILE.html: what the loss sees of every token of one step, as a page, instead of a training run.
+
+    The loop adds the very tensors that it sums into its loss: the page cannot differ from what trains.
+    """
+
+    ROWS = 64  # rows shown in full; of the others the sum is stated
+
+    def __init__(self, accelerator, args, tokenizer, start_step, total_steps):
+        self.accelerator, self.args, self.tokenizer, self.rows = accelerator, args, tokenizer, []
+        self.step = args.audit_step or start_step + 1
+        require(not args.audit or start_step < self.step <= total_steps,
+                f"--audit_step {self.step}: this command makes the steps {start_step + 1} to {total_steps}")
+
+    def due(self, step):
+        """Whether update `step` (0, 1, ...) is the one to be shown."""
+        return bool(self.args.audit) and step + 1 == self.step
+
+    def add(self, numbers, ids, loss_mask, share, columns, notes=None, constants=None):
+        """A micro-batch of B rows: their numbers in the step (of an idle process none), tokens, and (B, T-1)
+        tensors: what each token adds to the step's loss, and `columns` by name; constants (B,) is what a row
+        adds at no token."""
+        columns = {name: x.detach().cpu().double().expand(loss_mask.shape).tolist()
+                   for name, x in {"mask": loss_mask, **columns, "share": share}.items()}
+        constants = [0.0] * len(ids) if constants is None else constants.tolist()
+        for b, number in enumerate(numbers):
+            row = [int(i) for i in ids[b]]
+            self.rows.append((number, notes[b] if notes else "", row, constants[b],
+                              {name: x[b][:len(row) - 1] for name, x in columns.items()}))
+
+    def write(self, loss, about):
+        """Writes the page, `about` on it: how the shares are made. UserError if they do not add up to the
+        loss that the step reports."""
+        rows = sorted(gather_object(self.rows), key=lambda row: row[0])
+        parts = [math.fsum([constant, *columns["share"]]) for *_, constant, columns in rows]
+        total = math.fsum(parts)
+        require(abs(total - loss) <= 1e-6 * max(1, abs(loss)), f"--audit: the tokens' shares add up to "
+                f"{total} and the loss of step {self.step} is {loss}; the page was not written")
+        if self.accelerator.is_main_process:
+            with (explain(f"--audit {self.args.audit}", OSError),
+                  open(self.args.audit, "w", encoding="utf-8", newline="\n") as file):
+                file.write(self.page(rows, parts, loss, about))
+        say(f"audit    wrote {self.args.audit}: {len(rows)} rows of step {self.step}, loss {loss:.6g}; "
+            "nothing was trained or saved")
+
+    def page(self, rows, parts, loss, about):
+        """-> the HTML: one file that loads nothing, and has its tables without JavaScript too."""
+        module, rest = sys.modules[type(self.args).__module__], parts[self.ROWS:]
+        formula = re.search(r"Objective\s+(.*?)\nShapes", module.__doc__ or "", re.DOTALL)
+        greatest = max((abs(x) for row in rows[:self.ROWS] for x in row[4]["share"]), default=0) or 1
+        body = [audit_row(f"row {number + 1}", f"{note}adds {part:.6g} to the loss"
+                          + (f", of which {constant:.6g} at no token" if constant else ""),
+                          token_texts(self.tokenizer, ids), columns, greatest)
+                for (number, note, ids, constant, columns), part in zip(rows[:self.ROWS], parts)]
+        if rest:
+            body.append(f'<p>{len(rest)} more rows add <span id="rest">{math.fsum(rest):.9g}</span>.</p>')
+        return AUDIT_PAGE.substitute(
+            name=os.path.basename(module.__file__), step=self.step, loss=f"{loss:.9g}", rows="".join(body),
+            formula=html.escape(re.sub("\n +", "\n", formula[1] if formula else "")),
+            about=html.escape(about), arguments=html.escape(
+                json.dumps(asdict(self.args), indent=1, ensure_ascii=False)))
+
+
 def check_tracker(log_with):
     """accelerate would go on unlogged when the package is missing; this raises UserError."""
     require(log_with is None or importlib.util.find_spec(log_with),
@@ -856,7 +1029,8 @@ class RunLog:
 
     def __init__(self, accelerator, args, total_steps, start_step):
         self.accelerator, self.args, self.total, self.start = accelerator, args, total_steps, start_step
-        self.main, self.since, self.tokens = accelerator.is_main_process, time.time(), 0
+        self.main = accelerator.is_main_process and not args.audit  # an audit leaves every run as it is
+        self.since, self.tokens, self.track = time.time(), 0, args.log_with and not args.audit
         if self.main:
             for path in (os.path.join(args.output_dir, name) for name in OUTPUTS):
                 if start_step == 0:  # a new run: what an earlier one left goes only now
@@ -869,7 +1043,7 @@ class RunLog:
                 json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
         if start_step == total_steps > 0:
             say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
-        if args.log_with:
+        if self.track:
             accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
                         disable=not (self.main and sys.stderr.isatty()))
@@ -881,7 +1055,7 @@ class RunLog:
 
     def metrics(self, step, values):
         self.write("metrics.jsonl", {"step": step, **values})
-        if self.args.log_with and (step % self.args.logging_steps == 0
+        if self.track and (step % self.args.logging_steps == 0
                                    or any(k.startswith("eval/") for k in values)):
             self.accelerator.log(values, step=step)
 
@@ -899,7 +1073,7 @@ class RunLog:
 
     def close(self):
         self.bar.close()
-        if self.args.log_with:
+        if self.track:
             self.accelerator.end_training()
 
 
@@ -1177,7 +1351,7 @@ def like(value, parameter):
 # (but for micro_batch_tokens where there is dropout, whose draws depend on the cut).
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
-              "gradient_checkpointing", "merge", "reward_timeout"}
+              "gradient_checkpointing", "merge", "reward_timeout", "audit", "audit_step"}
 OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
 
 
@@ -1191,9 +1365,15 @@ def open_run(args):
     require(trains_adapter(args) or not args.load_in_4bit,
             "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
     require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
-    with explain(f"--output_dir {args.output_dir}", OSError):
-        os.makedirs(args.output_dir, exist_ok=True)
-    require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
+    require(args.audit or not args.audit_step, "--audit_step is the step to show: add --audit FILE.html")
+    if args.audit:  # output_dir is only read, where there is something to resume
+        folder = os.path.dirname(args.audit) or "."
+        require(args.audit.endswith(".html") and os.access(folder, os.W_OK),
+                f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
+    else:
+        with explain(f"--output_dir {args.output_dir}", OSError):
+            os.makedirs(args.output_dir, exist_ok=True)
+        require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
     if args.resume_from_checkpoint is None:
         _check_free(args)
         return None
@@ -1216,6 +1396,8 @@ def _check_free(args, started=False):
 
     `started`: to be resumed, but killed before its first checkpoint; such a run has no model/ yet.
     """
+    if args.audit:  # replaces nothing
+        return
     used = [n for n in OUTPUTS if os.path.exists(os.path.join(args.output_dir, n))]
     started = started and not {"model", "merged"}.intersection(used)
     require(not used or args.overwrite_output_dir or started,
@@ -1282,6 +1464,8 @@ def save_checkpoint(accelerator, args, state, model, optimizer, name=None, extra
     tensors.safetensors holds the trained weights, the optimizer's moments and `extra` tensors; state.json the
     scalars, the arguments and the SHA-256 of the tensors' file.
     """
+    if args.audit:
+        return
     folder = os.path.join(args.output_dir, "checkpoints")
     tensors, scalars = trained_state(model, optimizer)
     require(all(t.isfinite().all() for t in tensors.values()), f"step {state['step']}: the weights are no "

@@ -99,6 +99,8 @@ class Args:
     logging_steps: int = HfArg(default=10, help="steps between printed/tracked lines; metrics.jsonl has all")
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"],
                                                                         help="tracker")
+    audit: str | None = HfArg(default=None, help="only write what the loss sees of each token as FILE.html")
+    audit_step: int | None = HfArg(default=None, help="audit: the step shown; default: the first")
     merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
 
     def __post_init__(self):
@@ -340,10 +342,11 @@ def stream(*key):
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 def pair_logprobs(policy, pairs, device):
-    """-> (seq_logprobs, lengths), both (2, B): sums over the completion, and its number of tokens."""
+    """-> (seq_logprobs, lengths, logprobs): (2, B) sums over the completion, (2, B) its number of tokens,
+    and what is summed, (2B, T-1)."""
     input_ids, loss_mask = collate(both_sides(pairs), device)
-    logprobs, _, _ = policy(input_ids, loss_mask)  # (2B, T-1)
-    return logprobs.sum(-1).view(2, -1), loss_mask.sum(-1).view(2, -1)  # 0 where the mask is 0
+    logprobs, _, _ = policy(input_ids, loss_mask)  # (2B, T-1), 0 where the mask is 0
+    return logprobs.sum(-1).view(2, -1), loss_mask.sum(-1).view(2, -1), logprobs
 
 
 FIGURES = ("dpo_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -365,6 +368,40 @@ def pair_figures(policy_logprobs, ref_logprobs, lengths, args):
     return dpo_losses + args.sft_coef * nll, figures
 
 
+SHARES = ("A pair's loss is no sum over tokens. What it is at a margin of 0 (ln 2 for sigmoid) belongs to no "
+          "token and is stated at the chosen row; the rest goes to the tokens of both rows, each in "
+          "proportion to what it adds to the margin: integrated gradients on the straight path from the "
+          "reference. With --sft_coef a chosen token also adds its - log p over its row's tokens.")
+
+
+@torch.no_grad()
+def pair_shares(logprobs, ref_logprobs, loss_mask, policy_sums, ref_sums, args):
+    """What each token adds to the losses of B pairs -> (log-ratios, shares (2B, T-1) fp64, constants (2B,)).
+
+    c_t / m (L(m) - L(0)),  m = sum_t c_t,  c_t = +- (log pi - log ref) of a token, over the length for ipo;
+    L(0) is the constant, of the chosen row. For m -> 0 the factor is dL/dm. Log-probs and mask (2B, T-1),
+    the sums that the loss was given (2, B). Log-ratios 2 and 1 (chosen), 0 (rejected) and beta 0.1: L(0) =
+    0.6931, L(3) = 0.5544, shares -0.0925 and -0.0462.
+    """
+    def of(margins):
+        zeros = torch.zeros_like(margins)
+        return dpo_loss(margins, zeros, zeros, zeros, args.beta, args.loss_type, args.label_smoothing)[0]
+    B, lengths = len(logprobs) // 2, loss_mask.sum(-1, keepdim=True).cpu().double()  # (2B, 1)
+    logprobs, ref_logprobs, policy_sums, ref_sums = (
+        x.cpu().double() for x in (logprobs, ref_logprobs, policy_sums, ref_sums))  # fp64 is not everywhere
+    logratios = logprobs - ref_logprobs
+    rounding = (policy_sums - ref_sums).view(-1, 1) - logratios.sum(-1, keepdim=True)  # of the fp32 sums
+    logratios = logratios + loss_mask.cpu() * rounding / lengths
+    parts = logratios / (lengths if args.loss_type == "ipo" else 1)  # c_t
+    parts[B:] *= -1
+    margins = parts.sum(-1).view(2, B).sum(0)  # (B,)
+    margins = torch.where(margins.abs() > 1e-6, margins, 1e-6)
+    constants = of(torch.zeros_like(margins))
+    shares = parts * ((of(margins) - constants) / margins).repeat(2)[:, None]
+    shares[:B] -= args.sft_coef * logprobs[:B] / lengths[:B]
+    return logratios, shares, torch.cat([constants, torch.zeros_like(constants)])
+
+
 @torch.no_grad()
 def reference_logprobs(reference, pairs, args, accelerator):
     """One pass over all pairs -> (N, 2) on the CPU: chosen and rejected, the same on every process."""
@@ -373,7 +410,7 @@ def reference_logprobs(reference, pairs, args, accelerator):
                                accelerator.num_processes):
         if batch:
             with accelerator.autocast():
-                sums, _ = pair_logprobs(reference, [pairs[i] for i in batch], accelerator.device)
+                sums, _, _ = pair_logprobs(reference, [pairs[i] for i in batch], accelerator.device)
             mine += zip(batch, sums.T.cpu())
     return torch.stack([row for _, row in sorted(gather_object(mine), key=lambda item: item[0])])
 
@@ -387,8 +424,8 @@ def evaluate(policy, model, pairs, ref_of, args, accelerator, tokenizer, stop_id
                                accelerator.num_processes):
         if batch:
             with accelerator.autocast():
-                sums, lengths = pair_logprobs(policy, [pairs[i] for i in batch], accelerator.device)
-                losses, figures = pair_figures(sums, ref_of([pairs[i] for i in batch]), lengths, args)
+                sums, lengths, _ = pair_logprobs(policy, [pairs[i] for i in batch], accelerator.device)
+                losses, figures = pair_figures(sums, ref_of([pairs[i] for i in batch])[0], lengths, args)
             totals[:9] += torch.cat([losses[None], figures]).sum(-1)
     asked = [p for p in pairs if p.get("answer") is not None]
     lengths = [len(p["prompt_ids"]) + args.max_completion_length for p in asked]
@@ -482,11 +519,13 @@ def main(args):
     lora = common.trains_adapter(args)
     if args.learning_rate is None:
         args.learning_rate = 1e-5 if lora else 1e-6
-    if args.precompute_ref_log_probs is None:
+    if args.audit:
+        args.precompute_ref_log_probs = False  # the page shows the reference's tokens, not only their sum
+    elif args.precompute_ref_log_probs is None:
         args.precompute_ref_log_probs = not lora or accelerator.is_fsdp2
     require(args.precompute_ref_log_probs or not lora or not accelerator.is_fsdp2,
             "under FSDP an adapter cannot be switched off in the middle of a step: leave out "
-            "--precompute_ref_log_probs False")
+            "--precompute_ref_log_probs False and --audit")
     checkpoint = common.open_run(args)
 
     # data: all of it is read, checked and tokenized before the model is loaded
@@ -523,21 +562,23 @@ def main(args):
         for pair, row in zip(train + held, kept["ref_logprobs"], strict=True):
             pair["ref_logprobs"] = row
     log = common.RunLog(accelerator, args, total_steps, state["step"])
+    audit = common.Audit(accelerator, args, tokenizer, state["step"], total_steps)
     interrupt = common.Interrupt()
     say(f"train    {total_steps} steps of {args.batch_size} pairs ({steps_per_epoch} an epoch), "
         f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
         f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
     def ref_logprobs_of(pairs):
-        """B pairs -> (2, B): the reference's summed log-probs of both sides."""
+        """B pairs -> (2, B): the reference's summed log-probs of both sides; and by token, where not
+        precomputed."""
         if args.precompute_ref_log_probs:
-            return torch.stack([p["ref_logprobs"] for p in pairs], 1).to(accelerator.device)
+            return torch.stack([p["ref_logprobs"] for p in pairs], 1).to(accelerator.device), None
         with torch.no_grad(), use_reference(), accelerator.autocast():
-            return pair_logprobs(reference, pairs, accelerator.device)[0]
+            return pair_logprobs(reference, pairs, accelerator.device)[::2]
 
     def report():
         """Evaluates, prints and logs."""
-        if held:
+        if held and not args.audit:
             with common.unsharded(policy):
                 metrics, table = evaluate(policy, model, held, ref_logprobs_of, args, accelerator, tokenizer,
                                           stop_ids)
@@ -568,12 +609,20 @@ def main(args):
         for i, batch in enumerate(batches):
             part = [pairs[j] for j in batch] or pairs[:1]
             counts = float(bool(batch))  # a process without pairs takes part with a pass that weighs nothing
-            ref_logprobs = ref_logprobs_of(part)  # (2, B); first, since it may switch adapters
+            ref_logprobs, ref_tokens = ref_logprobs_of(part)  # (2, B); first, since it may switch adapters
             with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
-                policy_logprobs, lengths = pair_logprobs(policy, part, accelerator.device)
+                policy_logprobs, lengths, tokens = pair_logprobs(policy, part, accelerator.device)
                 losses, figures = pair_figures(policy_logprobs, ref_logprobs, lengths, args)
                 # DDP averages over the processes: undo its division
                 accelerator.backward(counts * losses.sum() * accelerator.num_processes / trained_pairs)
+            if audit.due(step):
+                _, loss_mask = collate(both_sides(part), accelerator.device)
+                logratios, shares, constants = pair_shares(tokens, ref_tokens, loss_mask, policy_logprobs,
+                                                           ref_logprobs, args)
+                audit.add([*batch, *batch], [e["input_ids"] for e in both_sides(part)], loss_mask,
+                          shares / trained_pairs, {"log-prob": tokens, "reference log-prob": ref_tokens,
+                                                   "reward": args.beta * logratios},
+                          ["chosen, "] * len(part) + ["rejected, "] * len(part), constants / trained_pairs)
             totals[:9] += counts * torch.cat([losses.detach()[None], figures]).sum(-1)
         grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
         *figures, stop = accelerator.reduce(totals, "sum").tolist()
@@ -582,6 +631,8 @@ def main(args):
                 f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on pairs "
                 f"{rows_of_step[:8]} ... of the training data; this update was not made, and the checkpoints "
                 "are whole. Try a lower --learning_rate")
+        if audit.due(step):
+            return audit.write(loss, SHARES)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, args)
         optimizer.step()

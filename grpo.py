@@ -137,6 +137,8 @@ class Args:
     logging_steps: int = HfArg(default=1, help="steps between printed/tracked lines; metrics.jsonl has all")
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"],
                                                                         help="tracker")
+    audit: str | None = HfArg(default=None, help="only write what the loss sees of each token as FILE.html")
+    audit_step: int | None = HfArg(default=None, help="audit: the step shown; default: the first")
     merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
 
     def __post_init__(self):
@@ -1188,6 +1190,7 @@ def main(args):
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
+    audit = common.Audit(accelerator, args, tokenizer, state["step"], total_steps)
     interrupt, warned, said, flat_rollouts = common.Interrupt(), set(), set(), 0
     if args.importance_sampling_level == "sequence" and args.epsilon > 0.01:
         say(f"warning  --epsilon {args.epsilon:g} never clips a ratio of whole sequences: 3e-4 is usual")
@@ -1197,7 +1200,7 @@ def main(args):
 
     def report():
         """Evaluates, prints, logs, and writes every completion to samples.jsonl."""
-        if held:
+        if held and not args.audit:
             step = state["step"]
             with common.unsharded(policy):
                 metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards,
@@ -1338,6 +1341,19 @@ def main(args):
                     totals[3:6] += torch.stack([low.sum(), high.sum(), (low | high).sum()])
                     difference = logprobs - pad_masked(part, "sampled_logprobs", sample_mask)
                     worst = torch.stack([(ratio - 1).abs().max(), difference.abs().max()]).maximum(worst)
+                if audit.due(step):
+                    columns = {"log-prob": all_logprobs, "old log-prob": old_logprobs, "ratio": ratio,
+                               "clipped": high.float() - low.float(), "advantage": advantages[:, None]}
+                    if reference:
+                        ref_logprobs = pad_masked(part, "ref_logprobs", sample_mask)
+                        columns |= {"reference log-prob": ref_logprobs, "kl": k3}
+                    audit.add([shuffled[minibatch::args.num_minibatches][j] for j in batch],
+                              [r["input_ids"] for r in part], loss_mask,
+                              weights[:, None] * token_loss - nll_weights[:, None] * all_logprobs,
+                              columns | {"loss": token_loss, "weight": weights[:, None],
+                                         "NLL weight": nll_weights[:, None]},
+                              [f"score {r['score']:.4g}, " if r["sampled"] else "demonstration, "
+                               for r in part])
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(),
                                                     args.max_grad_norm or math.inf).item()
             loss, entropy, kl, low, high, either, stop, nll = accelerator.reduce(totals, "sum").tolist()
@@ -1346,6 +1362,10 @@ def main(args):
                     f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
                     f"rollout of {prompts[0]['place']} ...; this update was not made, and the checkpoints "
                     "are whole. Try a lower --learning_rate")
+            if audit.due(step):
+                return audit.write(loss, "A token's share is weight x loss (the clipped surrogate, negated, "
+                                   "and kl_coef ratio k3) - NLL weight x log p. Rows stand in the order of "
+                                   "the rollout, a prompt's completions together.")
             tokens = max(trained_tokens, 1)
             require(step > 0 or not reference or kl / tokens < (0.05 if args.bf16 else 1e-4),
                     f"the policy starts {kl / tokens:.2g} nats a token away from its reference, not at it")

@@ -144,6 +144,8 @@ class Args:
     logging_steps: int = HfArg(default=1, help="steps between printed/tracked lines; metrics.jsonl has all")
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"],
                                                                         help="tracker")
+    audit: str | None = HfArg(default=None, help="only write what the loss sees of each token as FILE.html")
+    audit_step: int | None = HfArg(default=None, help="audit: the step shown; default: the first")
     merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
 
     def __post_init__(self):
@@ -1068,9 +1070,10 @@ def add_advantages(records, args, kl_coef):
     rewards = per_token_rewards(scores, kl, loss_mask, kl_coef)
     advantages, returns = gae(rewards, values, loss_mask, args.gamma, args.gae_lambda)
     whitened = whiten(advantages, loss_mask)
-    for record, a, r in zip(records, whitened, returns):
+    for record, a, r, token_rewards in zip(records, whitened, returns, rewards):
         length = len(record["input_ids"]) - 1
         record["advantages"], record["returns"] = a[:length], r[:length]
+        record["token_rewards"] = token_rewards[:length]
     metrics = {"score": scores.mean().item(), "score_std": scores.std(correction=0).item(),
                "rlhf_reward": rewards.sum(-1).mean().item()}
     if args.kl_coef > 0:
@@ -1187,6 +1190,7 @@ def main(args):
         common.restore(module, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
+    audit = common.Audit(accelerator, args, tokenizer, state["step"], total_steps)
     interrupt, warned, flat_rollouts = common.Interrupt(), set(), 0
     say(f"train    {num_rollouts} rollouts of {args.batch_size} prompts x {args.num_generations} "
         f"completion(s), {updates} update(s) each; learning rate {args.learning_rate:g} "
@@ -1194,7 +1198,7 @@ def main(args):
 
     def report():
         """Evaluates, prints, logs, and writes every completion to samples.jsonl."""
-        if held:
+        if held and not args.audit:
             step = state["step"]
             with common.unsharded(policy):
                 metrics, records = evaluate(model, held, args, accelerator, tokenizer, stop_ids, rewards,
@@ -1284,6 +1288,10 @@ def main(args):
                         nll = -logprobs.sum() / sft_tokens
                         accelerator.backward(args.sft_coef * nll * accelerator.num_processes)
                     totals[6] += nll.detach()
+                    if audit.due(step):
+                        audit.add([len(records) + j for j in batch], [e["input_ids"] for e in part],
+                                  loss_mask, -args.sft_coef * logprobs / sft_tokens, {"log-prob": logprobs},
+                                  ["demonstration, "] * len(part))
             if demonstrations and not accelerator.is_fsdp2:  # whose shards have no gradient yet
                 trained = [p for p in module.parameters() if p.requires_grad]
                 sft_gradient = [accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad.clone(),
@@ -1310,6 +1318,18 @@ def main(args):
                                                low.sum(), high.sum(), (low | high).sum()])
                     difference = logprobs - pad_masked(part, "sampled_logprobs", loss_mask)
                     worst = torch.stack([(ratio - 1).abs().max(), difference.abs().max()]).maximum(worst)
+                if audit.due(step):
+                    ref_logprobs, token_rewards = (pad_masked(part, name, loss_mask)
+                                                   for name in ("ref_logprobs", "token_rewards"))
+                    share = (policy_losses + args.vf_coef * value_losses) / trained_tokens
+                    audit.add([shuffled[minibatch::args.num_minibatches][j] for j in batch],
+                              [r["input_ids"] for r in part], loss_mask, share,
+                              {"log-prob": logprobs, "old log-prob": old_logprobs, "ratio": ratio,
+                               "clipped": high.float() - low.float(), "reference log-prob": ref_logprobs,
+                               "kl": kl_k1(old_logprobs, ref_logprobs), "reward": token_rewards,
+                               "old value": values, "value": new_values, "return": returns,
+                               "advantage": advantages, "policy loss": policy_losses,
+                               "value loss": value_losses}, [f"score {r['score']:.4g}, " for r in part])
             if demonstrations and not accelerator.is_fsdp2:
                 ppo_grad_norm = torch.stack(
                     [(p.grad - g).norm() for p, g in zip(trained, sft_gradient)]).norm().item()
@@ -1324,6 +1344,11 @@ def main(args):
                     f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
                     f"rollout of {prompts[0]['place']} ...; this update was not made, and the checkpoints "
                     "are whole. Try a lower --learning_rate, or --score_clip")
+            if audit.due(step):
+                return audit.write(loss, f"A token's share is (policy loss + {args.vf_coef:g} value loss) "
+                                   f"over the {trained_tokens} tokens of the minibatch; of a demonstration's "
+                                   "token sft_coef x - log p over the demonstrations' tokens. Rows stand in "
+                                   "the order of the rollout.")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, total_steps, args)
             optimizer.step()

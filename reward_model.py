@@ -90,6 +90,8 @@ class Args:
     logging_steps: int = HfArg(default=10, help="steps between printed/tracked lines; metrics.jsonl has all")
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"],
                                                                         help="tracker")
+    audit: str | None = HfArg(default=None, help="only write what the loss sees of each token as FILE.html")
+    audit_step: int | None = HfArg(default=None, help="audit: the step shown; default: the first")
     merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
 
     def __post_init__(self):
@@ -370,6 +372,7 @@ def main(args):
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
+    audit = common.Audit(accelerator, args, tokenizer, state["step"], total_steps)
     interrupt = common.Interrupt()
     say(f"train    {total_steps} steps of {args.batch_size} {'rows' if names else 'pairs'} "
         f"({steps_per_epoch} an epoch), learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
@@ -377,7 +380,7 @@ def main(args):
 
     def report():
         """Evaluates, prints and logs."""
-        if held:
+        if held and not args.audit:
             with common.unsharded(scorer):
                 metrics = evaluate(scorer, model, held, names, args, accelerator, pad_id)
             log.metrics(state["step"], metrics)
@@ -407,6 +410,17 @@ def main(args):
                 # DDP averages over the processes: undo its division
                 accelerator.backward(counts * losses.sum() * accelerator.num_processes / trained)
             scores = scores.detach()  # of pairs (2, B), of scored rows (B, K)
+            if audit.due(step):
+                rows = flat_rows(part)
+                _, lengths = collate(rows, pad_id, accelerator.device)
+                end = F.one_hot(lengths - 2)  # (N, T-1), 1 at the last token, where the score is read
+                shares = (losses * len(part) / len(rows) / trained).repeat(len(rows) // len(part))  # (N,)
+                columns = {"score": scores.view(-1, 1)} if not names else {
+                    f"{what} {name}": x[:, None] for k, name in enumerate(names) for what, x in (
+                        ("score", scores[:, k]), ("given", torch.stack([e["targets"] for e in part])[:, k]))}
+                audit.add([*batch] * (len(rows) // len(part)), [r["input_ids"] for r in rows], end,
+                          end * shares[:, None], columns, None if names else
+                          ["chosen, "] * len(part) + ["rejected, "] * len(part))
             difference = scores.new_zeros(1) if names else scores[0] - scores[1]
             totals[:4] += counts * torch.stack([
                 losses.detach().sum(), (difference > 0).sum(), difference.sum(),
@@ -418,6 +432,9 @@ def main(args):
                 f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on rows "
                 f"{rows_of_step[:8]} ... of the training data; this update was not made, and the checkpoints "
                 "are whole. Try a lower --learning_rate")
+        if audit.due(step):
+            return audit.write(loss, "A score is read at a row's last token: the row's loss lies there. Of a "
+                               "pair's loss, its centring term included, each of the two has half.")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, args)
         optimizer.step()

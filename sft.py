@@ -104,6 +104,8 @@ class Args:
     logging_steps: int = HfArg(default=10, help="steps between printed/tracked lines; metrics.jsonl has all")
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = HfArg(default=None, aliases=["--report_to"],
                                                                         help="tracker")
+    audit: str | None = HfArg(default=None, help="only write what the loss sees of each token as FILE.html")
+    audit_step: int | None = HfArg(default=None, help="audit: the step shown; default: the first")
     merge: bool = HfArg(default=False, help="also write merged/: the adapter merged into its base")
 
     def __post_init__(self):
@@ -588,6 +590,7 @@ def main(args):
         if not os.path.isdir(best):  # resumed into another output_dir
             state["best_loss"] = math.inf
     log = common.RunLog(accelerator, args, total_steps, state["step"])
+    audit = common.Audit(accelerator, args, tokenizer, state["step"], total_steps)
     interrupt = common.Interrupt()
     passes = 2 if args.adversarial == "fgm" else 1  # fgm's second pass is on E + r; both gradients add up
     say(f"train    {total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch), "
@@ -599,7 +602,7 @@ def main(args):
 
     def report():
         """Evaluates, prints, logs, and keeps the weights if they are the best so far."""
-        if not held:
+        if not held or args.audit:
             return
         with common.unsharded(policy):
             metrics, table = evaluate(policy, model, held, args, accelerator, tokenizer, stop_ids)
@@ -641,9 +644,13 @@ def main(args):
                 last = i == len(batches) - 1 and attack == passes - 1
                 with nullcontext() if last else accelerator.no_sync(policy), perturbed(model, delta) as seen:
                     logprobs, _, hits = policy(input_ids, loss_mask)
-                    loss = sft_loss(logprobs, loss_mask).sum()
+                    losses = sft_loss(logprobs, loss_mask)  # (B, T-1)
+                    loss = losses.sum()
                     # DDP averages over the processes: undo it
                     accelerator.backward(loss * accelerator.num_processes / trained_tokens)
+                if audit.due(step) and attack == 0:
+                    audit.add(batch, [e["input_ids"] for e in some], loss_mask, losses / trained_tokens,
+                              {"log-prob": logprobs, "loss": losses})
                 totals[2 * attack:2 * attack + 2] += torch.stack([loss.detach(), hits.sum()])
                 if attack < passes - 1:
                     delta = fgm_delta(delta.grad, seen[0], real, args.adversarial_epsilon)
@@ -654,6 +661,11 @@ def main(args):
                 f"{grad_norm}, on rows {order[at * args.batch_size:(at + 1) * args.batch_size][:8]} ... of "
                 "the training data; this update was not made, and the checkpoints are whole. "
                 "Try a lower --learning_rate")
+        if audit.due(step):
+            return audit.write(loss_sum / trained_tokens, "A token's share is its - log p over the step's "
+                               f"{trained_tokens} trained tokens" + {
+                                   "fgm": "; this is the clean pass, and not the one under attack.",
+                                   "neftune": ", under noise.", None: "."}[args.adversarial])
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, args)
         optimizer.step()

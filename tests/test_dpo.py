@@ -90,7 +90,7 @@ def test_logprobs_equal_plain_transformers_one_row_at_a_time(kind, tokenizer):
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in (("1+1", "2", "the answer is eleven"), ("say hi", "hi there, you", "no"))]
     items = [(common.to_pair(row, "prompt_pair"), row, "here") for row in rows]
     pairs = common.encode_pairs(items, tokenizer, 512, dpo.Counter())
-    sums, lengths = dpo.pair_logprobs(dpo.Policy(model), pairs, "cpu")
+    sums, lengths, _ = dpo.pair_logprobs(dpo.Policy(model), pairs, "cpu")
     for i, row in enumerate(rows):
         for side, name in enumerate(("chosen", "rejected")):
             prompt = tokenizer(f"<|user|>{row['prompt']}<|end|><|assistant|>")["input_ids"]
