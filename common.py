@@ -876,7 +876,7 @@ th, td { padding: .1rem .7rem; text-align: right; white-space: pre; border-botto
 #panel { position: fixed; left: 0; right: 0; bottom: 0; padding: .6rem 1rem; background: var(--page);
   border-top: 2px solid var(--ink); max-height: 45vh; overflow: auto }
 dl { margin: 0 auto; max-width: 62rem; display: grid; gap: .3rem 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) } dd { margin: 0 }
+  grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)) } dd { margin: 0 }
 </style></head><body>
 <h1>$name, step $step: loss <span id="loss">$loss</span></h1><pre>$formula</pre><p>$about</p>
 <p class="key"><span class="t up" style="--s:1">raises the loss</span>
@@ -896,7 +896,7 @@ function show(t) {
   [...table.tHead.rows[0].cells].forEach((head, k) => {
     const box = list.appendChild(document.createElement('div'));
     box.appendChild(document.createElement('dt')).textContent = head.textContent;
-    box.appendChild(document.createElement('dd')).textContent = cells[k].textContent || '–';
+    box.appendChild(document.createElement('dd')).textContent = cells[k].textContent.trim() || '–';
   });
   panel.replaceChildren(list);
   panel.hidden = false;
@@ -946,7 +946,7 @@ def audit_row(title, note, texts, columns, greatest):
                      + (f' style="--s:{math.sqrt(abs(share) / greatest):.2f}"' if share else "")
                      + ">" + html.escape(symbols(text, "[\0-\x08\x0b-\x1f]")) + "</span>")
         cells = [("", "▲ above", "▼ below")[clipped] if name == "clipped" else
-                 f"{value:.{9 if name == 'share' else 6}g}" if seen["mask"] or name in ("mask", "share")
+                 f"{value + 0.0:.{9 if name == 'share' else 6}g}" if seen["mask"] or name in ("mask", "share")
                  else "" for name, value in seen.items()]
         lines.append("".join(f"<td>{cell}" for cell in (t, html.escape(symbols(text, "[\0- ]")), *cells)))
     return (f'<article><h2>{title} <small>{html.escape(note)}</small></h2><p class="tokens" role="group" '
@@ -1006,7 +1006,7 @@ class Audit:
         formula = re.search(r"Objective\s+(.*?)\nShapes", module.__doc__ or "", re.DOTALL)
         greatest = max((abs(x) for row in rows[:self.ROWS] for x in row[4]["share"]), default=0) or 1
         body = [audit_row(f"row {number + 1}", f"{note}adds {part:.6g} to the loss"
-                          + (f", of which {constant:.6g} at no token" if constant else ""),
+                          + (f", of which {constant:.9g} at no token" if constant else ""),
                           token_texts(self.tokenizer, ids), columns, greatest)
                 for (number, note, ids, constant, columns), part in zip(rows[:self.ROWS], parts)]
         if rest:
@@ -1200,6 +1200,8 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
             model = auto.from_config(config, dtype=torch.float32, **options)
             if not frozen:
                 return model
+            require(not args.audit, f"--audit writes nothing but its page, and {base} has no weights: "
+                    "adapters would need a base that is saved")
             base = os.path.join(args.output_dir, "base")
             if os.environ.get("RANK", "0") == "0":
                 model.save_pretrained(base)

@@ -381,7 +381,7 @@ def pair_shares(logprobs, ref_logprobs, loss_mask, policy_sums, ref_sums, args):
     c_t / m (L(m) - L(0)),  m = sum_t c_t,  c_t = +- (log pi - log ref) of a token, over the length for ipo;
     L(0) is the constant, of the chosen row. For m -> 0 the factor is dL/dm. Log-probs and mask (2B, T-1),
     the sums that the loss was given (2, B). Log-ratios 2 and 1 (chosen), 0 (rejected) and beta 0.1: L(0) =
-    0.6931, L(3) = 0.5544, shares -0.0925 and -0.0462.
+    0.6931, L(3) = 0.5544, shares -0.0925 and -0.0463.
     """
     def of(margins):
         zeros = torch.zeros_like(margins)
@@ -620,7 +620,7 @@ def main(args):
                 logratios, shares, constants = pair_shares(tokens, ref_tokens, loss_mask, policy_logprobs,
                                                            ref_logprobs, args)
                 audit.add([*batch, *batch], [e["input_ids"] for e in both_sides(part)], loss_mask,
-                          shares / trained_pairs, {"log-prob": tokens, "reference log-prob": ref_tokens,
+                          shares / trained_pairs, {"log-prob": tokens, "ref. log-prob": ref_tokens,
                                                    "reward": args.beta * logratios},
                           ["chosen, "] * len(part) + ["rejected, "] * len(part), constants / trained_pairs)
             totals[:9] += counts * torch.cat([losses.detach()[None], figures]).sum(-1)

@@ -1346,7 +1346,7 @@ def main(args):
                                "clipped": high.float() - low.float(), "advantage": advantages[:, None]}
                     if reference:
                         ref_logprobs = pad_masked(part, "ref_logprobs", sample_mask)
-                        columns |= {"reference log-prob": ref_logprobs, "kl": k3}
+                        columns |= {"ref. log-prob": ref_logprobs, "kl": k3}
                     audit.add([shuffled[minibatch::args.num_minibatches][j] for j in batch],
                               [r["input_ids"] for r in part], loss_mask,
                               weights[:, None] * token_loss - nll_weights[:, None] * all_logprobs,

@@ -1325,7 +1325,7 @@ def main(args):
                     audit.add([shuffled[minibatch::args.num_minibatches][j] for j in batch],
                               [r["input_ids"] for r in part], loss_mask, share,
                               {"log-prob": logprobs, "old log-prob": old_logprobs, "ratio": ratio,
-                               "clipped": high.float() - low.float(), "reference log-prob": ref_logprobs,
+                               "clipped": high.float() - low.float(), "ref. log-prob": ref_logprobs,
                                "kl": kl_k1(old_logprobs, ref_logprobs), "reward": token_rewards,
                                "old value": values, "value": new_values, "return": returns,
                                "advantage": advantages, "policy loss": policy_losses,
