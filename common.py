@@ -882,7 +882,7 @@ dl { margin: 0 auto; max-width: 62rem; display: grid; gap: .3rem 1rem;
 <p class="key"><span class="t up" style="--s:1">raises the loss</span>
 <span class="t dn" style="--s:1">lowers it</span>
 <span class="t">trained, no share</span><span class="dim">not trained</span>
-<span>▲ ratio clipped above</span><span>▼ below</span></p>
+$clipped</p>
 <p class="dim">The colour grows with the square root of a share. Figures: hover, tap, or Tab to a row and the
 arrow keys.</p><details><summary>all arguments</summary><pre>$arguments</pre></details>
 $rows<aside id="panel" role="status" hidden></aside><script>
@@ -1014,6 +1014,7 @@ class Audit:
         return AUDIT_PAGE.substitute(
             name=os.path.basename(module.__file__), step=self.step, loss=f"{loss:.9g}", rows="".join(body),
             formula=html.escape(re.sub("\n +", "\n", formula[1] if formula else "")),
+            clipped="<span>▲ ratio clipped above</span><span>▼ below</span>" * ("ratio" in rows[0][4]),
             about=html.escape(about), arguments=html.escape(
                 json.dumps(asdict(self.args), indent=1, ensure_ascii=False)))
 
