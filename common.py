@@ -967,7 +967,8 @@ class Audit:
         self.accelerator, self.args, self.tokenizer, self.rows = accelerator, args, tokenizer, []
         self.step = args.audit_step or start_step + 1
         require(not args.audit or start_step < self.step <= total_steps,
-                f"--audit_step {self.step}: this command makes the steps {start_step + 1} to {total_steps}")
+                f"--audit: there is no step {self.step}, since this command starts after step {start_step} "
+                f"and ends with step {total_steps}; see --audit_step")
 
     def due(self, step):
         """Whether update `step` (0, 1, ...) is the one to be shown."""
@@ -1622,6 +1623,7 @@ class Interrupt:
             signal.signal(each, signal.SIG_DFL)
 
     def leave(self, args, step):
-        say(f"stopped at step {step}; to go on: the same command with --resume_from_checkpoint latest",
+        say(f"stopped at step {step}, before the page was written" if args.audit else
+            f"stopped at step {step}; to go on: the same command with --resume_from_checkpoint latest",
             file=sys.stderr)
         sys.exit(128 + (self.signal or signal.SIGTERM))
