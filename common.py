@@ -978,19 +978,19 @@ class Audit:
         """A micro-batch of B rows: their numbers in the step (of an idle process none), tokens, and (B, T-1)
         tensors: what each token adds to the step's loss, and `columns` by name; constants (B,) is what a row
         adds at no token."""
-        columns = {name: x.detach().cpu().double().expand(loss_mask.shape).tolist()
+        columns = {name: x.detach().cpu().double().expand(loss_mask.shape)
                    for name, x in {"mask": loss_mask, **columns, "share": share}.items()}
         constants = [0.0] * len(ids) if constants is None else constants.tolist()
         for b, number in enumerate(numbers):
             row = [int(i) for i in ids[b]]
             self.rows.append((number, notes[b] if notes else "", row, constants[b],
-                              {name: x[b][:len(row) - 1] for name, x in columns.items()}))
+                              {name: x[b, :len(row) - 1].clone() for name, x in columns.items()}))
 
     def write(self, loss, about):
         """Writes the page, `about` on it: how the shares are made. UserError if they do not add up to the
         loss that the step reports."""
         rows = sorted(gather_object(self.rows), key=lambda row: row[0])
-        parts = [math.fsum([constant, *columns["share"]]) for *_, constant, columns in rows]
+        parts = [constant + columns["share"].sum().item() for *_, constant, columns in rows]
         total = math.fsum(parts)
         require(abs(total - loss) <= 1e-6 * max(1, abs(loss)), f"--audit: the tokens' shares add up to "
                 f"{total} and the loss of step {self.step} is {loss}; the page was not written")
@@ -1005,10 +1005,11 @@ class Audit:
         """-> the HTML: one file that loads nothing, and has its tables without JavaScript too."""
         module, rest = sys.modules[type(self.args).__module__], parts[self.ROWS:]
         formula = re.search(r"Objective\s+(.*?)\nShapes", module.__doc__ or "", re.DOTALL)
-        greatest = max((abs(x) for row in rows[:self.ROWS] for x in row[4]["share"]), default=0) or 1
+        greatest = max((abs(x) for row in rows[:self.ROWS] for x in row[4]["share"].tolist()), default=0) or 1
         body = [audit_row(f"row {number + 1}", f"{note}adds {part:.6g} to the loss"
                           + (f", of which {constant:.9g} at no token" if constant else ""),
-                          token_texts(self.tokenizer, ids), columns, greatest)
+                          token_texts(self.tokenizer, ids), {k: x.tolist() for k, x in columns.items()},
+                          greatest)
                 for (number, note, ids, constant, columns), part in zip(rows[:self.ROWS], parts)]
         if rest:
             body.append(f'<p>{len(rest)} more rows add <span id="rest">{math.fsum(rest):.9g}</span>.</p>')

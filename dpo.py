@@ -519,11 +519,10 @@ def main(args):
     lora = common.trains_adapter(args)
     if args.learning_rate is None:
         args.learning_rate = 1e-5 if lora else 1e-6
-    if args.audit:
-        args.precompute_ref_log_probs = False  # the page shows the reference's tokens, not only their sum
-    elif args.precompute_ref_log_probs is None:
+    if args.precompute_ref_log_probs is None:
         args.precompute_ref_log_probs = not lora or accelerator.is_fsdp2
-    require(args.precompute_ref_log_probs or not lora or not accelerator.is_fsdp2,
+    precompute = args.precompute_ref_log_probs and not args.audit  # whose page shows the reference's tokens
+    require(precompute or not lora or not accelerator.is_fsdp2,
             "under FSDP an adapter cannot be switched off in the middle of a step: leave out "
             "--precompute_ref_log_probs False and --audit")
     checkpoint = common.open_run(args)
@@ -540,7 +539,7 @@ def main(args):
     # model, reference, optimizer, and where an earlier run stopped
     model = common.load_model(args, tokenizer, accelerator.device)
     stop_ids = model.generation_config.eos_token_id
-    if args.precompute_ref_log_probs:
+    if precompute:
         how = "the policy at the start; its log-probs are computed once"
     else:
         reference, use_reference, how = common.make_reference(
@@ -555,7 +554,7 @@ def main(args):
     if checkpoint:
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
-    if args.precompute_ref_log_probs:
+    if precompute:
         with common.unsharded(policy):
             kept["ref_logprobs"] = (checkpoint[0]["ref_logprobs"] if checkpoint else  # (N, 2)
                                     reference_logprobs(policy, train + held, args, accelerator))
@@ -571,7 +570,7 @@ def main(args):
     def ref_logprobs_of(pairs):
         """B pairs -> (2, B): the reference's summed log-probs of both sides; and by token, where not
         precomputed."""
-        if args.precompute_ref_log_probs:
+        if precompute:
             return torch.stack([p["ref_logprobs"] for p in pairs], 1).to(accelerator.device), None
         with torch.no_grad(), use_reference(), accelerator.autocast():
             return pair_logprobs(reference, pairs, accelerator.device)[::2]

@@ -183,15 +183,17 @@ def test_more_rows_than_are_shown(tmp_path, few, monkeypatch):
     assert len(page.rows) == 3 and page.rest > 0 and abs(page.total() - page.loss) < 1e-6
 
 
-def test_an_earlier_run_stays_as_it_is_and_can_be_looked_into(tmp_path, few):
+@pytest.mark.parametrize("script", [sft, dpo], ids=lambda x: x.__name__)
+def test_an_earlier_run_stays_as_it_is_and_can_be_looked_into(script, tmp_path):
     """With --resume_from_checkpoint the page is of the step after the checkpoint; no file of the run is touched."""
+    few = first_rows("preferences.jsonl" if script is dpo else "addition.jsonl", tmp_path)
     flags = ["--dataset_name", few, "--batch_size", 4, "--eval_fraction", 0, "--max_steps", 4, "--save_steps", 2]
-    metrics = run(sft, tmp_path / "run", *flags)
+    metrics = run(script, tmp_path / "run", *flags)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for more, step in ([], 1), (["--resume_from_checkpoint", "latest"], 3), (["--resume_from_checkpoint", "latest", "--audit_step", 4], 4):
-        argv = [os.path.join(TINY, "sft.json"), *flags, *more, "--output_dir", tmp_path / "run", "--audit", tmp_path / "page.html"]
-        sft.main(common.parse_args(sft.Args, list(map(str, argv))))
+        argv = [os.path.join(TINY, f"{script.__name__}.json"), *flags, *more, "--output_dir", tmp_path / "run", "--audit", tmp_path / "page.html"]
+        script.main(common.parse_args(script.Args, list(map(str, argv))))
         assert Page((tmp_path / "page.html").read_text()).loss == pytest.approx(metrics[step - 1]["loss"], abs=1e-6)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
