@@ -254,14 +254,14 @@ def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, epsilon=0.2, epsilo
 
 
 def kl_k3(logprobs, ref_logprobs):
-    """k3 = exp(d) - d - 1 with d = ref_logprobs - logprobs, (B, T-1): >= 0, unbiased for KL(policy || ref).
+    """k3 = exp(d) - 1 - d with d = ref_logprobs - logprobs, (B, T-1): >= 0, unbiased for KL(policy || ref).
 
     The estimator is Schulman's (joschu.net/blog/kl-approx.html). Give it equal values where nothing counts:
     an infinite d would make NaN gradients even behind a mask.
     d = ln 2 gives 2 - 0.6931 - 1 = 0.3069.
     """
     d = ref_logprobs - logprobs
-    return d.exp() - d - 1
+    return d.expm1() - d  # exp(d) - 1 in fp32 is noise for small d
 
 
 def token_weights(lengths, loss_type, max_completion_length):
