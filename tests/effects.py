@@ -15,12 +15,16 @@ import make  # noqa: E402: tests/tiny/make.py, for worked sums without the mista
 
 
 def write_rows(folder):
-    """Files that the runs need: 200 + 200 of the example's rows, and all its prompts with a right demonstration."""
+    """Files that the runs need: 200 + 200 of the example's rows, all its prompts with a right demonstration, and pairs with scores."""
     with open(os.path.join(TINY, "addition.jsonl")) as file:
         lines = file.readlines()
     right = [json.loads(line) for line in lines]
     right = [{"prompt": r["prompt"], "answer": r["answer"], "demonstration": make.demonstration(*map(int, r["prompt"].split("+")), True)} for r in right]
-    for name, part in (("few", lines[:200]), ("others", lines[200:400]), ("right", [json.dumps(r) + "\n" for r in right])):
+    with open(os.path.join(TINY, "preferences.jsonl")) as file:
+        pairs = [json.loads(line) for line in file]
+    scored = [json.dumps({"prompt": p["prompt"], "completion": p[side], "score": {"right": float(side == "chosen"), "digits": len(p["answer"])}}) + "\n"
+              for p in pairs for side in ("chosen", "rejected")]
+    for name, part in (("scored", scored), ("few", lines[:200]), ("others", lines[200:400]), ("right", [json.dumps(r) + "\n" for r in right])):
         with open(os.path.join(folder, f"{name}.jsonl"), "w") as file:
             file.writelines(part)
 
@@ -44,6 +48,9 @@ RUNS = {
     "endless": ("grpo", "--model_name_or_path {tiny}/model --learning_rate 1e-3 --max_steps 10"),
     "overlong": ("grpo", "--model_name_or_path {tiny}/model --learning_rate 1e-3 --max_steps 10 --overlong_penalty 90"),
     "reward_model": ("reward_model", ""),
+    "scores": ("reward_model", "--dataset_name {folder}/scored.jsonl"),
+    "digits": ("ppo", "--reward_funcs {folder}/scores/model:digits --kl_coef 0.5"),
+    "both": ("ppo", "--reward_funcs {folder}/scores/model:right {folder}/scores/model:digits --reward_weights 5 0.1 --kl_coef 0.5"),
     "fixed": ("ppo", learned), "adaptive": ("ppo", learned + "--kl_target 1 --kl_gain 1"),
     "without": ("ppo", mixed + "--sft_coef 1e-9"), "ptx": ("ppo", mixed + "--sft_coef 1"),
 }
@@ -82,6 +89,8 @@ def main():
          f"{100 * last('weak rl', 'eval/accuracy'):.1f}", f"{100 * last('weak demo', 'eval/accuracy'):.1f}"),
         ("grpo `--overlong_penalty 90`", "`eval/completions/mean_length`, from a model that never ends",
          f"{last('endless', 'eval/completions/mean_length'):.1f}", f"{last('overlong', 'eval/completions/mean_length'):.1f}"),
+        ("ppo, two named scores, `--reward_weights 5 0.1`", "`eval/accuracy`, % (without: `digits` alone)",
+         f"{100 * last('digits', 'eval/accuracy'):.1f}", f"{100 * last('both', 'eval/accuracy'):.1f}"),
         ("ppo `--kl_target 1`", "`kl_sequence`, mean of the last 5 rollouts (kl_coef from 0.05)", f"{last('fixed', 'kl_sequence', 20):.2f}",
          f"{last('adaptive', 'kl_sequence', 20):.2f}"),
         ("", "true accuracy then, %", f"{100 * last('fixed', 'eval/accuracy'):.1f}", f"{100 * last('adaptive', 'eval/accuracy'):.1f}"),
