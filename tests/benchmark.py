@@ -30,7 +30,7 @@ sys.path.insert(0, ROOT)
 os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 # name -> (script, vocabulary, rows or completions of a step, steps, more)
 TRAINING = {
-    "sft 32k": ("sft", 32_000, 32, 1, {}), "sft 150k": ("sft", 150_000, 8, 1, {}),
+    "sft 32k": ("sft", 32_000, 32, 1, {}), "sft 150k": ("sft", 150_000, 4, 1, {}),
     "dpo 32k": ("dpo", 32_000, 8, 1, {}), "reward_model 32k": ("reward_model", 32_000, 32, 1, {}),
     "grpo 32k, 64-token prompts": ("grpo", 32_000, 16, 1, {"prompt": 64}), "grpo 32k, 512-token prompts": ("grpo", 32_000, 8, 1, {"prompt": 512}),
     "sft 32k, our defaults": ("sft", 32_000, 32, 1, {"flags": []}),
@@ -176,8 +176,8 @@ def theirs(case, folder, dataset_name):
     kind, vocabulary, batch, steps, more = TRAINING[case]
     rows = make_rows(batch * steps, dataset_name)
     make_model(f"{folder}/model", vocabulary)
-    options = {"output_dir": f"{folder}/out", "max_steps": steps, "learning_rate": 1e-4, "per_device_train_batch_size": 8,
-               "gradient_accumulation_steps": batch // 8, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False,
+    options = {"output_dir": f"{folder}/out", "max_steps": steps, "learning_rate": 1e-4, "per_device_train_batch_size": min(8, batch),
+               "gradient_accumulation_steps": max(1, batch // 8), "logging_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False,
                "seed": 0, "disable_tqdm": True}
     turn = lambda role, text: [{"role": role, "content": text}]
     if kind == "sft":
@@ -219,13 +219,13 @@ def theirs(case, folder, dataset_name):
 
 
 def logprobs(which):
-    """Forward and backward of 2,048 log-probs over 150,000 ids from hidden states of 256."""
+    """Forward and backward of 1,024 log-probs over 150,000 ids from hidden states of 256."""
     import torch
     import grpo
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    hidden, weight = torch.randn(2048, 256, requires_grad=True), torch.randn(150_000, 256).mul_(0.05).requires_grad_()
-    targets = torch.randint(150_000, (2048,))
+    hidden, weight = torch.randn(1024, 256, requires_grad=True), torch.randn(150_000, 256).mul_(0.05).requires_grad_()
+    targets = torch.randint(150_000, (1024,))
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     if which == "ours":
         values = grpo.ChunkedLogprobs.apply(hidden, weight, None, targets, 1.0)[0]
@@ -233,7 +233,7 @@ def logprobs(which):
         values = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     values.sum().backward()
     seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "rows": 2048, "tokens": 2048, "loss": values.mean().item(), "extra": (peak - before) / 1024}
+    return {"seconds": seconds, "rows": 1024, "tokens": 1024, "loss": values.mean().item(), "extra": (peak - before) / 1024}
 
 
 def rollout(which, prompt, folder):
