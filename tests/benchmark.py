@@ -32,7 +32,7 @@ os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE
 TRAINING = {
     "sft 32k": ("sft", 32_000, 32, 1, {}), "sft 150k": ("sft", 150_000, 4, 1, {}),
     "dpo 32k": ("dpo", 32_000, 8, 1, {}), "reward_model 32k": ("reward_model", 32_000, 32, 1, {}),
-    "grpo 32k, 64-token prompts": ("grpo", 32_000, 16, 1, {"prompt": 64}), "grpo 32k, 512-token prompts": ("grpo", 32_000, 8, 1, {"prompt": 512}),
+    "grpo 32k, 64-token prompts": ("grpo", 32_000, 8, 1, {"prompt": 64}), "grpo 32k, 512-token prompts": ("grpo", 32_000, 8, 1, {"prompt": 512}),
     "sft 32k, our defaults": ("sft", 32_000, 32, 1, {"flags": []}),
 }
 SMALL = ["--gradient_checkpointing", "False", "--micro_batch_tokens", "768"]
