@@ -1021,6 +1021,15 @@ class Audit:
                 json.dumps(asdict(self.args), indent=1, ensure_ascii=False)))
 
 
+def watch_loss(losses, loss, advice):
+    """The last four evaluation losses, now with `loss`; warns when each is above the one before."""
+    losses = [*losses[-3:], loss]
+    if len(losses) == 4 and all(a < b for a, b in zip(losses, losses[1:])):
+        say(f"warning  the evaluation loss has risen three times in a row, from {losses[0]:.4f}: the model "
+            f"overfits. Take {advice}fewer epochs or a lower --learning_rate")
+    return losses
+
+
 def check_tracker(log_with):
     """accelerate would go on unlogged when the package is missing; this raises UserError."""
     require(log_with is None or importlib.util.find_spec(log_with),

@@ -549,7 +549,7 @@ def main(args):
     optimizer = make_optimizer(model, args)
     policy, optimizer = accelerator.prepare(Policy(model), optimizer)
     check_head(policy, model, train[0]["chosen_ids"][None, :64].long().to(accelerator.device), accelerator)
-    state = {"step": 0, "num_tokens": 0, "data": data}
+    state = {"step": 0, "num_tokens": 0, "eval_losses": [], "data": data}
     kept = {}  # tensors that go into the checkpoint beside weights and moments
     if checkpoint:
         common.restore(model, optimizer, checkpoint)
@@ -585,6 +585,7 @@ def main(args):
             figures = "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items())
             say(f"eval     step {state['step']}: {figures}")
             common.show_table(table)
+            state["eval_losses"] = common.watch_loss(state["eval_losses"], metrics["eval/loss"], "")
             moved = metrics["eval/rewards/chosen"] / args.beta  # nats a completion, against the reference
             if moved < min(-1.0, 0.2 * (metrics["eval/logps/chosen"] - moved)):
                 say(f"warning  the chosen completions have lost {-moved:.3g} nats, over a fifth of their "

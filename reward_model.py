@@ -367,7 +367,7 @@ def main(args):
     optimizer = make_optimizer(model, args)
     scorer, optimizer = accelerator.prepare(Scorer(model), optimizer)
     check_scores(scorer, model, flat_rows(train[:1]) + flat_rows(train[-1:]), pad_id, accelerator)
-    state = {"step": 0, "num_tokens": 0, "data": data}
+    state = {"step": 0, "num_tokens": 0, "eval_losses": [], "data": data}
     if checkpoint:
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
@@ -386,6 +386,7 @@ def main(args):
             log.metrics(state["step"], metrics)
             figures = "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items())
             say(f"eval     step {state['step']}: {figures}")
+            state["eval_losses"] = common.watch_loss(state["eval_losses"], metrics["eval/loss"], "")
 
     if state["step"] == 0:
         report()

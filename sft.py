@@ -611,10 +611,7 @@ def main(args):
         log.metrics(state["step"], metrics)
         say(f"eval     step {state['step']}: " + "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items()))
         common.show_table(table)
-        state["eval_losses"] = last = [*state["eval_losses"][-3:], metrics["eval/loss"]]
-        if len(last) == 4 and all(a < b for a, b in zip(last, last[1:])):
-            say(f"warning  the evaluation loss has risen three times in a row, from {last[0]:.4f}: the model "
-                "overfits. Take --keep_best, fewer epochs or a lower --learning_rate")
+        state["eval_losses"] = common.watch_loss(state["eval_losses"], metrics["eval/loss"], "--keep_best, ")
         if args.keep_best and metrics["eval/loss"] < state["best_loss"]:
             state["best_loss"] = metrics["eval/loss"]
             save("best")

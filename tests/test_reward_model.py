@@ -12,6 +12,7 @@ from torch import tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import dpo
 import grpo
 import reward_model
 import sft
@@ -186,3 +187,19 @@ def test_the_example_tells_right_from_forgetful(tmp_path):
     metrics = run(reward_model, tmp_path / "out", "--max_steps", 40, "--eval_steps", 40)
     last = [m for m in metrics if "eval/accuracy" in m][-1]
     assert last["eval/accuracy"] > 0.9 and last["eval/calibration_error"] < 0.3
+
+
+@pytest.mark.parametrize("script", [dpo, reward_model])
+def test_a_rising_evaluation_loss_is_said_aloud(script, tmp_path, capsys, monkeypatch):
+    """Four evaluations; the first run's third one is lower, the second run's losses rise throughout."""
+    evaluate, flags = script.evaluate, ["--max_steps", 3, "--eval_steps", 1, "--batch_size", 2, "--eval_fraction", 0.005]
+    for name, losses, warned in (("a", [0.4, 0.5, 0.45, 0.6], 0), ("b", [0.4, 0.5, 0.6, 0.7], 1)):
+        left = iter(losses)
+
+        def falsified(*a, **k):
+            found = evaluate(*a, **k)
+            (found[0] if isinstance(found, tuple) else found)["eval/loss"] = next(left)
+            return found
+        monkeypatch.setattr(script, "evaluate", falsified)
+        run(script, tmp_path / name, *flags)
+        assert capsys.readouterr().out.count("risen three times in a row, from 0.4000: the model overfits. Take fewer epochs") == warned

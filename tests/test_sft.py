@@ -333,7 +333,8 @@ def test_a_warning_when_the_evaluation_loss_has_risen_three_times_in_a_row(tmp_p
     import shutil
     losses = iter([1, 2, 3, 2.5, 2.4, 2.6, 2.7, 2.8, 2.8])
     said, say = [], sft.say
-    monkeypatch.setattr(sft, "say", lambda text: said.append(text) or say(text))
+    for module in (sft, common):
+        monkeypatch.setattr(module, "say", lambda text, **k: said.append(text) or say(text, **k))
     monkeypatch.setattr(sft, "evaluate", lambda *rest: ({"eval/loss": float(next(losses))}, []))
     flags = ["--model_name_or_path", os.path.join(TINY, "sft"), "--dataset_name", thirty_rows, "--eval_fraction", 0.1, "--max_steps", 8,
              "--eval_steps", 1, "--save_steps", 1, "--batch_size", 2]
