@@ -1,5 +1,6 @@
 """README.md: every command parses, every script has its row, every line count is true."""
 
+import json
 import os
 import re
 import shlex
@@ -57,3 +58,29 @@ def test_the_fsdp_config_is_one_that_accelerate_reads(tmp_path):
     (tmp_path / "fsdp.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
     config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
     assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2 and config.num_processes == 8
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_curves_are_there_and_small(theme):
+    name = f".github/curves-{theme}.svg"
+    assert f'"{name}"' in README and 10_000 < os.path.getsize(os.path.join(ROOT, name)) < 150_000
+
+
+def test_curves_are_drawn_from_metrics(tmp_path):
+    pytest.importorskip("matplotlib")
+    import curves
+    lines = {"sft": [{"step": 0, "eval/accuracy": 0.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval/accuracy": 0.4}],
+             "ppo": [{"step": 0, "eval/accuracy": 0.4}, {"step": 1, "reward": 0.5, "kl": 0.0}, {"step": 2, "reward": 0.6, "kl": 0.01},
+                     {"step": 2, "eval/accuracy": 0.8}]}
+    for name, metrics in lines.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    (tmp_path / "ppo" / "seconds.json").write_text('{"0": 3.5, "2": 8}')
+    found = {name: curves.read(tmp_path / name) for name in lines}
+    assert [seconds for _, seconds in found.values()] == [{}, {0: 3.5, 2: 8}]
+    for theme, colours in curves.INK.items():
+        for again in range(2):
+            curves.draw(found, theme, str(tmp_path / f"{theme}{again}.svg"))
+        picture = (tmp_path / f"{theme}0.svg").read_text()
+        assert picture == (tmp_path / f"{theme}1.svg").read_text(), "the same metrics give the same file"
+        assert all(colour in picture for colour in colours)
