@@ -152,6 +152,26 @@ def test_formats(row, format, prompt, chosen, rejected):
     assert not any(m["train"] for m in pair["prompt"]) and all(m["train"] for m in pair["chosen"] + pair["rejected"])
 
 
+@pytest.mark.parametrize("name, row", [  # as LLaMA-Factory and TRL describe their files
+    ("alpaca.json", {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}),
+    ("sharegpt.json", {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
+                       "rejected": {"from": "gpt", "value": "b"}, "system": "", "tools": ""}),
+    ("standard.jsonl", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+    ("explicit.jsonl", {"prompt": [user("q")], "chosen": [bot("a")], "rejected": [bot("b")]}),
+    ("implicit.jsonl", {"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")], "score_chosen": 9.0, "score_rejected": 1.0}),
+    ("implicit_strings.jsonl", {"chosen": "q is a.", "rejected": "q is b."}),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_files_of_other_projects_are_read_as_they_are(name, row, tmp_path, tokenizer):
+    (tmp_path / name).write_text(json.dumps([row], indent=2) if name.endswith(".json") else json.dumps(row) + "\n")
+    args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json"), "--dataset_name", f"{tmp_path}/{name}", "--eval_fraction", "0"])
+    if name == "implicit_strings.jsonl":  # where their prompt ends would be a guess
+        with pytest.raises(common.UserError, match="strings.jsonl:1: expected a transcript .* or a column 'prompt' beside the strings"):
+            dpo.load_pairs(args, common.load_tokenizer(args))
+        return
+    (pair,), _ = dpo.load_pairs(args, common.load_tokenizer(args))
+    assert [tokenizer.decode(pair[f"{side}_ids"]) for side in ("chosen", "rejected")] == [f"<|user|>q<|end|><|assistant|>{x}<|end|>" for x in "ab"]
+
+
 @pytest.mark.parametrize("row, format", [
     ({"prompt": "q", "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}, "prompt_pair"),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt_pair"),

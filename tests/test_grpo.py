@@ -166,6 +166,48 @@ def test_reward_functions_get_trls_arguments():
     assert seen["prompts"] == [chat] * 2 and seen["completions"][0] == [{"role": "assistant", "content": "a"}]
 
 
+FOR_TRL = '''
+import asyncio, re
+
+def of_a_column(completions, answer, **kwargs):
+    """The usual kind: a column by its name, all else in kwargs."""
+    return [float(f"<answer>{a}</answer>" in text) for text, a in zip(completions, answer)]
+
+def of_a_conversation(completions, **kwargs):
+    """For prompts that are messages: a completion is a list of one message."""
+    return [1.0 if re.fullmatch("<think>.*</think><answer>.*</answer>", c[0]["content"], re.DOTALL) else 0.0 for c in completions]
+
+def of_one_task(prompts, completions, task, **kwargs):
+    """Several tasks in one dataset: None where this one does not apply."""
+    return [None if t != "short" else -len(c) / 100 for c, t in zip(completions, task)]
+
+async def from_elsewhere(prompts, completions, completion_ids, trainer_state, log_metric=None, log_extra=None, **kwargs):
+    """Waits for something, and logs what it saw."""
+    await asyncio.sleep(0)
+    log_extra("tokens", [len(ids) for ids in completion_ids])
+    log_metric("judge/step", float(trainer_state.global_step))
+    return [len(ids) / 10 for ids in completion_ids]
+'''
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_reward_functions_written_for_trl_run_unchanged(chat, tmp_path):
+    (tmp_path / "rewards.py").write_text(FOR_TRL)
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1"}] if chat else f"{i}+1", "answer": str(i + 1), "task": ("short", "long")[i % 2]}
+            for i in range(40, 44)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["of_a_conversation", "from_elsewhere"] if chat else ["of_a_column", "of_one_task", "from_elsewhere"]
+    first, second = run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 2,
+                        "--num_generations", 2, "--reward_funcs", *[f"{tmp_path}/rewards.py:{name}" for name in names])
+    assert first["rewards/from_elsewhere/mean"] == pytest.approx(first["completions/mean_length"] / 10)
+    assert second["judge/step"] == first["judge/step"] + 1
+    assert first[f"rewards/{names[0]}/mean"] > 0.5, "the example's model adds without carries, in the right form"
+    if not chat:  # of_one_task's mean is over the half of the rows that it applies to
+        assert first["rewards/of_one_task/mean"] < -0.3
+        parts = [first[f"rewards/{name}/mean"] for name in names]
+        assert first["reward"] == pytest.approx(parts[0] + parts[1] / 2 + parts[2], abs=1e-5)
+
+
 @pytest.mark.parametrize("returned, sentence", [
     ([1.0], "returned 1 values for 2 completions"), (1.0, "returned float, not a list"), ([1.0, math.nan], "returned nan for the"),
     ([1.0, "good"], "'good' for the completion 'b' of row file:2"), (None, "returned NoneType"), ([1.0, math.inf], "returned inf"),
