@@ -285,21 +285,44 @@ def test_trained_weights_are_fp32_whatever_the_checkpoint_is_in(tmp_path):
         assert trained and all(p.dtype == torch.float32 for p in trained)
 
 
-@pytest.mark.parametrize("flags", [("--lora_r", 4), ("--lora_r", 4, "--load_in_4bit")], ids=str)
-def test_adapters_train_are_saved_and_load_in_plain_peft(tmp_path, flags):
+def greedy(model, tokenizer):
+    """What plain transformers answers, with nothing but the tokenizer's template and the generation config that was saved."""
+    texts = []
+    for prompt in ("48+27", "123+456", "9+8", "70+15"):
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.eval().generate(**asked, max_new_tokens=60)
+        texts.append(tokenizer.decode(out[0, asked["input_ids"].shape[1]:]))
+    return texts
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_r", 4, "--merge"), ("--lora_r", 4, "--merge", "--load_in_4bit")], ids=str)
+def test_what_is_saved_loads_in_plain_transformers_and_peft_and_says_the_same(tmp_path, monkeypatch, flags):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    base = os.path.join(TINY, "sft")
-    metrics = run(sft, tmp_path / "a", "--model_name_or_path", base, "--max_steps", 8, "--learning_rate", 1e-2, "--batch_size", 16, "--merge",
-                  "--eval_steps", 8, "--eval_fraction", 0.005, *flags)
-    evals = [m for m in metrics if "eval/loss" in m]
-    assert len(evals) == 2
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "a" / "model")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "merged")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    base, (model, merged), trained, finish = os.path.join(TINY, "sft"), (tmp_path / "a" / n for n in ("model", "merged")), [], common.finish
+
+    def keep(args, accelerator, model, tokenizer):  # what the model says before it is saved
+        finish(args, accelerator, model, tokenizer)
+        trained.extend(greedy(model, tokenizer))
+    monkeypatch.setattr(common, "finish", keep)
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"prompt": "{a}+{b}", "completion": "<answer>{a}</answer>"}}\n' for a in range(10, 26) for b in range(5, 15)))
+    metrics = run(sft, tmp_path / "a", "--model_name_or_path", base, "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 24,
+                  "--learning_rate", 1e-2, "--batch_size", 16, "--eval_steps", 24, *flags)
+    assert len([m for m in metrics if "eval/loss" in m]) == 2
+    before = greedy(AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base))
+    assert not set(trained) & set(before), "training changed too little"
+    assert len(set(trained)) > 1 and any(text.endswith("<|end|>") for text in trained), trained
+    if not flags:
+        assert greedy(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)) == trained
+        return
+    quantised = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                                           bnb_4bit_compute_dtype=torch.float32)} if "--load_in_4bit" in flags else {}
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **quantised), model)
+    whole = AutoModelForCausalLM.from_pretrained(merged)
+    assert greedy(adapter, AutoTokenizer.from_pretrained(model)) == trained == greedy(whole, AutoTokenizer.from_pretrained(merged))
     ids = torch.arange(40)[None]
-    gap = (plain(ids).logits - merged(ids).logits).abs().max()
-    assert gap < (1e-4 if len(flags) == 2 else 3.0)  # 4-bit: the merged folder holds the dequantised base it was trained on
-    assert any(p.abs().max() > 0 for n, p in plain.named_parameters() if "lora_B" in n)
+    assert (adapter(ids).logits - whole(ids).logits).abs().max() < 1e-4
+    assert any(p.abs().max() > 0 for n, p in adapter.named_parameters() if "lora_B" in n)
 
 
 def test_the_best_weights_are_kept(tmp_path):
@@ -364,11 +387,31 @@ def test_duplicates_are_dropped_and_counted(tmp_path, capsys):
     assert "2 duplicates dropped" in capsys.readouterr().out
 
 
+SAYS = lambda who, text, **more: {"role": who, "content": text, **more}
+@pytest.mark.parametrize("name, row, trained", [  # as OpenAI, LLaMA-Factory and TRL describe their files, columns that say nothing included
+    ("openai.jsonl", {"messages": [SAYS("system", "be"), SAYS("user", "a", name="ann"), SAYS("assistant", "b", weight=0), SAYS("user", "c"),
+                                   SAYS("assistant", "d", weight=1)]}, "d"),
+    ("alpaca.json", {"instruction": "a", "input": "b", "output": "c", "system": "be", "history": [["d", "e"], ["f", "g"]]}, "e<|end|>g<|end|>c"),
+    ("sharegpt.json", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "", "tools": ""}, "b"),
+    ("llamafactory_openai.json", {"messages": [SAYS("system", "be"), SAYS("user", "a"), SAYS("assistant", "b")]}, "b"),
+    ("pretraining.json", {"text": "abc"}, "abc"),
+    ("trl_language_modeling.jsonl", {"text": "abc"}, "abc"), ("trl_conversation.jsonl", {"messages": [SAYS("user", "a"), SAYS("assistant", "b")]}, "b"),
+    ("trl_standard.jsonl", {"prompt": "a", "completion": " b"}, " b"),
+    ("trl_conversational.jsonl", {"prompt": [SAYS("user", "a")], "completion": [SAYS("assistant", "b")]}, "b"),
+], ids=lambda x: x if isinstance(x, str) else "")
+def test_files_of_other_projects_are_read_as_they_are(name, row, trained, tmp_path, tokenizer):
+    import json
+    (tmp_path / name).write_text(json.dumps([row], indent=2) if name.endswith(".json") else json.dumps(row) + "\n")
+    args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--dataset_name", f"{tmp_path}/{name}", "--eval_fraction", "0"])
+    (example,), _ = sft.load_examples(args, common.load_tokenizer(args))
+    assert tokenizer.decode(example["input_ids"][example["completion_mask"].bool()]) == trained + "<|end|>"
+
+
 def test_gsm8k_like_rows_learn(tmp_path):
     """question/answer rows on the random default model: the loss falls."""
     import json
     rows = [{"question": f"How many are {i} apples?", "answer": f"There are {i} apples.\n#### {i}"} for i in range(40)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    metrics = run(sft, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 12, "--batch_size", 16, "--max_completion_length", 8)
+    metrics = run(sft, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 24, "--batch_size", 16, "--max_completion_length", 8)
     losses = [m["loss"] for m in metrics if "loss" in m]
     assert losses[-1] < losses[0] - 1
