@@ -1,6 +1,7 @@
 """python tests/effects.py [--seed 0] [--output_dir out/effects]: what each optional part of the scripts does on the small example.
 
 Pairs of runs that differ in the flags of one part alone, one after the other, and a table of the figure that should move.
+A run whose model is there already is not made again.
 """
 
 import argparse
@@ -63,14 +64,14 @@ def main():
     args = parser.parse_args()
     os.makedirs(args.output_dir, exist_ok=True)
     write_rows(args.output_dir)
-    found, seconds = {}, {}
+    found = {}
     for name, (script, flags) in RUNS.items():
         folder = os.path.join(args.output_dir, name)
         words = [word.format(folder=args.output_dir, tiny=TINY) for word in flags.split()]
-        seconds[name] = run(command(script, folder, args, *words))
+        if not os.path.isdir(os.path.join(folder, "model")):
+            print(f"{name} {run(command(script, folder, args, *words)):.0f} s", file=sys.stderr, flush=True)
         with open(os.path.join(folder, "metrics.jsonl")) as file:
             found[name] = [json.loads(line) for line in file]
-        print(f"{name} {seconds[name]:.0f} s", file=sys.stderr, flush=True)
 
     def last(name, metric, n=1):  # the mean of the last n
         values = [m[metric] for m in found[name] if metric in m][-n:]
@@ -99,7 +100,6 @@ def main():
     ]
     for row in rows:
         print("|", " | ".join(row), "|")
-    print(f"\n{sum(seconds.values()):.0f} s in all")
 
 
 if __name__ == "__main__":
