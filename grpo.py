@@ -323,9 +323,9 @@ class ChunkedLogprobs(torch.autograd.Function):
                 p = torch.exp(z, out=out_p[:len(rows)])
                 total = p.sum(-1)  # softmax's own sum is off by 3e-5 over 150,000 words, this one by 1e-6
                 logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
-                entropy[rows] = total.log() - torch.linalg.vecdot(p, z.clamp_(min=-1e30)) / total
+                entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
                 hits[rows] = (argmax == targets[rows]).float()
-                p /= total[:, None]
+            p /= total[:, None]  # of the last chunk, for backward
         ctx.save_for_backward(hidden, weight, bias, targets, p)
         ctx.mark_non_differentiable(entropy, hits)
         return logprobs, entropy, hits
@@ -1292,7 +1292,8 @@ def main(args):
             step, (iteration, minibatch) = state["step"], divmod(update, args.num_minibatches)
             shuffled = torch.randperm(
                 len(records), generator=stream(args.seed, "minibatch", rollout_index, iteration)).tolist()
-            rows = [records[i] for i in shuffled[minibatch::args.num_minibatches]]
+            chosen = shuffled[minibatch::args.num_minibatches]
+            rows = [records[i] for i in chosen]
             samples = [r for r in rows if r["sampled"]]
             trained = torch.tensor([float(r["completion_mask"][1:].sum()) for r in samples])
             weights = token_weights(trained, args.loss_type, args.max_completion_length)
@@ -1326,7 +1327,8 @@ def main(args):
                     token_loss = grpo_loss(logprobs, old_logprobs, advantages, sample_mask, args.epsilon,
                                            args.epsilon_high, args.importance_sampling_level)
                     if reference:  # + kl_coef ratio_t k3_t, both factors attached
-                        k3 = kl_k3(logprobs, pad_masked(part, "ref_logprobs", sample_mask))
+                        ref_logprobs = pad_masked(part, "ref_logprobs", sample_mask)
+                        k3 = kl_k3(logprobs, ref_logprobs)
                         token_loss = token_loss + args.kl_coef * (logprobs - old_logprobs).exp() * k3
                         totals[2] += k3.detach().sum()
                     loss = (weights[:, None] * token_loss).sum() + nll
@@ -1344,10 +1346,8 @@ def main(args):
                 if audit.due(step):
                     columns = {"log-prob": all_logprobs, "old log-prob": old_logprobs, "ratio": ratio,
                                "clipped": high.float() - low.float(), "advantage": advantages[:, None]}
-                    if reference:
-                        ref_logprobs = pad_masked(part, "ref_logprobs", sample_mask)
-                        columns |= {"ref. log-prob": ref_logprobs, "kl": k3}
-                    audit.add([shuffled[minibatch::args.num_minibatches][j] for j in batch],
+                    columns |= {"ref. log-prob": ref_logprobs, "kl": k3} if reference else {}
+                    audit.add([chosen[j] for j in batch],
                               [r["input_ids"] for r in part], loss_mask,
                               weights[:, None] * token_loss - nll_weights[:, None] * all_logprobs,
                               columns | {"loss": token_loss, "weight": weights[:, None],

@@ -312,9 +312,9 @@ class ChunkedLogprobs(torch.autograd.Function):
                 p = torch.exp(z, out=out_p[:len(rows)])
                 total = p.sum(-1)  # softmax's own sum is off by 3e-5 over 150,000 words, this one by 1e-6
                 logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
-                entropy[rows] = total.log() - torch.linalg.vecdot(p, z.clamp_(min=-1e30)) / total
+                entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
                 hits[rows] = (argmax == targets[rows]).float()
-                p /= total[:, None]
+            p /= total[:, None]  # of the last chunk, for backward
         ctx.save_for_backward(hidden, weight, bias, targets, p)
         ctx.mark_non_differentiable(entropy, hits)
         return logprobs, entropy, hits
@@ -1263,7 +1263,8 @@ def main(args):
             step, (iteration, minibatch) = state["step"], divmod(update, args.num_minibatches)
             shuffled = torch.randperm(
                 len(records), generator=stream(args.seed, "minibatch", rollout_index, iteration)).tolist()
-            rows = [records[i] for i in shuffled[minibatch::args.num_minibatches]]
+            chosen = shuffled[minibatch::args.num_minibatches]
+            rows = [records[i] for i in chosen]
             lengths = [len(r["input_ids"]) for r in rows]
             trained_tokens = max(1, sum(int(r["completion_mask"][1:].sum()) for r in rows))
             batches = micro_batches(lengths, args.micro_batch_tokens, accelerator.process_index,
@@ -1322,7 +1323,7 @@ def main(args):
                     ref_logprobs, token_rewards = (pad_masked(part, name, loss_mask)
                                                    for name in ("ref_logprobs", "token_rewards"))
                     share = (policy_losses + args.vf_coef * value_losses) / trained_tokens
-                    audit.add([shuffled[minibatch::args.num_minibatches][j] for j in batch],
+                    audit.add([chosen[j] for j in batch],
                               [r["input_ids"] for r in part], loss_mask, share,
                               {"log-prob": logprobs, "old log-prob": old_logprobs, "ratio": ratio,
                                "clipped": high.float() - low.float(), "ref. log-prob": ref_logprobs,

@@ -7,8 +7,8 @@ weights      full: 4 P.  LoRA: 2 P in bf16 (4 P without).  QLoRA: 0.516 bytes a 
 copies       of the trained weights under bf16 autocast: 2 Q
 gradients    4 Q;  AdamW's moments 8 Q
 activations  kept: 6 d (4 d with LoRA) + 3 h e + 2 k e + 4 f numbers a token and layer; with checkpointing d. Around the trunk 3 d more
-at work      the larger of: the head, with 3 chunks of fp32 logits, each the smaller of tokens x V and 2**25 numbers, and in full
-             fine-tuning its gradient, 4 V d (beside 2 chunks); a layer's backward, 3 f numbers a token, and what checkpointing recomputes
+at work      the larger of: the head, with 2 chunks of fp32 logits, each the smaller of tokens x V and 2**25 numbers, and in full
+             fine-tuning its gradient, 4 V d; a layer's backward, 3 f numbers a token, and what checkpointing recomputes
 rollout      2 k e numbers a layer and token for the cache, and 36 bytes x V a completion; never together with the last three
 reference    4 P more in full fine-tuning with --kl_coef, nothing with LoRA
 Not in it: what the allocator wastes, other models (a reward model: 4 bytes a weight), the value of ppo.py without --share_trunk.
@@ -42,7 +42,7 @@ def estimate(shape, mode, tokens, checkpointing=True, bf16=True, rank=16, comple
     layer = (26 if bf16 else 24) * d - (0 if full else 2 * size * d) + size * wide  # norms are in fp32; frozen ones keep less
     kept = tokens * (layers * stream * d if checkpointing else layers * layer) + 12 * tokens * d
     chunk = min(tokens * V, 2**25)
-    head = max(12 * chunk, 8 * chunk + (4 * V * d if full else 0))
+    head = 8 * chunk + (4 * V * d if full else 0)
     parts = {"weights": 4 * Q + frozen, "copies": 2 * Q if bf16 else 0, "moments": 8 * Q, "gradients": 4 * Q, "activations": kept,
              "at work": max(head, tokens * (layer * checkpointing + 3 * size * f)),
              "reference": 4 * (linear + outer) if reference and full else 0}
