@@ -223,6 +223,8 @@ def make_accelerator(args):
     sharded = accelerator.distributed_type == DistributedType.FSDP
     require(not sharded or accelerator.is_fsdp2, "FSDP 1 is not supported: set fsdp_version: 2")
     require(not sharded or args.optim == "adamw_torch", f"--optim {args.optim} cannot be sharded by FSDP")
+    if sharded:  # autocast does the bf16; FSDP's own would round what comes out, log-probs, to bf16
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     return accelerator
 
 

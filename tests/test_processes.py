@@ -32,6 +32,8 @@ if "--fsdp" in flags:
         accelerator = Accelerator(fsdp_plugin=plugin, **options)
         accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+        if options["mixed_precision"] != "no":  # as AcceleratorState does
+            plugin.set_mixed_precision(options["mixed_precision"])
         prepare = accelerator.prepare
         def counted(module, optimizer):
             module, optimizer = prepare(module, optimizer)
@@ -160,6 +162,19 @@ def test_sharded_over_two_processes_by_fsdp_equals_one(name, flags, tmp_path, fi
     whole, gathered = (saved(tmp_path / f"{name}-{n}") for n in (1, 2))
     assert whole.keys() == gathered.keys()
     assert max((whole[k] - gathered[k]).abs().max() for k in whole) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, flags", [("ppo", []), ("grpo", [*LORA, "--kl_coef", 0.1]), ("reward_model", [])], ids=str)
+def test_sharded_in_bf16_computes_as_one_process_does(name, flags, tmp_path, five_eval_rows):
+    """Outputs and shards stay fp32, autocast does the bf16: FSDP's own mixed precision rounds log-probs, and meets an fp32 head with bf16 weights."""
+    flags = [*CASES[name], *five_eval_rows, "--max_steps", 2, "--bf16", True, *flags]
+    _, metrics, _ = launch(tmp_path, name, 1, *flags)
+    shards, again, _ = launch(tmp_path, name, 2, *flags, "--fsdp")
+    first, other = next(m for m in metrics if "loss" in m), next(m for m in again if "loss" in m)
+    for key in first.keys() & other.keys() - {"ratio/max_deviation", "sampling/logprob_difference_max"}:
+        assert first[key] == pytest.approx(other[key], rel=0.02, abs=0.005), key
+    assert all(p.dtype == torch.float32 for p in shards[0]["weights"].values())
 
 
 def saved(out):
