@@ -1,7 +1,7 @@
 """common.py - turns names on disk into models, tokenizers and tokens, and back.
 
-What the five scripts would otherwise repeat and no loss depends on. It knows nothing of losses, optimizers,
-sampling or rewards.
+What the five scripts would otherwise repeat and no loss depends on. It computes no loss, makes no optimizer
+and samples nothing.
 
 Data flow: file -> read_rows (dicts with a place) -> to_conversation (one form for every format) ->
 encode_conversation (ids and mask built together) -> pad (B, T).
@@ -110,11 +110,12 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
                                    "--micro_batch_tokens what one forward pass holds",
     "gradient_accumulation_steps": "--batch_size is the whole step; "
                                    "--micro_batch_tokens cuts it to fit the memory",
-    "packing": "rows are sorted by length inside a step instead, which removes the padding",
+    "packing": "there is none: rows are sorted by length inside a step, which removes the padding",
     "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
-    "max_seq_length": "--max_length", "use_peft": "--lora_r 16", "fp16": "bf16 autocast or fp32 only: --bf16",
-    "per_device_eval_batch_size": "--micro_batch_tokens", "tools": "tool calls are not supported"}
+    "max_seq_length": "use --max_length", "use_peft": "use --lora_r 16",
+    "fp16": "bf16 autocast or fp32 only: --bf16", "per_device_eval_batch_size": "use --micro_batch_tokens",
+    "tools": "tool calls are not supported"}
 
 
 class Parser(HfArgumentParser):
@@ -133,7 +134,10 @@ class Parser(HfArgumentParser):
         close = difflib.get_close_matches(name, self.names, n=1)
         dashes = "--" if word.startswith("--") else ""
         hint = f"; did you mean {dashes}{close[0]}?" if close else "; --help lists the flags"
-        return f"unknown argument {word}" + (f": {INSTEAD[name]}" if name in INSTEAD else hint)
+        instead = INSTEAD.get(name, "")
+        named = re.findall(r"--(\w+)", instead)
+        fits = instead and (not named or named[0] in self.names)
+        return f"unknown argument {word}" + (f": {instead}" if fits else hint)
 
     def values(self, words):
         """["--flag", "value", ...] -> {field name: value}, defaults filled in."""
@@ -181,7 +185,17 @@ def parse_args(args_class, argv=None):
                 "add --model_name_or_path NAME_OR_FOLDER --dataset_name NAME_OR_FILE")
     typed = parser.words_of_file(path) if path else []
     args = args_class(**parser.values(typed + argv))
+    require(args.model_name_or_path, "--model_name_or_path is missing: the name or folder of a model")
+    for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir"):
+        if name in parser.names and getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     if example:
+        before = os.path.join(args.output_dir, "args.json")
+        if os.path.exists(before) and "--overwrite_output_dir" not in argv:
+            with explain(f"{before} is not readable", (OSError, ValueError)), open(before) as file:
+                theirs = json.load(file).get("model_name_or_path")
+            require(theirs == args.model_name_or_path, f"{args.output_dir} holds a run of {theirs}, that "
+                    "the small example would replace: choose another --output_dir, or --overwrite_output_dir")
         say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} "
             "(flags go on top of it).")
     return args
@@ -241,7 +255,7 @@ PROMPT_FORMATS = {"prompt": ("prompt",), "instruction": ("instruction",), "quest
 
 
 def read_rows(name, skip_bad_rows=False):
-    """A local .json, .jsonl, .csv or .parquet file, or a dataset name[:split] -> [(row dict, place)].
+    """A local .json, .jsonl, .csv or .parquet file, or a dataset (_read_dataset) -> [(row dict, place)].
 
     UserError with file, line and reason on what cannot be read; skip_bad_rows counts and prints it instead.
     """
@@ -301,11 +315,10 @@ def _parse(data):
 
 
 def _read_dataset(name):
-    """A folder, or a dataset's name on the hub, with an optional :split. Yields (row, place)."""
+    """A folder or a dataset on the hub: name, name:split or name:config:split. Yields (row, place)."""
     import datasets
     datasets.disable_progress_bars()
-    path, _, split = name.partition(":")
-    split = split or "train"
+    path, *config, split = name.split(":") if ":" in name else (name, "train")
     with explain(f"'{name}' is neither a file here nor a dataset that could be loaded"):
         if any(os.path.exists(os.path.join(path, f"dataset_{kind}.json")) for kind in ("info", "dict")):
             data = datasets.load_from_disk(path)
@@ -313,7 +326,7 @@ def _read_dataset(name):
             require(split in splits, f"no split '{split}', only {', '.join(splits)}")
             data = splits[split]
         else:
-            data = datasets.load_dataset(path, split=split)
+            data = datasets.load_dataset(path, *config, split=split)
     yield from ((row, f"{name} row {i}") for i, row in enumerate(data))
 
 
@@ -382,7 +395,7 @@ def to_messages(value, train=True):
             raise ValueError(f"{at} is not an object: {_short(message)}")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         is_tool = role in ("tool", "function", "observation", "function_call")
-        expect(role in ROLES, f"{at} has the unknown role {_short(role)}"
+        expect(isinstance(role, str) and role in ROLES, f"{at} has the unknown role {_short(role)}"
                f"{' (tool calls are not supported)' if is_tool else ''}; "
                "known are system, user (human), assistant (gpt)")
         for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
@@ -472,8 +485,9 @@ def read_items(name, args, formats, convert):
 def hold_out(items, prompts, fraction, most=200):
     """Splits items into (train, evaluation) by prompt: the prompts with the smallest SHA-256 are held out.
 
-    So rows that share a prompt never fall apart, and the same prompts are held out in every script, whatever
-    the seed. A prompt with so many rows that it would overshoot is passed over, unless all have as many.
+    So rows with the same prompt stay on one side, and the same prompts are held out in every script, whatever
+    the seed. `most` rows at most; a prompt whose rows would exceed the limit is skipped, but if even the
+    smallest prompt does, one is held out.
     """
     wanted, size, held, count = min(most, round(fraction * len(items))), Counter(prompts), set(), 0
     limit = min(most, max(wanted, min(size.values())))
@@ -524,6 +538,8 @@ def load_tokenizer(args):
     with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
                  (ValueError, TypeError)):
         tokenizer.template_kwargs = {**json.loads(args.chat_template_kwargs or "{}")}
+    if args.chat_template_kwargs is None:
+        tokenizer.template_kwargs = tokenizer.init_kwargs.get("template_kwargs") or {}
     if tokenizer.template_kwargs:  # saved with the tokenizer: a reward model scores what it was trained on
         tokenizer.init_kwargs["template_kwargs"] = tokenizer.template_kwargs
     with explain(path or f"the tokenizer of {source}", ValueError):  # not to be blamed on the data
@@ -547,7 +563,7 @@ def check_whole(text, messages):
     """ValueError if a template passed over a message, as some do with a system message or reasoning.
 
     White space may differ, and /think and /no_think are switches to some templates. Untrained assistant turns
-    may lose their reasoning.
+    are not checked: they may lose their reasoning.
     """
     for number, message in enumerate(messages):
         if message["content"].strip() not in text and (message["train"] or message["role"] != "assistant"):
@@ -582,7 +598,7 @@ def encode_prompt(tokenizer, messages):
 
 def find_answer(tokenizer, messages, k, text):
     """Where message k, without its header, stands in `text`, the rendering of all messages -> (start, end).
-    None if the template renders it or what precedes it otherwise once more messages follow."""
+    None if the template renders it, or what precedes it, differently once more messages follow."""
     head = render(tokenizer, messages[:k], add_generation_prompt=True)
     upto = text if k == len(messages) - 1 else render(tokenizer, messages[:k + 1])
     start = len(head)
@@ -673,7 +689,7 @@ def fingerprint_of_file(path):
 
 
 def fingerprint(examples):
-    """A digest of all that the examples hold: a checkpoint does not go on with other data or templates."""
+    """A digest of all that the examples hold, so that no run is resumed with other data or templates."""
     def plain(value):
         if isinstance(value, list):
             return [plain(v) for v in value]
@@ -705,8 +721,8 @@ def transcript(text):
 def to_pair(row, format, system_prompt=None):
     """A row of any preference format -> {"prompt", "chosen", "rejected"}, lists of messages, and "margin".
 
-    Full conversations are split after the messages they share, transcripts before their last answer. A side
-    may come out empty: encode_pairs drops and counts such pairs. Raises ValueError with the reason.
+    Full conversations and transcripts are split after the messages that they share. A side may come
+    out empty: encode_pairs drops and counts such pairs. Raises ValueError with the reason.
     """
     columns = {"alpaca_pair": "instruction", "sharegpt_pair": "conversations", "prompt_pair": "prompt"}
     column = columns.get(format)
@@ -765,8 +781,8 @@ def prompt_key(messages):
 
 
 def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
-    """[(pair, row, place)] -> [{"chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask", "prompt_ids",
-    "row"}], tensors.
+    """[(pair, row, place)] -> [{"chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask": tensors;
+    "prompt_ids", "margin", "row"}].
 
     Both sides lose the same tokens of the prompt's beginning, then each its completion's end. Empty and
     identical pairs are dropped; `counts` (a Counter) says how many, and what was cut.
@@ -977,9 +993,9 @@ class Audit:
         return bool(self.args.audit) and step + 1 == self.step
 
     def add(self, numbers, ids, loss_mask, share, columns, notes=None, constants=None):
-        """A micro-batch of B rows: their numbers in the step (of an idle process none), tokens, and (B, T-1)
-        tensors: what each token adds to the step's loss, and `columns` by name; constants (B,) is what a row
-        adds at no token."""
+        """A micro-batch of B rows. numbers: their places in the step, [] for an idle process; ids: their
+        tokens; share (B, T-1): what a token adds to the step's loss; columns {name: (B, T-1)}; constants
+        (B,): what a row adds that belongs to no token."""
         columns = {name: x.detach().cpu().double().expand(loss_mask.shape)
                    for name, x in {"mask": loss_mask, **columns, "share": share}.items()}
         constants = [0.0] * len(ids) if constants is None else constants.tolist()
@@ -1126,6 +1142,7 @@ def trains_adapter(args):
 
 def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
     """The model, ready to train: trained weights fp32, all else frozen; LoRA and 4-bit as the arguments say.
+    `device` moves nothing: it says where a 4-bit base will be used.
 
     A policy, whose generation config stops at every id of stop_token_ids; or, with score_names, a reward
     model with one output a name. dropout=False turns every rate off, functional ones included; the model
@@ -1178,9 +1195,10 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
     kind = "a LoRA adapter goes on" if adapter else f"LoRA r={args.lora_r}" if lora else "full fine-tuning"
+    count, total = (model.get_nb_trainable_parameters() if isinstance(model, PeftModel)  # knows 4-bit weights
+                    else (sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())))
     say(f"model    {args.model_name_or_path} ({model.config.model_type}): {kind}"
-        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {sum(p.numel() for p in trained):,} of "
-        f"{sum(p.numel() for p in model.parameters()):,} weights "
+        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {count:,} of {total:,} weights "
         f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
     return model
 
@@ -1298,13 +1316,27 @@ def _nf4(compute_dtype, device_type):
                               bnb_4bit_compute_dtype=compute_dtype)
 
 
-def no_dropout(model):
-    """Sets every dropout rate to 0: modules', and the floats that layers pass to functional dropout."""
+def dropout_rates(model):
+    """Yields (module, attribute) of every rate above 0: modules', and the floats that layers pass to
+    functional dropout."""
     for module in model.modules():
         for name, value in vars(module).items():
             rate = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
-            if rate and isinstance(value, float):
-                setattr(module, name, 0.0)
+            if rate and isinstance(value, float) and value > 0:
+                yield module, name
+
+
+def no_dropout(model):
+    """Sets every dropout rate to 0."""
+    for module, name in list(dropout_rates(model)):
+        setattr(module, name, 0.0)
+
+
+def check_cut(model, checkpoint, args):
+    """UserError if a run with dropout is resumed with another --micro_batch_tokens."""
+    then = checkpoint[1]["args"]["micro_batch_tokens"]
+    require(then == args.micro_batch_tokens or not any(dropout_rates(model)), "the model has dropout, whose "
+            f"draws depend on the cut: give --micro_batch_tokens {then}, as the checkpoint's run did")
 
 
 def make_reference(model, adapter=None):
@@ -1363,11 +1395,11 @@ def like(value, parameter):
 
 # ---- checkpoints and saving --------------------------------------------------------------------------------
 
-# Arguments that may differ when a run is resumed: none of them changes the weights that come of it
-# (but for micro_batch_tokens where there is dropout, whose draws depend on the cut).
+# Arguments that may differ when a run is resumed: none of them changes the resulting weights (but for
+# micro_batch_tokens where there is dropout: check_cut).
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
-              "gradient_checkpointing", "merge", "reward_timeout", "audit", "audit_step"}
+              "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step"}
 OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
 
 
@@ -1399,7 +1431,7 @@ def open_run(args):
         return None
     now, then = asdict(args), checkpoint[1]["args"]
     for name in sorted(now):
-        if name not in MAY_CHANGE or (name == "micro_batch_tokens" and now.get("lora_dropout")):
+        if name not in MAY_CHANGE:
             require(name in then and then[name] == now[name],
                     f"{path} was written with --{name} {then.get(name)} and this run has {now[name]}: "
                     "that would change the result; give the old value, or start a new --output_dir")
@@ -1416,11 +1448,11 @@ def _check_free(args, started=False):
         return
     used = [n for n in OUTPUTS if os.path.exists(os.path.join(args.output_dir, n))]
     started = started and not {"model", "merged"}.intersection(used)
+    require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
+            "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
     require(not used or args.overwrite_output_dir or started,
             f"{args.output_dir} already holds a run: choose another --output_dir, or add "
             "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
-    require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
-            "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
     given = [(name, getattr(args, name, None)) for name in (
         "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset")]
     given += [("reward_funcs", name) for name in getattr(args, "reward_funcs", [])]
@@ -1456,7 +1488,7 @@ def _steps(folder):
 
 @contextmanager
 def written_whole(folder):
-    """Yields an empty folder that replaces `folder` once it is complete; on failure UserError, all stays."""
+    """Yields an empty folder that replaces `folder` once it is complete; until then all stays. UserError."""
     partial = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -1503,7 +1535,7 @@ def _write_checkpoint(args, state, tensors, scalars, folder, name):
 
 
 def load_checkpoint(folder):
-    """-> (tensors, state). Raises ValueError or OSError if anything is missing or damaged."""
+    """-> (tensors, state). Raises ValueError, KeyError or OSError if anything is missing or damaged."""
     with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
         state = json.load(file)
     path = os.path.join(folder, "tensors.safetensors")
@@ -1595,14 +1627,16 @@ def save_model(model, tokenizer, folder, state=None):
 def merge_adapter(args, tokenizer, folder, adapter, device):
     """Merges the adapter into its base, saves plain weights to `folder`, prints how far the logits moved.
 
-    A 4-bit base is dequantised first: merging into its original weights, or in 4 bits, is off tenfold.
+    A 4-bit base is dequantised first: merging into its original weights, or in 4 bits, is some ten times less
+    exact.
     """
-    reward = os.path.exists(os.path.join(adapter, "config.json"))
-    names = AutoConfig.from_pretrained(adapter).id2label.values() if reward else []
+    is_reward_model = os.path.exists(os.path.join(adapter, "config.json"))
+    names = (AutoConfig.from_pretrained(adapter, trust_remote_code=args.trust_remote_code).id2label.values()
+             if is_reward_model else [])
 
     def load():
         model = load_base(base_and_adapter(adapter)[0], args, device, True,
-                          score_config(list(names), tokenizer) if reward else None)
+                          score_config(list(names), tokenizer) if is_reward_model else None)
         return model if args.load_in_4bit else model.to(device)
 
     ids = torch.arange(64, device=device).view(8, 8) % len(tokenizer)
@@ -1613,7 +1647,7 @@ def merge_adapter(args, tokenizer, folder, adapter, device):
             model = model.dequantize(dtype=torch.bfloat16 if args.bf16 else torch.float32)
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
         after = merged(ids).logits.float()
-    if not reward:
+    if not is_reward_model:
         merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter)
     save_model(merged, tokenizer, folder)
     say(f"merged   {folder}: logits moved by at most {(after - before).abs().max():.2g} "
@@ -1630,7 +1664,8 @@ class Interrupt:
 
     def _catch(self, number, frame):
         self.signal = number
-        say("stopping after this step, with a checkpoint (once more: at once)", file=sys.stderr)
+        say("stopping after this step (ppo, grpo: this rollout), with a checkpoint (once more: at once)",
+            file=sys.stderr)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 

@@ -2,24 +2,28 @@
 
 Objective   L = - log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - log ref_l)]), mean over the pairs of
             the step; log pi = sum over the completion's tokens. Rafailov 2023, arXiv 2305.18290, eq. 7.
-            --loss_type ipo: Azar 2023, arXiv 2310.12036; hinge: Zhao 2023, arXiv 2305.10425 (SLiC-HF).
+            --loss_type ipo: Azar 2023, arXiv 2310.12036; hinge: Liu 2023, arXiv 2309.06657 (RSO's form of
+            SLiC-HF, with a reference).
             --sft_coef adds the chosen completion's mean NLL (Pang 2024, arXiv 2404.19733).
 Shapes      B pairs of a micro-batch, 2B rows (chosen first, then rejected), T tokens of the longest row,
-            V vocabulary, d hidden size, N trained tokens. Index t of a (2B, T-1) tensor is the prediction of
-            token t+1; the causal shift is done once, in Policy.forward.
+            V vocabulary, d hidden size; N is any other count, named where it is used. Index t of a
+            (2B, T-1) tensor is the prediction of token t+1: the causal shift is in Policy.logprobs (of
+            hidden states and targets) and collate (of the mask).
 
 Differences from the papers
 1. ipo divides each log-prob by its completion's length, as its authors confirmed; the paper has sums.
 2. label_smoothing eps gives the conservative loss (1 - eps) L + eps L(swapped), for sigmoid alone.
 Differences from TRL's DPOTrainer
-1. Only the completion's tokens count, for any chat template; both sides keep the same prompt tokens.
+1. Rows beyond max_length lose the prompt's start, the same on both sides, then the completions' ends. TRL
+   keeps the start.
 2. Full fine-tuning computes the reference log-probs once, before the first step: two numbers a pair, kept in
    the checkpoint (--precompute_ref_log_probs False keeps a frozen copy of the model instead).
-3. Started from an adapter, the reference is a frozen copy of that adapter, never the bare base.
-4. Dropout is off, the mean is over the pairs of the whole step, and a resumed run ends bit-equal.
+3. Dropout that a model does in functions, not modules, is off too; the mean is over the pairs of the whole
+   step; and a resumed run ends bit-equal.
+As in TRL, the reference of a run that starts from an adapter is a frozen copy of it, never the bare base.
 
 Run   python dpo.py                                                   the small example, CPU, about a minute
-      python dpo.py --model_name_or_path out/sft/model --dataset_name pairs.jsonl --load_in_4bit
+      python dpo.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name pairs.jsonl --lora_r 16
       accelerate launch --multi_gpu --num_processes 8 dpo.py --model_name_or_path ... --dataset_name ...
 """
 
@@ -61,12 +65,12 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: saves memory")
     bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
     # data
-    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or name[:split]")
+    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or a dataset")
     eval_dataset_name: str | None = HfArg(default=None, help="default: eval_fraction of the training data")
     eval_fraction: float = HfArg(default=0.05, help="share held out by prompt, at most 200 pairs")
     format: str | None = HfArg(default=None, help="prompt_, conversation_, alpaca_ or sharegpt_pair")
     system_prompt: str | None = HfArg(default=None, help="system message for rows that have none")
-    max_length: int = HfArg(default=1024, help="tokens of a row; beyond: prompt starts, then ends, are cut")
+    max_length: int = HfArg(default=1024, help="longest row: prompts lose their start, answers their end")
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
     # objective
     beta: float = HfArg(default=0.1, help="strength of the pull towards the reference policy")
@@ -74,16 +78,16 @@ class Args:
     label_smoothing: float = HfArg(default=0.0, help="share of pairs taken to be mislabelled")
     sft_coef: float = HfArg(default=0.0, help="weight of the chosen completion's mean NLL")
     precompute_ref_log_probs: bool | None = HfArg(
-        default=None, help="reference log-probs once, before training; default: in full fine-tuning")
+        default=None, help="reference log-probs once, before training; default: without LoRA, and in FSDP")
     # optimization
     learning_rate: float | None = HfArg(default=None, help="peak; default 1e-6 (all weights), 1e-5 (LoRA)")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to zero")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="after warm-up")
     warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
     batch_size: int = HfArg(default=32, help="pairs of one optimizer step, over all processes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the data")
     max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
     seed: int = HfArg(default=0, help="decides the order of the pairs and random weights")
@@ -140,32 +144,32 @@ def dpo_loss(policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logpro
     elif loss_type == "ipo":  # eq. 17 of Azar 2023
         losses = (margins - 1 / (2 * beta)).square()
     elif loss_type == "hinge":
-        losses = torch.relu(1 - beta * margins)
+        losses = torch.relu(1 - beta * margins)  # RSO, hinge-norm
     else:
         raise ValueError(f"unknown loss_type {loss_type}")
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Log-prob, entropy and top-1 hit of N target tokens; the (N, V) logits are never whole in memory.
+    """Log-prob, entropy and top-1 hit of N target tokens, with one chunk of the (N, V) logits in memory.
 
-    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
-    fp32. Backward: d log p(y) / dz = onehot(y) - p, where p of the last chunk is still there and the others
-    are computed again. Entropy and hits are figures to look at and carry no gradient. hidden (N, d), weight
-    (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v: fp32 but
+    for the matrix product, which autocast may do in bf16. Backward: d log p(y) / dz = onehot(y) - p, with p
+    of the last chunk kept and that of the others recomputed. Entropy and hits are diagnostics and carry no
+    gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
 
     CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
 
     @staticmethod
     def chunks(hidden, weight):
-        """Row numbers, in equal parts that hold at most CHUNK logits each -> [(chunk,)]."""
+        """Row numbers, in equal parts of at most about CHUNK logits each -> [(chunk,)]."""
         count = max(1, math.ceil(len(hidden) * len(weight) / ChunkedLogprobs.CHUNK))
         return torch.arange(len(hidden), device=hidden.device).tensor_split(count)
 
     @staticmethod
     def logits(hidden, weight, bias, temperature, out):
-        """z (chunk, V) fp32, in `out`: memory asked for anew would cost a CPU more than the softmax."""
+        """z (chunk, V) fp32, in `out`: on a CPU, allocating it anew costs more than the softmax."""
         z = out[:len(hidden)]
         if weight.dtype == torch.float32:
             torch.mm(hidden, weight.T, out=z)
@@ -189,7 +193,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 top, argmax = z.max(-1)
                 z -= top[:, None]
                 p = torch.exp(z, out=out_p[:len(rows)])
-                total = p.sum(-1)  # softmax's own sum is off by 3e-5 over 150,000 words, this one by 1e-6
+                total = p.sum(-1)  # softmax's own sum is off by 3e-5 for V = 150,000, this one by 1e-6
                 logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
                 entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
                 hits[rows] = (argmax == targets[rows]).float()
@@ -257,8 +261,8 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def check_head(policy, model, input_ids, accelerator):
-    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or
-    capped."""
+    """Raises UserError if trunk + head do not give the model's own log-probs, which happens when a model
+    scales or caps its logits."""
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
@@ -303,7 +307,7 @@ def both_sides(pairs):
 
 
 def pair_lengths(pairs):
-    """What a pair takes of a micro-batch: two rows of the longer one's length."""
+    """The padded tokens of a pair in a micro-batch: two rows as long as the longer one."""
     return [2 * max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
 
 
@@ -319,8 +323,8 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
-    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
+    by a denominator of the whole step, any cut gives the same gradient. Every process gets equally many,
+    because under FSDP processes wait for one another; the missing ones are empty lists, run all masked.
     """
     order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for first in range(num_processes):
@@ -342,8 +346,8 @@ def stream(*key):
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 def pair_logprobs(policy, pairs, device):
-    """-> (seq_logprobs, lengths, logprobs): (2, B) sums over the completion, (2, B) its number of tokens,
-    and what is summed, (2B, T-1)."""
+    """-> (sums, lengths, logprobs): (2, B) sums over the completion, (2, B) its number of tokens, and the
+    log-probs by token, (2B, T-1)."""
     input_ids, loss_mask = collate(both_sides(pairs), device)
     logprobs, _, _ = policy(input_ids, loss_mask)  # (2B, T-1), 0 where the mask is 0
     return logprobs.sum(-1).view(2, -1), loss_mask.sum(-1).view(2, -1), logprobs
@@ -353,25 +357,26 @@ FIGURES = ("dpo_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "reward
            "rewards/accuracies", "logps/chosen", "logps/rejected")
 
 
-def pair_figures(policy_logprobs, ref_logprobs, lengths, args):
-    """-> (losses (B,), figures (8, B) in the order of FIGURES) from log-probs and lengths (2, B).
+def pair_figures(policy_sums, ref_sums, lengths, args):
+    """-> (losses (B,), figures (8, B) in the order of FIGURES) from summed log-probs and lengths, all (2, B).
 
-    Rewards are figured from sums, whatever the loss takes.
+    The rewards are beta (log pi - log ref) of sums, also where the loss (ipo) takes means.
     """
     scale = lengths if args.loss_type == "ipo" else 1  # ipo takes means, everything else sums
-    dpo_losses, _, _ = dpo_loss(*(policy_logprobs / scale), *(ref_logprobs / scale), args.beta,
-                                args.loss_type, args.label_smoothing)
-    nll = -policy_logprobs[0] / lengths[0]  # mean over the chosen completion's tokens
-    chosen, rejected = args.beta * (policy_logprobs.detach() - ref_logprobs)
+    dpo_losses, _, _ = dpo_loss(*(policy_sums / scale), *(ref_sums / scale), args.beta, args.loss_type,
+                                args.label_smoothing)
+    nll = -policy_sums[0] / lengths[0]  # mean over the chosen completion's tokens
+    chosen, rejected = args.beta * (policy_sums.detach() - ref_sums)
     figures = torch.stack([dpo_losses.detach(), nll.detach(), chosen, rejected, chosen - rejected,
-                           (chosen > rejected).float(), *policy_logprobs.detach()])
+                           (chosen > rejected).float(), *policy_sums.detach()])
     return dpo_losses + args.sft_coef * nll, figures
 
 
-SHARES = ("A pair's loss is no sum over tokens. What it is at a margin of 0 (ln 2 for sigmoid) belongs to no "
-          "token and is stated at the chosen row; the rest goes to the tokens of both rows, each in "
+SHARES = ("A pair's loss is not a sum over tokens. Its value at a margin of 0 (ln 2 for sigmoid) belongs to "
+          "no token and is listed with the chosen row; the rest goes to the tokens of both rows, each in "
           "proportion to what it adds to the margin: integrated gradients on the straight path from the "
-          "reference. With --sft_coef a chosen token also adds its - log p over its row's tokens.")
+          "reference. With --sft_coef c a chosen token also adds c times its - log p, divided by its row's "
+          "trained tokens.")
 
 
 @torch.no_grad()
@@ -388,9 +393,10 @@ def pair_shares(logprobs, ref_logprobs, loss_mask, policy_sums, ref_sums, args):
         return dpo_loss(margins, zeros, zeros, zeros, args.beta, args.loss_type, args.label_smoothing)[0]
     B, lengths = len(logprobs) // 2, loss_mask.sum(-1, keepdim=True).cpu().double()  # (2B, 1)
     logprobs, ref_logprobs, policy_sums, ref_sums = (
-        x.cpu().double() for x in (logprobs, ref_logprobs, policy_sums, ref_sums))  # fp64 is not everywhere
+        x.cpu().double() for x in (logprobs, ref_logprobs, policy_sums, ref_sums))
     logratios = logprobs - ref_logprobs
-    rounding = (policy_sums - ref_sums).view(-1, 1) - logratios.sum(-1, keepdim=True)  # of the fp32 sums
+    # the rounding error of the fp32 sums is spread over the trained tokens
+    rounding = (policy_sums - ref_sums).view(-1, 1) - logratios.sum(-1, keepdim=True)
     logratios = logratios + loss_mask.cpu() * rounding / lengths
     parts = logratios / (lengths if args.loss_type == "ipo" else 1)  # c_t
     parts[B:] *= -1
@@ -423,9 +429,8 @@ def evaluate(policy, model, pairs, ref_of, args, accelerator, tokenizer, stop_id
     for batch in micro_batches(pair_lengths(pairs), args.micro_batch_tokens, accelerator.process_index,
                                accelerator.num_processes):
         if batch:
-            with accelerator.autocast():
-                sums, lengths, _ = pair_logprobs(policy, [pairs[i] for i in batch], accelerator.device)
-                losses, figures = pair_figures(sums, ref_of([pairs[i] for i in batch])[0], lengths, args)
+            sums, lengths, _ = pair_logprobs(policy, [pairs[i] for i in batch], accelerator.device)
+            losses, figures = pair_figures(sums, ref_of([pairs[i] for i in batch])[0], lengths, args)
             totals[:9] += torch.cat([losses[None], figures]).sum(-1)
     asked = [p for p in pairs if p.get("answer") is not None]
     lengths = [len(p["prompt_ids"]) + args.max_completion_length for p in asked]
@@ -449,16 +454,15 @@ def evaluate(policy, model, pairs, ref_of, args, accelerator, tokenizer, stop_id
 
 
 def extract_answer(text):
-    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
-    it has neither.
+    """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
+    number; without a tag the last number of the text; None if there is none.
 
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower
-    case.
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000".
     """
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
     number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
-    found = [m for m in re.finditer(number, text)]
+    found = list(re.finditer(number, text))
     if not found:
         return text.lower() or None if tagged else None
     minus, minus_too, whole, decimals = found[-1].groups()
@@ -476,13 +480,15 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
                             side="left").to(accelerator.device)
     attention_mask = common.pad([[1] * len(r["prompt_ids"]) for r in rows], 0,
                                 side="left").to(accelerator.device)
+    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - prompt_ids.shape[1]
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     shipped, causal.generation_config = causal.generation_config, GenerationConfig()
     try:
         with accelerator.autocast():
             out = model.generate(input_ids=prompt_ids, attention_mask=attention_mask, do_sample=False,
-                                 num_beams=1, use_cache=True, max_new_tokens=args.max_completion_length,
-                                 eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
+                                 num_beams=1, use_cache=True, eos_token_id=stop_ids,
+                                 max_new_tokens=max(1, min(args.max_completion_length, room)),
+                                 pad_token_id=tokenizer.pad_token_id,
                                  synced_gpus=False)  # each process has its own number of tokens
     finally:
         causal.generation_config = shipped
@@ -492,8 +498,8 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
 # ---- training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
-    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
-    or no decay to 0."""
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine or
+    linear decay to 0, or none."""
     warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
@@ -521,7 +527,7 @@ def main(args):
         args.learning_rate = 1e-5 if lora else 1e-6
     if args.precompute_ref_log_probs is None:
         args.precompute_ref_log_probs = not lora or accelerator.is_fsdp2
-    precompute = args.precompute_ref_log_probs and not args.audit  # whose page shows the reference's tokens
+    precompute = args.precompute_ref_log_probs and not args.audit  # its page needs the reference by token
     require(precompute or not lora or not accelerator.is_fsdp2,
             "under FSDP an adapter cannot be switched off in the middle of a step: leave out "
             "--precompute_ref_log_probs False and --audit")
@@ -556,10 +562,10 @@ def main(args):
         state = {name: checkpoint[1][name] for name in state}
     if precompute:
         with common.unsharded(policy):
-            kept["ref_logprobs"] = (checkpoint[0]["ref_logprobs"] if checkpoint else  # (N, 2)
-                                    reference_logprobs(policy, train + held, args, accelerator))
-        for pair, row in zip(train + held, kept["ref_logprobs"], strict=True):
-            pair["ref_logprobs"] = row
+            kept["ref_sums"] = (checkpoint[0]["ref_sums"] if checkpoint else  # (N, 2)
+                                reference_logprobs(policy, train + held, args, accelerator))
+        for pair, row in zip(train + held, kept["ref_sums"], strict=True):
+            pair["ref_sums"] = row  # (2,)
     log = common.RunLog(accelerator, args, total_steps, state["step"])
     audit = common.Audit(accelerator, args, tokenizer, state["step"], total_steps)
     interrupt = common.Interrupt()
@@ -567,11 +573,11 @@ def main(args):
         f"learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
         f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
-    def ref_logprobs_of(pairs):
-        """B pairs -> (2, B): the reference's summed log-probs of both sides; and by token, where not
+    def reference_of(pairs):
+        """B pairs -> (2, B) the reference's summed log-probs of both sides; and those by token, None if
         precomputed."""
         if precompute:
-            return torch.stack([p["ref_logprobs"] for p in pairs], 1).to(accelerator.device), None
+            return torch.stack([p["ref_sums"] for p in pairs], 1).to(accelerator.device), None
         with torch.no_grad(), use_reference(), accelerator.autocast():
             return pair_logprobs(reference, pairs, accelerator.device)[::2]
 
@@ -579,7 +585,7 @@ def main(args):
         """Evaluates, prints and logs."""
         if held and not args.audit:
             with common.unsharded(policy):
-                metrics, table = evaluate(policy, model, held, ref_logprobs_of, args, accelerator, tokenizer,
+                metrics, table = evaluate(policy, model, held, reference_of, args, accelerator, tokenizer,
                                           stop_ids)
             log.metrics(state["step"], metrics)
             figures = "  ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items())
@@ -608,22 +614,22 @@ def main(args):
         totals[9] = interrupt.signal
         for i, batch in enumerate(batches):
             part = [pairs[j] for j in batch] or pairs[:1]
-            counts = float(bool(batch))  # a process without pairs takes part with a pass that weighs nothing
-            ref_logprobs, ref_tokens = ref_logprobs_of(part)  # (2, B); first, since it may switch adapters
+            weight = float(bool(batch))  # a process without pairs runs a pass of weight 0
+            ref_sums, ref_logprobs = reference_of(part)  # (2, B); first, since it may switch adapters
             with accelerator.no_sync(policy) if i < len(batches) - 1 else nullcontext():
-                policy_logprobs, lengths, tokens = pair_logprobs(policy, part, accelerator.device)
-                losses, figures = pair_figures(policy_logprobs, ref_logprobs, lengths, args)
+                policy_sums, lengths, logprobs = pair_logprobs(policy, part, accelerator.device)
+                losses, figures = pair_figures(policy_sums, ref_sums, lengths, args)
                 # DDP averages over the processes: undo its division
-                accelerator.backward(counts * losses.sum() * accelerator.num_processes / trained_pairs)
+                accelerator.backward(weight * losses.sum() * accelerator.num_processes / trained_pairs)
             if audit.due(step):
                 _, loss_mask = collate(both_sides(part), accelerator.device)
-                logratios, shares, constants = pair_shares(tokens, ref_tokens, loss_mask, policy_logprobs,
-                                                           ref_logprobs, args)
+                logratios, shares, constants = pair_shares(logprobs, ref_logprobs, loss_mask, policy_sums,
+                                                           ref_sums, args)
                 audit.add([*batch, *batch], [e["input_ids"] for e in both_sides(part)], loss_mask,
-                          shares / trained_pairs, {"log-prob": tokens, "ref. log-prob": ref_tokens,
+                          shares / trained_pairs, {"log-prob": logprobs, "ref. log-prob": ref_logprobs,
                                                    "reward": args.beta * logratios},
                           ["chosen, "] * len(part) + ["rejected, "] * len(part), constants / trained_pairs)
-            totals[:9] += counts * torch.cat([losses.detach()[None], figures]).sum(-1)
+            totals[:9] += weight * torch.cat([losses.detach()[None], figures]).sum(-1)
         grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
         *figures, stop = accelerator.reduce(totals, "sum").tolist()
         loss, *figures = (x / trained_pairs for x in figures)
@@ -633,15 +639,16 @@ def main(args):
                 "are whole. Try a lower --learning_rate")
         if audit.due(step):
             return audit.write(loss, SHARES)
+        learning_rate = learning_rate_at(step, total_steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total_steps, args)
+            group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
 
         tokens = sum(len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
         state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + tokens
         metrics = {"loss": loss, **dict(zip(FIGURES, figures)), "grad_norm": grad_norm,
-                   "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
+                   "learning_rate": learning_rate, "num_tokens": state["num_tokens"],
                    "trained_pairs": trained_pairs}
         log.metrics(step + 1, metrics)
         if step == 0:

@@ -1,13 +1,16 @@
 """grpo.py - reinforcement learning with group-relative advantages: a policy learns from its scored samples.
 
-Objective   J = mean_i,t [ min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) - kl_coef ratio k3 ],
-            maximised, with A_i = (r_i - mean of the group) / (std of the group + 1e-4), and the mean as
-            --loss_type says. Shao 2024, arXiv 2402.03300 (GRPO); Yu 2025, arXiv 2503.14476 (DAPO);
+Objective   J = mean_i,t [ min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) - kl_coef ratio_t k3 ]
+            - sft_coef NLL (of the best samples and of demonstrations; none by default), maximised, with
+            A_i = (r_i - mean of the group) / (std + 1e-4), r_i the weighted sum of the rewards less the
+            overlong penalty, the std as --scale_rewards and the mean as --loss_type says.
+            Shao 2024, arXiv 2402.03300 (GRPO); Yu 2025, arXiv 2503.14476 (DAPO);
             Liu 2025, arXiv 2503.20783 (Dr. GRPO);
             Zheng 2025, arXiv 2507.18071 (GSPO: --importance_sampling_level sequence).
 Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a prompt, B rows of a micro-batch,
-            V vocabulary, d hidden size, N trained tokens. Index t of a (B, T-1) tensor is the prediction of
-            token t+1; the shift is in Policy.forward.
+            V vocabulary, d hidden size, F reward functions; N is any other count, named where it is used.
+            Index t of a (B, T-1) tensor is the prediction of token t+1: the causal shift is in
+            Policy.logprobs (of hidden states and targets) and collate (of the mask).
 
 Differences from the papers
 1. The KL term is ratio * k3 with both factors attached and unclipped, which has the gradient of the reverse
@@ -15,15 +18,22 @@ Differences from the papers
    0 by default, and then no reference exists.
 2. A group whose rewards are all equal has advantage exactly 0; the share of such groups is logged.
 3. Every denominator is fixed for the whole step, over all processes, before the first micro-batch.
+4. --drop_flat_groups draws at most 10 times and then goes on with the groups it has. A group is flat if its
+   scores are equal, overlong penalty included; DAPO looks at correctness alone.
+5. Dr. GRPO is --loss_type dr_grpo --scale_rewards none; dr_grpo alone keeps the division by the std.
+6. With --importance_sampling_level sequence the KL term keeps each token's own ratio.
+7. --best_fraction (RAFT) and --demo_threshold (Lv 2025) add an NLL term that none of these papers has.
 Differences from TRL's GRPOTrainer
 1. batch_size counts the prompts of a rollout; num_minibatches splits it into updates and num_iterations
    repeats it.
-2. What is sampled is what is scored: the whole softmax at --temperature, nothing from the generation config
-   (no top-k, no top-p).
-3. A completion depends on (seed, step, its index in the rollout) alone: not on batch mates, not on the number
-   of processes.
-4. None from a reward function takes the completion out of that reward's statistics; None from all of them
-   leaves it out altogether.
+2. What is sampled is what is scored, always: the whole softmax at --temperature. There is no top-k, top-p or
+   penalty; of the generation config only the stop tokens are used.
+3. A completion's random numbers depend on (seed, step, its index in the rollout) alone: not on batch mates,
+   not on the number of processes.
+4. A completion for which every reward function returns None is left out of the loss and its denominators;
+   TRL gives it advantage 0 and keeps it in them.
+5. A prompt that is a string becomes a user's turn of the chat template; TRL tokenizes it as it is.
+6. Evaluation is greedy. reward_std is the std inside a group, mean over groups. log_extra is ignored.
 
 Run   python grpo.py                                                  the small example, CPU, under a minute
       python grpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my.jsonl --lora_r 16
@@ -81,52 +91,54 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: saves memory")
     bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
     # data and rewards
-    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or name[:split]")
+    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or a dataset")
     eval_dataset_name: str | None = HfArg(default=None, help="default: eval_fraction of the training data")
     eval_fraction: float = HfArg(default=0.05, help="share of the rows held out by prompt, at most 200 rows")
     format: str | None = HfArg(default=None, help="the column of the prompt: prompt, instruction or question")
     system_prompt: str | None = HfArg(default=None, help="system message for prompts that have none")
     max_prompt_length: int = HfArg(default=512, help="longer prompts are dropped and counted")
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
-    reward_funcs: list[str] = HfArg(default_factory=lambda: ["accuracy"], help="names, my.py:f or folders")
+    reward_funcs: list[str] = HfArg(
+        default_factory=lambda: ["accuracy"], help="accuracy, format, edit_distance, json, code, "
+        "FILE.py:function or a reward model's FOLDER[:score]")
     reward_weights: list[float] | None = HfArg(default=None, help="one weight for each reward; default 1")
-    reward_timeout: float = HfArg(default=600.0, help="seconds after which a reward's call is given up")
+    reward_timeout: float = HfArg(default=600.0, help="seconds a reward's call may take before the run stops")
     # rollout
     batch_size: int = HfArg(default=16, help="prompts of a rollout, over all processes")
     num_generations: int = HfArg(default=8, help="completions a prompt (G)")
     max_completion_length: int = HfArg(default=512, help="tokens after which a completion is cut")
     temperature: float = HfArg(default=1.0, help="of sampling, and of every log-prob")
-    rollout_batch_size: int = HfArg(default=256, help="completions sampled at once; result unaffected")
+    rollout_batch_size: int = HfArg(default=256, help="completions of a process at once; result unaffected")
     # objective
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(
         default="dapo", help="mean over tokens; mean of row means; sum / (rows x max_completion_length)")
     importance_sampling_level: Literal["token", "sequence"] = HfArg(default="token", help="sequence is GSPO")
-    scale_rewards: Literal["group", "batch", "none"] = HfArg(default="group", help="std dividing advantages")
+    scale_rewards: Literal["group", "batch", "none"] = HfArg(default="group", help="whose std divides A")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped below at 1 - epsilon")
     epsilon_high: float | None = HfArg(default=None, help="above at 1 + this; default: epsilon (DAPO: 0.28)")
     kl_coef: float = HfArg(default=0.0, help="weight of the KL term; 0: no reference policy is kept")
     mask_truncated_completions: bool = HfArg(default=False, help="completions without an end get no loss")
     overlong_penalty: int = HfArg(default=0, help="last tokens over which a score falls by up to 1 (DAPO)")
-    drop_flat_groups: bool = HfArg(default=False, help="sample until batch_size groups vary (DAPO)")
+    drop_flat_groups: bool = HfArg(default=False, help="draw, up to 10 times, until batch_size groups vary")
     best_fraction: float = HfArg(default=0.0, help="share of a group, its best, that also gets an NLL term")
     demo_threshold: float | None = HfArg(default=None, help="pass rate up to which a demonstration steps in")
     demo_column: str = HfArg(default="demonstration", help="column of the demonstrations, whole answers")
-    sft_coef: float = HfArg(default=0.1, help="weight of that NLL: a mean over the update's such tokens")
+    sft_coef: float = HfArg(default=0.1, help="weight of the NLL of best ones and demonstrations")
     num_iterations: int = HfArg(default=1, help="passes over a rollout")
     num_minibatches: int = HfArg(default=1, help="updates of one pass")
     # optimization
     learning_rate: float | None = HfArg(default=None, help="peak; default 1e-6 (all weights), 1e-5 (LoRA)")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to zero")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="after warm-up")
     warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the prompts; 0: only evaluate")
     max_steps: int = HfArg(default=-1, help="steps, rounded up to whole rollouts; overrides num_train_epochs")
     seed: int = HfArg(default=0, help="decides the order of the prompts, the samples and random weights")
     # evaluation and output
-    eval_steps: int = HfArg(default=50, help="steps between greedy evaluations; also at start and end")
+    eval_steps: int = HfArg(default=50, help="steps between evaluations, rounded up to whole rollouts")
     eval_samples: int = HfArg(default=0, help="samples a prompt for pass@k and votes; 0: greedy alone")
     kl_warn: float = HfArg(default=50.0, help="warn above this KL (nats a completion; needs --kl_coef)")
     output_dir: str = HfArg(default="out/grpo", help="where everything goes")
@@ -165,8 +177,6 @@ class Args:
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
         require(self.num_generations > 1,
                 "--num_generations must be at least 2: an advantage compares completions of one prompt")
-        require(self.num_minibatches <= self.batch_size * self.num_generations,
-                f"--num_minibatches {self.num_minibatches} is more than the completions of a rollout")
         require(self.importance_sampling_level == "token" or self.loss_type == "grpo",
                 "--importance_sampling_level sequence is a mean over sequences: "
                 "add --loss_type grpo (and --epsilon 3e-4 or so)")
@@ -223,7 +233,7 @@ def best_of_groups(scores, num_generations, fraction):
 
 
 def overlong_penalty(length, max_completion_length, buffer):
-    """What a completion's score loses for its length: 0 up to max - buffer tokens, then evenly down to -1.
+    """What is added to a completion's score for its length: 0 up to max - buffer tokens, then evenly to -1.
 
     DAPO (Yu 2025, arXiv 2503.14476, eq. 13). At most 100 tokens, buffer 20: 80 -> 0, 90 -> -0.5, 100 -> -1.
     """
@@ -256,8 +266,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, loss_mask, epsilon=0.2, epsilo
 def kl_k3(logprobs, ref_logprobs):
     """k3 = exp(d) - 1 - d with d = ref_logprobs - logprobs, (B, T-1): >= 0, unbiased for KL(policy || ref).
 
-    The estimator is Schulman's (joschu.net/blog/kl-approx.html). Give it equal values where nothing counts:
-    an infinite d would make NaN gradients even behind a mask.
+    The estimator is Schulman's (joschu.net/blog/kl-approx.html). Pass equal values where the mask is 0: an
+    infinite d would make NaN gradients even behind a mask.
     d = ln 2 gives 2 - 0.6931 - 1 = 0.3069.
     """
     d = ref_logprobs - logprobs
@@ -279,25 +289,25 @@ def token_weights(lengths, loss_type, max_completion_length):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Log-prob, entropy and top-1 hit of N target tokens; the (N, V) logits are never whole in memory.
+    """Log-prob, entropy and top-1 hit of N target tokens, with one chunk of the (N, V) logits in memory.
 
-    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
-    fp32. Backward: d log p(y) / dz = onehot(y) - p, where p of the last chunk is still there and the others
-    are computed again. Entropy and hits are figures to look at and carry no gradient. hidden (N, d), weight
-    (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v: fp32 but
+    for the matrix product, which autocast may do in bf16. Backward: d log p(y) / dz = onehot(y) - p, with p
+    of the last chunk kept and that of the others recomputed. Entropy and hits are diagnostics and carry no
+    gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
 
     CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
 
     @staticmethod
     def chunks(hidden, weight):
-        """Row numbers, in equal parts that hold at most CHUNK logits each -> [(chunk,)]."""
+        """Row numbers, in equal parts of at most about CHUNK logits each -> [(chunk,)]."""
         count = max(1, math.ceil(len(hidden) * len(weight) / ChunkedLogprobs.CHUNK))
         return torch.arange(len(hidden), device=hidden.device).tensor_split(count)
 
     @staticmethod
     def logits(hidden, weight, bias, temperature, out):
-        """z (chunk, V) fp32, in `out`: memory asked for anew would cost a CPU more than the softmax."""
+        """z (chunk, V) fp32, in `out`: on a CPU, allocating it anew costs more than the softmax."""
         z = out[:len(hidden)]
         if weight.dtype == torch.float32:
             torch.mm(hidden, weight.T, out=z)
@@ -321,7 +331,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 top, argmax = z.max(-1)
                 z -= top[:, None]
                 p = torch.exp(z, out=out_p[:len(rows)])
-                total = p.sum(-1)  # softmax's own sum is off by 3e-5 over 150,000 words, this one by 1e-6
+                total = p.sum(-1)  # softmax's own sum is off by 3e-5 for V = 150,000, this one by 1e-6
                 logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
                 entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
                 hits[rows] = (argmax == targets[rows]).float()
@@ -389,8 +399,8 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def check_head(policy, model, input_ids, accelerator):
-    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or
-    capped."""
+    """Raises UserError if trunk + head do not give the model's own log-probs, which happens when a model
+    scales or caps its logits."""
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
@@ -407,16 +417,15 @@ def check_head(policy, model, input_ids, accelerator):
 # ---- rewards -----------------------------------------------------------------------------------------------
 
 def extract_answer(text):
-    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
-    it has neither.
+    """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
+    number; without a tag the last number of the text; None if there is none.
 
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower
-    case.
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000".
     """
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
     number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
-    found = [m for m in re.finditer(number, text)]
+    found = list(re.finditer(number, text))
     if not found:
         return text.lower() or None if tagged else None
     minus, minus_too, whole, decimals = found[-1].groups()
@@ -430,16 +439,17 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def references(completions, columns):
-    """The row's `answer`, else its `solution`, else None, for each completion."""
-    return [a if a is not None else s for a, s in zip(*(columns.get(name) or [None] * len(completions)
+def reference_answers(n, columns):
+    """The `answer`, else the `solution`, else None, of each of n rows."""
+    return [a if a is not None else s for a, s in zip(*(columns.get(name) or [None] * n
                                                         for name in ("answer", "solution")))]
 
 
 def accuracy(prompts, completions, **columns):
-    """1 if the completion ends with the answer of the row's `answer` column (or `solution`), 0 if not, None
-    where there is none."""
-    known = [None if a is None else extract_answer(str(a)) for a in references(completions, columns)]
+    """1 if the completion's extract_answer is that of the row's `answer` (or `solution`), 0 if not, None
+    where the row has no such column or extract_answer finds nothing in it."""
+    known = [None if a is None else extract_answer(str(a))
+             for a in reference_answers(len(completions), columns)]
     return [None if k is None else float(extract_answer(text_of(c)) == k) for c, k in zip(completions, known)]
 
 
@@ -462,7 +472,7 @@ def levenshtein(a, b):
     up, down = ones, 0
     for letter in b:
         equal = where.get(letter, 0)
-        same = (((equal & up) + up) ^ up) | equal | down  # as much as a row higher in the column before
+        same = (((equal & up) + up) ^ up) | equal | down  # equal to the cell one row up, one column before
         more = (down | ~(same | up)) << 1 | 1  # one more than in the column before, for the row below
         up, down = ((up & same) << 1 | ~(same | more)) & ones, more & same & ones
     return len(b) + up.bit_count() - down.bit_count()
@@ -472,7 +482,7 @@ def edit_distance(prompts, completions, **columns):
     """1 - (Levenshtein distance to the row's `answer` or `solution`) / (length of the longer one), None where
     there is none."""
     pairs = [(text_of(c).strip(), None if r is None else str(r).strip())
-             for c, r in zip(completions, references(completions, columns))]
+             for c, r in zip(completions, reference_answers(len(completions), columns))]
     return [None if r is None else 1 - levenshtein(c, r) / max(len(c), len(r), 1) for c, r in pairs]
 
 
@@ -508,8 +518,8 @@ def tests_of(column):
 
 
 CODE_SECONDS = 10
-# The limits are set here and not by preexec_fn, which may deadlock where there are threads. What is needed
-# after the completion is bound before it, out of reach of what it does to builtins and modules. There is no
+# The limits are set here and not by preexec_fn, which may deadlock where there are threads. What runs after
+# the completion is bound before it, so that patching builtins or modules does not change it. There is no
 # RLIMIT_NPROC: it counts all of the user's processes, so no number is right.
 CODE_RUNNER = """
 import json, os, resource, signal, sys
@@ -562,16 +572,17 @@ def code_reward(prompts, completions, **columns):
     not, None where there are none.
 
     Each runs in its own process: 10 s, 1 GiB, files of 16 MiB in a folder that is removed; no environment, no
-    input, no output; its process group is killed in any case. A random token sent after the last test counts,
-    so ending early fails. This is no sandbox: it limits accidents, not malice. Files, the network, the token
-    in the caller's frame, an object equal to everything are within reach. Train in a container.
+    input, no output; its process group is killed in any case. Only a random token sent after the last test
+    counts as passed, so ending early fails. This is no sandbox: it limits accidents, not malice. Files, the
+    network, the token in the caller's frame, an object that equals everything: all are within reach. Train in
+    a container.
     """
     def run(completion, tests):
         text = text_of(completion)
         blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
         return float(passes(blocks[-1] if blocks else text, tests, stop)) if tests else None
     tests = [tests_of(t) for t in columns.get("tests") or [None] * len(completions)]
-    at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # its processes share the cores
+    at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share the cores
     stop, pool = threading.Event(), ThreadPoolExecutor(max(1, at_once))
     try:
         return list(pool.map(run, completions, tests))
@@ -620,8 +631,9 @@ def reward_of_model(name, args, device):
                          for before, completion in zip(turns, completions)]
         return score_texts(conversations, truncated)[:, names.index(wanted)].tolist()
     reward.of_model = True
-    parent = os.path.basename(os.path.dirname(os.path.abspath(folder)))
-    return f"{parent}_{wanted}", reward
+    parent, own = os.path.split(os.path.abspath(folder))
+    label = os.path.basename(parent) if own in ("model", "merged") else own
+    return f"{label}_{wanted}", reward
 
 
 def load_rewards(args, device="cpu"):
@@ -638,8 +650,8 @@ def load_rewards(args, device="cpu"):
             require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
                     "your own is file.py:function, or a reward model's folder")
             require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
-            spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-            module = importlib.util.module_from_spec(spec)
+            spec = importlib.util.spec_from_file_location("reward_file_" + os.path.basename(path)[:-3], path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
             try:
                 spec.loader.exec_module(module)
             except (Exception, SystemExit) as error:
@@ -660,7 +672,7 @@ def reward_sources(args):
 
 @contextmanager
 def time_limit(seconds):
-    """TimeoutError in the middle of whatever runs inside, if it runs for longer."""
+    """Raises TimeoutError in the middle of what runs inside, once that has taken so many seconds."""
     def stop(*_):
         raise TimeoutError(f"no answer in {seconds:g} s (--reward_timeout)")
     before = signal.signal(signal.SIGALRM, stop)
@@ -673,7 +685,7 @@ def time_limit(seconds):
 
 
 def call_reward(reward, given, timeout):
-    """The function with those of TRL's keyword arguments that it names, or with all if it takes **kwargs."""
+    """Calls the function with those of TRL's keyword arguments that it names; all if it takes **kwargs."""
     parameters = inspect.signature(reward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     with time_limit(timeout):
@@ -807,8 +819,8 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
-    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
+    by a denominator of the whole step, any cut gives the same gradient. Every process gets equally many,
+    because under FSDP processes wait for one another; the missing ones are empty lists, run all masked.
     """
     order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for first in range(num_processes):
@@ -835,7 +847,7 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
     """Samples num_generations completions a prompt from softmax(logits / temperature): the whole of it, and
     nothing else.
 
-    prompt_ids, attention_mask (N, P) left-padded; uniforms (N*G, C) in [0, 1), one line a completion, or None
+    prompt_ids, attention_mask (N, P) left-padded; uniforms (N*G, C) in [0, 1), one row a completion, or None
     for the most likely token. -> completion_ids (N*G, C), logprobs (N*G, C) of what was sampled, lengths
     (N*G,) with the end-of-turn token counted. Token t of a row is where its u_t falls in the cumulative
     distribution, so a row does not depend on its batch mates.
@@ -857,16 +869,16 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
 
     alive = torch.arange(rows, device=device)  # the rows that have not ended; only they stay in the batch
     for t in range(max_completion_length):
-        distribution = (logits.float() / temperature).log_softmax(-1)  # (alive, V)
+        all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (alive, V)
         if uniforms is None:
-            token = distribution.argmax(-1)
+            token = all_logprobs.argmax(-1)
         else:
-            cumulative = distribution.double().exp().cumsum(-1)
+            cumulative = all_logprobs.double().exp().cumsum(-1)
             u = uniforms[alive, t, None] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp(
                 max=cumulative.shape[-1] - 1)
         completion_ids[alive, t] = token
-        logprobs[alive, t] = distribution.gather(-1, token[:, None]).squeeze(-1)
+        logprobs[alive, t] = all_logprobs.gather(-1, token[:, None]).squeeze(-1)
         lengths[alive] += 1
         going = ~torch.isin(token, stop_ids)
         if t == max_completion_length - 1 or not going.any():
@@ -883,7 +895,7 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
 def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=False,
             first=0):
     """Completes and scores the prompts -> (one dict a completion, in order, the same on every process;
-    {logged name: value}). `first`: the prompts that this step has sampled before.
+    {logged name: value}). `first`: how many prompts this step has sampled already.
 
     A process samples and scores its share of the prompts; then all are gathered, so what follows knows the
     whole rollout.
@@ -951,8 +963,8 @@ def forward_of_rollout(policy, records, args, accelerator):
             input_ids, loss_mask = collate([records[i] for i in batch], accelerator.device)
             with accelerator.autocast():
                 outputs = policy(input_ids, loss_mask, args.temperature)  # each (B, T-1)
-            mine += [(i, [x[:lengths[i] - 1].cpu() for x in rows]) for i, rows in zip(batch, zip(*outputs))]
-    return [rows for _, rows in sorted(gather_object(mine), key=lambda pair: pair[0])]
+            mine += [(i, [x[:lengths[i] - 1].cpu() for x in one]) for i, one in zip(batch, zip(*outputs))]
+    return [one for _, one in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
 def rollout_metrics(records, rewards):
@@ -970,7 +982,8 @@ def rollout_metrics(records, rewards):
 
 
 def distinct_n(sequences, n=4):
-    """Different n-grams / all n-grams of token sequences (Li 2016, arXiv 1510.03055); 1: none comes twice."""
+    """Different n-grams / all n-grams of token sequences, after Li 2016 (arXiv 1510.03055), who divide by the
+    tokens; 1: none comes twice."""
     grams = [tuple(s[i:i + n]) for s in sequences for i in range(len(s) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
@@ -988,7 +1001,7 @@ def drift_signs(seen, first):
 
 
 def group_metrics(scores, num_generations):
-    """scores (N*G,) -> the mean spread of a group's, and the share of groups that teach nothing."""
+    """scores (N*G,) -> reward_std, the std inside a group, mean over groups; the share of flat groups."""
     groups = [g[~g.isnan()] for g in scores.view(-1, num_generations)]
     return {"reward_std": sum(g.std().item() for g in groups if len(g) > 1) / len(groups),
             "frac_reward_zero_std": 1 - groups_vary(scores, num_generations).float().mean().item()}
@@ -1034,11 +1047,11 @@ def sample_record(record, prompt, rewards):
 def right_answers(prompts):
     """The answers in the columns `answer` or `solution`, None where a row has none."""
     columns = {name: [p["columns"].get(name) for p in prompts] for name in ("answer", "solution")}
-    return [None if a is None else extract_answer(str(a)) for a in references(prompts, columns)]
+    return [None if a is None else extract_answer(str(a)) for a in reference_answers(len(prompts), columns)]
 
 
 def pass_at_k(n, correct, k):
-    """The chance that one of k samples is right, from n of which `correct` are: 1 - C(n-c, k) / C(n, k).
+    """The chance that at least one of k samples is right, if c of n are: 1 - C(n-c, k) / C(n, k).
 
     Unbiased; Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2.
     """
@@ -1056,19 +1069,20 @@ def vote(answers, weights=None):
 
 
 def interval(mean, n):
-    """Wilson's 95 % interval of a share over n prompts: also sound at 0 and 1. 0.5, 100: 0.404, 0.596."""
+    """Wilson's 95 % interval of a share over n prompts: also sound at 0 and 1; wider than needed for pass@k,
+    whose terms are fractions. 0.5, 100: 0.404, 0.596."""
     z2 = 1.96**2
     middle = (mean + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     return middle - half, middle + half
 
 
-def verify(groups, references, scores):
+def verify(groups, right_ones, scores):
     """Inference-time verification -> {"pass@k", "majority@k", "best_of@k", "weighted_vote@k": share right}.
 
-    groups: of each prompt the n answers (None: no answer), references: the right ones, scores (P, n) of a
-    reward model, or None. For k = 1, 2, 4 ... n the last three choose among the first k samples. A vote's
-    weights are softmax(scores): a reward model's scores mean nothing but by their differences.
+    groups: of each of N prompts the n answers (None: no answer), scores (N, n) of a reward model, or None.
+    For k = 1, 2, 4 ... n the last three choose among the first k samples. A vote's weights are
+    softmax(scores): only differences between a reward model's scores mean anything.
     """
     n, metrics = len(groups[0]), {}
     for k in [2**i for i in range(n.bit_length()) if 2**i < n] + [n]:
@@ -1078,9 +1092,9 @@ def verify(groups, references, scores):
             chosen["weighted_vote"] = [vote(answers[:k], s[:k].softmax(0).tolist())
                                        for answers, s in zip(groups, scores)]
         metrics[f"pass@{k}"] = sum(pass_at_k(n, sum(a == right for a in answers), k)
-                                   for answers, right in zip(groups, references)) / len(groups)
+                                   for answers, right in zip(groups, right_ones)) / len(groups)
         for name, picks in chosen.items():
-            metrics[f"{name}@{k}"] = sum(a == b for a, b in zip(picks, references)) / len(groups)
+            metrics[f"{name}@{k}"] = sum(a == b for a, b in zip(picks, right_ones)) / len(groups)
     return metrics
 
 
@@ -1098,7 +1112,7 @@ def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, st
         right = [extract_answer(r["text"]) == answers[r["prompt"]] for r in records if r["prompt"] in asked]
         metrics["eval/accuracy"] = sum(right) / len(right)
     if args.eval_samples and asked:
-        n = args.eval_samples
+        n = args.eval_samples  # seed + 1: not the random numbers of this step's rollout
         sampling = SimpleNamespace(**vars(args) | {"num_generations": n, "seed": args.seed + 1})
         sampled, _ = rollout(model, [prompts[i] for i in asked], sampling, accelerator, tokenizer, stop_ids,
                              rewards, step, total_steps)
@@ -1116,8 +1130,8 @@ def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, st
 # ---- training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
-    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
-    or no decay to 0."""
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine or
+    linear decay to 0, or none."""
     warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
@@ -1148,9 +1162,9 @@ def main(args):
     rewards = load_rewards(args, accelerator.device)
     tokenizer = common.load_tokenizer(args)
     train, held = load_prompts(args, tokenizer)
-    names = list(rewards)  # the reward that says whether a completion is right
-    gate = next((names.index(name) for name in ("accuracy", "code") if name in names), 0)
     if args.demo_threshold is not None:
+        names = list(rewards)  # the gate: the reward that says whether a completion is right
+        gate = next((names.index(name) for name in ("accuracy", "code") if name in names), 0)
         encode_demonstrations(args, tokenizer, train)
         say(f"data     a demonstration steps in where a group's mean of '{names[gate]}' is at most "
             f"{args.demo_threshold:g}")
@@ -1164,8 +1178,9 @@ def main(args):
             "--eval_dataset_name, or an --eval_fraction above 0")
     require(not args.eval_samples or any(right_answers(held)), "--eval_samples: no held-out row has an "
             "`answer` or `solution` to compare with")
-    require(args.num_minibatches <= min(len(train), args.batch_size) * args.num_generations,
-            f"--num_minibatches {args.num_minibatches}, but {len(train)} prompts are all a rollout can have")
+    completions = min(len(train), args.batch_size) * args.num_generations
+    require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
+            f"{completions} completions of a rollout")
     rollouts_per_epoch = math.ceil(len(train) / args.batch_size)
     updates, rollout_size = args.num_iterations * args.num_minibatches, args.batch_size * args.num_generations
     num_rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0 and args.num_train_epochs
@@ -1222,23 +1237,23 @@ def main(args):
             order = torch.randperm(len(train), generator=stream(args.seed, "order", epoch)).tolist()
             drawn = [train[i] for i in order[at * args.batch_size:(at + 1) * args.batch_size]]
             with common.unsharded(policy):
-                records, logged = rollout(model, drawn, args, accelerator, tokenizer, stop_ids, rewards,
-                                          first_step, total_steps, first=len(prompts))
-            for record in records:
+                completed, logged = rollout(model, drawn, args, accelerator, tokenizer, stop_ids, rewards,
+                                            first_step, total_steps, first=len(prompts))
+            for record in completed:
                 record["score"] += overlong_penalty(len(record["completion_ids"]), args.max_completion_length,
                                                     args.overlong_penalty)
                 record["prompt"] += len(prompts)
-            prompts, sampled, state["draws"] = prompts + drawn, sampled + records, state["draws"] + 1
+            prompts, sampled, state["draws"] = prompts + drawn, sampled + completed, state["draws"] + 1
             varied = varied_groups(sampled, args.num_generations, args.batch_size)
             if len(varied) == rollout_size:
                 break
         records = varied if args.drop_flat_groups and varied else sampled[:rollout_size]
-        scores = torch.tensor([r["score"] for r in sampled])  # of all draws
-        seen = rollout_metrics(sampled, rewards) | group_metrics(scores, args.num_generations) | logged
+        all_scores = torch.tensor([r["score"] for r in sampled])  # of all draws
+        seen = rollout_metrics(sampled, rewards) | group_metrics(all_scores, args.num_generations) | logged
         seen["completions/distinct_4"] = distinct_n([r["completion_ids"] for r in sampled[:rollout_size]])
         if args.drop_flat_groups:
             seen |= {"draws": attempt + 1, "groups": len(records) // args.num_generations}
-            if seen["draws"] == MAX_DRAWS and "draws" not in said:
+            if len(varied) < rollout_size and "draws" not in said:
                 said.add("draws")
                 say(f"warning  {MAX_DRAWS} draws gave {len(varied) // args.num_generations} of "
                     f"{args.batch_size} groups whose scores differ: prompts may be too hard or too easy")
@@ -1253,10 +1268,10 @@ def main(args):
 
         # advantages: groups are whole, and the whole rollout is here
         scores = torch.tensor([r["score"] for r in records])  # (N*G,)
-        advantages = group_advantages(scores, args.num_generations, args.scale_rewards)
+        group_a = group_advantages(scores, args.num_generations, args.scale_rewards)  # (N*G,)
         best = (best_of_groups(scores, args.num_generations, args.best_fraction).tolist()
                 if args.best_fraction else [False] * len(records))
-        for record, advantage, is_best in zip(records, advantages, best):
+        for record, advantage, is_best in zip(records, group_a, best):
             masked = args.mask_truncated_completions and record["truncated"]
             record["advantage"], record["sampled"], record["nll"] = advantage, 1.0, is_best and not masked
             if masked:
@@ -1265,9 +1280,9 @@ def main(args):
             records, demos = demonstrate(records, prompts, args.num_generations, args.demo_threshold, gate)
             seen |= demos
         if args.best_fraction:
-            lengths = [len(r["completion_ids"]) for r in records if r["nll"] and r["sampled"]]
-            seen |= {"best_fraction": len(lengths) / max(1, sum(r["sampled"] == 1 for r in records))}
-            seen |= {"best_length": sum(lengths) / len(lengths)} if lengths else {}
+            best_lengths = [len(r["completion_ids"]) for r in records if r["nll"] and r["sampled"]]
+            seen |= {"best_fraction": len(best_lengths) / max(1, sum(r["sampled"] == 1 for r in records))}
+            seen |= {"best_length": sum(best_lengths) / len(best_lengths)} if best_lengths else {}
         flat = seen["frac_reward_zero_std"] == 1 and not seen.get("demo_fraction")
         flat_rollouts = flat_rollouts + 1 if flat else 0
         if flat_rollouts and flat_rollouts % 3 == 0:
@@ -1278,14 +1293,15 @@ def main(args):
         require(records, f"step {first_step + 1}: no reward function applies to any completion of the "
                 "rollout (all returned None)")
         with common.unsharded(policy):
-            if updates > 1:  # by the training forward, before the first update; with one old = current
-                for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
-                    record["old_logprobs"] = rows[0]
+            if updates > 1:  # by the training forward, before the first update; in a single one old = current
+                outputs = forward_of_rollout(policy, records, args, accelerator)
+                for record, (logprobs, _, _) in zip(records, outputs):
+                    record["old_logprobs"] = logprobs
             if reference:
                 with use_reference():
-                    references = forward_of_rollout(reference, records, args, accelerator)
-                for record, rows in zip(records, references):
-                    record["ref_logprobs"] = rows[0]
+                    outputs = forward_of_rollout(reference, records, args, accelerator)
+                for record, (logprobs, _, _) in zip(records, outputs):
+                    record["ref_logprobs"] = logprobs
 
         for update in range(updates):
             # the rows of this update, their weights in its loss (the denominator), and the cut
@@ -1296,8 +1312,8 @@ def main(args):
             rows = [records[i] for i in chosen]
             samples = [r for r in rows if r["sampled"]]
             trained = torch.tensor([float(r["completion_mask"][1:].sum()) for r in samples])
-            weights = token_weights(trained, args.loss_type, args.max_completion_length)
-            for row, weight in zip(samples, weights):
+            row_weights = token_weights(trained, args.loss_type, args.max_completion_length)
+            for row, weight in zip(samples, row_weights):
                 row["weight"] = weight
             nll_tokens = max(1, sum(int(r["completion_mask"][1:].sum()) for r in rows if r["nll"]))
             for row in rows:
@@ -1336,16 +1352,16 @@ def main(args):
                 with torch.no_grad():
                     ratio = importance_ratio(logprobs, old_logprobs, sample_mask,
                                              args.importance_sampling_level)
-                    low = (ratio < 1 - args.epsilon) & (advantages[:, None] < 0) & sample_mask.bool()
-                    high = (ratio > 1 + args.epsilon_high) & (advantages[:, None] > 0) & sample_mask.bool()
+                    is_low = (ratio < 1 - args.epsilon) & (advantages[:, None] < 0) & sample_mask.bool()
+                    is_high = (ratio > 1 + args.epsilon_high) & (advantages[:, None] > 0) & sample_mask.bool()
                     totals[:2] += torch.stack([loss, (entropy * sample_mask).sum()])
                     totals[7] += nll
-                    totals[3:6] += torch.stack([low.sum(), high.sum(), (low | high).sum()])
+                    totals[3:6] += torch.stack([is_low.sum(), is_high.sum(), (is_low | is_high).sum()])
                     difference = logprobs - pad_masked(part, "sampled_logprobs", sample_mask)
                     worst = torch.stack([(ratio - 1).abs().max(), difference.abs().max()]).maximum(worst)
                 if audit.due(step):
                     columns = {"log-prob": all_logprobs, "old log-prob": old_logprobs, "ratio": ratio,
-                               "clipped": high.float() - low.float(), "advantage": advantages[:, None]}
+                               "clipped": is_high.float() - is_low.float(), "advantage": advantages[:, None]}
                     columns |= {"ref. log-prob": ref_logprobs, "kl": k3} if reference else {}
                     audit.add([chosen[j] for j in batch],
                               [r["input_ids"] for r in part], loss_mask,
@@ -1356,46 +1372,51 @@ def main(args):
                                for r in part])
             grad_norm = accelerator.clip_grad_norm_(policy.parameters(),
                                                     args.max_grad_norm or math.inf).item()
-            loss, entropy, kl, low, high, either, stop, nll = accelerator.reduce(totals, "sum").tolist()
-            ratio_deviation, difference = accelerator.gather(worst[None]).amax(0).tolist()
-            require(math.isfinite(loss) and math.isfinite(grad_norm),
-                    f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
+            step_loss, entropy_sum, kl_sum, low, high, either, stop, nll_sum = accelerator.reduce(
+                totals, "sum").tolist()
+            ratio_deviation, sampler_error = accelerator.gather(worst[None]).amax(0).tolist()
+            require(math.isfinite(step_loss) and math.isfinite(grad_norm),
+                    f"step {step + 1}: the loss is {step_loss} and its gradient's norm {grad_norm}, on the "
                     f"rollout of {prompts[0]['place']} ...; this update was not made, and the checkpoints "
                     "are whole. Try a lower --learning_rate")
             if audit.due(step):
-                return audit.write(loss, "A token's share is weight x loss (the clipped surrogate, negated, "
-                                   "and kl_coef ratio k3) - NLL weight x log p. Rows stand in the order of "
-                                   "the rollout, a prompt's completions together.")
+                return audit.write(step_loss, "A token's share is weight x loss (the clipped surrogate, "
+                                   "negated, and kl_coef ratio k3) - NLL weight x log p. Rows stand in the "
+                                   "order of the rollout, a prompt's completions together.")
             tokens = max(trained_tokens, 1)
-            require(step > 0 or not reference or kl / tokens < (0.05 if args.bf16 else 1e-4),
-                    f"the policy starts {kl / tokens:.2g} nats a token away from its reference, not at it")
+            require(step > 0 or not reference or kl_sum / tokens < (0.05 if args.bf16 else 1e-4),
+                    f"the policy starts {kl_sum / tokens:.2g} nats a token from its reference, not at it: "
+                    "try --bf16 False or --attn_implementation eager")
+            learning_rate = learning_rate_at(step, total_steps, args)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, total_steps, args)
-            if rows:  # a last, short rollout may have fewer than minibatches
+                group["lr"] = learning_rate
+            if rows:  # a short rollout may have fewer completions than there are minibatches
                 optimizer.step()
             optimizer.zero_grad()
 
             state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
-            metrics = {"loss": loss, **seen, "ratio/max_deviation": ratio_deviation, "grad_norm": grad_norm,
-                       "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
+            metrics = {"loss": step_loss, **seen, "ratio/max_deviation": ratio_deviation,
+                       "grad_norm": grad_norm, "learning_rate": learning_rate,
+                       "num_tokens": state["num_tokens"],
                        "trained_tokens": trained_tokens}
             if trained_tokens:
-                metrics |= {"entropy": entropy / tokens, "clip_ratio/low_mean": low / tokens,
+                metrics |= {"entropy": entropy_sum / tokens, "clip_ratio/low_mean": low / tokens,
                             "clip_ratio/high_mean": high / tokens, "clip_ratio/region_mean": either / tokens}
-                metrics |= {"kl": kl / tokens} if reference else {}
-            metrics |= {"nll_loss": nll / args.sft_coef} if args.sft_coef and nll else {}
-            if reference and kl / max(len(samples), 1) > args.kl_warn and "kl" not in said:
+                metrics |= {"kl": kl_sum / tokens} if reference else {}
+            metrics |= {"nll_loss": nll_sum / args.sft_coef} if nll_sum else {}
+            if reference and kl_sum / max(len(samples), 1) > args.kl_warn and "kl" not in said:
                 said.add("kl")
-                say(f"warning  the policy is {kl / len(samples):.3g} nats a completion from its reference "
-                    f"(--kl_warn {args.kl_warn:g}): raise --kl_coef or lower --learning_rate")
+                say(f"warning  the policy is {kl_sum / len(samples):.3g} nats a completion from its "
+                    f"reference (--kl_warn {args.kl_warn:g}): raise --kl_coef or lower --learning_rate")
             if update == 0:  # later updates have moved away from the policy that sampled
-                metrics["sampling/logprob_difference_max"] = difference
+                metrics["sampling/logprob_difference_max"] = sampler_error
                 if step == 0:
-                    say(f"check    first update: sampler and trainer agree on log-probs to {difference:.1g}"
-                        + (f", ratio is 1 to {ratio_deviation:.1g}" if updates > 1 else "")
-                        + (f", kl {kl / tokens:.1g}" if reference else ""))
-                if difference > (1.0 if args.bf16 else 1e-2):
-                    say(f"warning  sampler and trainer differ by {difference:.2g} in a log-prob: "
+                    say("check    first update: sampler and trainer agree on log-probs to "
+                        f"{sampler_error:.1g}"
+                        + (f", ratio is 1 to within {ratio_deviation:.1g}" if updates > 1 else "")
+                        + (f", kl {kl_sum / tokens:.1g}" if reference else ""))
+                if sampler_error > (1.0 if args.bf16 else 1e-2):
+                    say(f"warning  sampler and trainer differ by {sampler_error:.2g} in a log-prob: "
                         "what is learned is not what was sampled")
             log.metrics(step + 1, metrics)
             shown = ("reward", "loss", "entropy", "completions/mean_length")

@@ -3,33 +3,39 @@ rewards in Python.
 
 Objective   minimise the mean over the tokens of a minibatch of
             max(-A ratio, -A clip(ratio, 1 +- epsilon)) + vf_coef value_loss, ratio = pi / pi_old, with A from
-            GAE on r_t = -kl_coef (log pi - log pi_ref), plus the score on the completion's last token; and
-            sft_coef x the NLL of demonstrations, where there are any.
+            GAE on r_t = -kl_coef (log pi_old - log pi_ref), plus the score on the completion's last token;
+            and sft_coef x the NLL of demonstrations, where there are any.
             Schulman 2017, arXiv 1707.06347 (PPO) and 2016, arXiv 1506.02438 (GAE);
             Ziegler 2019, arXiv 1909.08593 (KL in the reward, adaptive coefficient);
             Ouyang 2022, arXiv 2203.02155 (InstructGPT, PPO-ptx).
-Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a prompt, B rows of a micro-batch
-            or a rollout, F reward functions, V vocabulary, d hidden size, N whatever is flat. Index t of a
-            (B, T-1) tensor belongs to token t+1: its log-prob, its reward, the value of the state before it.
+Shapes      P prompt tokens, C completion tokens, T = P + C, G completions a prompt, B rows of a micro-batch,
+            V vocabulary, d hidden size, F reward functions; N is any other count, named where it is used.
+            Index t of a (B, T-1) tensor belongs to token t+1: its log-prob, its reward, the value of the
+            state before it. The shift is in Policy.logprobs, PolicyValue.forward and, of masks, collate.
 
 Differences from the papers
 1. Advantages are whitened over the whole rollout (all processes); the returns that the value learns are not.
    The value's loss is halved and clipped, as is usual in code.
 2. A completion cut at max_completion_length counts as ended: its value after the last token is 0. Use
    --missing_eos_penalty to make it worth less.
-3. PPO-ptx mixes in sft_coef x the token mean of the NLL of some rows. InstructGPT's coefficient of 27.8
-   belongs to another normalisation: 0.02-0.1 is usual here.
-4. There is no entropy bonus.
-Differences from TRL's PPOTrainer
+3. PPO-ptx mixes in sft_coef x the token mean of the NLL of some rows of --sft_dataset, conversations or raw
+   text, at temperature 1. InstructGPT's coefficient of 27.8 belongs to another normalisation.
+4. There is no entropy bonus. --score_clip bounds the score; a completion that no reward scores is left out.
+Differences from TRL's PPOTrainer (trl.experimental.ppo, which TRL 1.16 no longer has)
 1. Rewards are reward models' folders, Python functions or both, with weights, as in grpo.py.
-2. What is sampled is what is scored: the whole softmax at --temperature, nothing from the generation config.
-   The training forward makes the old log-probs, so the ratio is 1 in a rollout's first update.
-3. A stopped run goes on from the last rollout and ends bit-equal; the adaptive coefficient is saved with it.
-4. The value starts from the first reward model among the rewards; where there is none, from a copy of the
-   policy's trunk and a head of zeros (with LoRA all of policy, value and reference then share one frozen
-   base). --share_trunk has one trunk for policy and value.
+2. What is sampled is what is scored: the whole softmax at --temperature; of the generation config only the
+   stop tokens are used. The training forward makes the old log-probs, so the ratio is 1 in a rollout's first
+   update.
+3. A stopped run goes on from its last checkpoint, always the end of a rollout, and ends bit-equal.
+4. The value starts from the first reward model among the rewards that has the policy's tokenizer and a score
+   head, the head times the reward's weight; where there is none, from a copy of the policy's trunk and a head
+   of zeros (with LoRA, but not under FSDP, policy, value and reference then share one frozen base).
+   --share_trunk: one trunk for policy and value, and always a head of zeros.
 5. The score stands on the last token of the completion (EOS, if there is one), not on the place after it.
+   Nothing is learned of the value at that place.
 6. Advantages are whitened, and losses divided, over all processes and micro-batches together.
+7. Not in TRL's: --kl_target, --score_clip, --num_generations, PPO-ptx, --share_trunk. Not here: whitening of
+   rewards, and k3 as the KL in the reward.
 
 Run   python ppo.py                                                   the small example, CPU, about a minute
       python ppo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name my.jsonl --lora_r 16 \
@@ -89,53 +95,55 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: saves memory")
     bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
     # data and rewards
-    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or name[:split]")
+    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or a dataset")
     eval_dataset_name: str | None = HfArg(default=None, help="default: eval_fraction of the training data")
     eval_fraction: float = HfArg(default=0.05, help="share of the rows held out by prompt, at most 200 rows")
     format: str | None = HfArg(default=None, help="the column of the prompt: prompt, instruction or question")
     system_prompt: str | None = HfArg(default=None, help="system message for prompts that have none")
     max_prompt_length: int = HfArg(default=512, help="longer prompts are dropped and counted")
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
-    reward_funcs: list[str] = HfArg(default_factory=lambda: ["accuracy"], help="names, my.py:f or folders")
+    reward_funcs: list[str] = HfArg(
+        default_factory=lambda: ["accuracy"], help="accuracy, format, edit_distance, json, code, "
+        "FILE.py:function or a reward model's FOLDER[:score]")
     reward_weights: list[float] | None = HfArg(default=None, help="one weight for each reward; default 1")
-    reward_timeout: float = HfArg(default=600.0, help="seconds after which a reward's call is given up")
+    reward_timeout: float = HfArg(default=600.0, help="seconds a reward's call may take before the run stops")
     # rollout
     batch_size: int = HfArg(default=64, help="prompts of a rollout, over all processes")
     num_generations: int = HfArg(default=1, help="completions a prompt (G)")
     max_completion_length: int = HfArg(default=512, help="tokens after which a completion is cut")
     temperature: float = HfArg(default=1.0, help="of sampling, and of every log-prob")
-    rollout_batch_size: int = HfArg(default=256, help="completions sampled at once; result unaffected")
+    rollout_batch_size: int = HfArg(default=256, help="completions of a process at once; result unaffected")
     # objective
     share_trunk: bool = HfArg(default=False, help="the value is a head on the policy's trunk: saves memory")
     gamma: float = HfArg(default=1.0, help="discount per token")
     gae_lambda: float = HfArg(default=0.95, help="1: returns as they came; 0: the value's one-step estimate")
     epsilon: float = HfArg(default=0.2, help="the ratio is clipped at 1 +- epsilon")
-    value_clip: float = HfArg(default=0.2, help="how far its loss lets a value move in a rollout; 0: any way")
+    value_clip: float = HfArg(default=0.2, help="a value's move in a rollout is clipped at this; 0: off")
     vf_coef: float = HfArg(default=0.1, help="weight of the value's loss")
     kl_coef: float = HfArg(default=0.05, help="price of KL in the reward; 0: no reference policy is kept")
     kl_target: float | None = HfArg(default=None, help="adapt kl_coef to hold this KL, in nats per sequence")
-    kl_gain: float = HfArg(default=0.1, help="kl_coef changes by at most 0.2 times this per rollout")
-    kl_warn: float = HfArg(default=50.0, help="KL, in nats per sequence, above which a warning is printed")
+    kl_gain: float = HfArg(default=0.1, help="kl_coef changes by a share of at most 0.2 x this a rollout")
+    kl_warn: float = HfArg(default=50.0, help="warn above this KL (nats per sequence; needs --kl_coef)")
     score_clip: float | None = HfArg(default=None, help="scores are clipped at +- this")
     missing_eos_penalty: float = HfArg(default=0.0, help="taken off the score of a cut completion")
-    sft_dataset: str | None = HfArg(default=None, help="conversations mixed into every update (PPO-ptx)")
-    sft_coef: float = HfArg(default=0.0, help="weight of their mean NLL per token: 0.02-0.1 is usual")
-    sft_fraction: float = HfArg(default=0.1, help="their number per update, as a share of its rows")
+    sft_dataset: str | None = HfArg(default=None, help="conversations or text mixed into each update (ptx)")
+    sft_coef: float = HfArg(default=0.0, help="weight of the mean NLL per token of sft_dataset's rows")
+    sft_fraction: float = HfArg(default=0.1, help="those rows in an update, as a share of its completions")
     num_iterations: int = HfArg(default=4, help="passes over a rollout")
     num_minibatches: int = HfArg(default=1, help="updates of one pass")
     # optimization
     learning_rate: float | None = HfArg(default=None, help="peak; default 3e-6 (all weights), 3e-5 (LoRA)")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to zero")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="after warm-up")
     warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the prompts")
     max_steps: int = HfArg(default=-1, help="steps, rounded up to whole rollouts; overrides num_train_epochs")
     seed: int = HfArg(default=0, help="decides the order of the prompts, the samples and random weights")
     # evaluation and output
-    eval_steps: int = HfArg(default=50, help="steps between greedy evaluations; also at start and end")
+    eval_steps: int = HfArg(default=50, help="steps between evaluations, rounded up to whole rollouts")
     output_dir: str = HfArg(default="out/ppo", help="where everything goes")
     overwrite_output_dir: bool = HfArg(default=False, help="replace the run that is there")
     resume_from_checkpoint: str | None = HfArg(default=None, help="'latest' or a checkpoint's folder")
@@ -164,13 +172,11 @@ class Args:
         require(0 <= self.eval_fraction < 1, f"--eval_fraction must lie in [0, 1), not {self.eval_fraction}")
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], not {getattr(self, name)}")
-        require(self.num_minibatches <= self.batch_size * self.num_generations,
-                f"--num_minibatches {self.num_minibatches} is more than the completions of a rollout")
         require(self.kl_target is None or (self.kl_coef > 0 and 0 < self.kl_gain < 5),
-                "--kl_target adapts --kl_coef by up to 0.2 times --kl_gain: "
-                "the first must be positive, the second lie in (0, 5)")
+                "--kl_target needs --kl_coef above 0 and --kl_gain in (0, 5): it changes kl_coef, once a "
+                "rollout, by a share of up to 0.2 x kl_gain")
         require(bool(self.sft_dataset) == (self.sft_coef > 0),
-                "--sft_dataset and --sft_coef belong together: give both (0.02-0.1 is usual), or neither")
+                "--sft_dataset and --sft_coef belong together: give both, or neither")
         require(self.sft_fraction <= 1, f"--sft_fraction must lie in (0, 1], not {self.sft_fraction}")
         require(self.reward_weights is None or len(self.reward_weights) == len(self.reward_funcs),
                 f"--reward_weights has {len(self.reward_weights or [])} numbers "
@@ -192,7 +198,7 @@ def bound_scores(scores, truncated, score_clip=None, missing_eos_penalty=0.0):
 
 
 def kl_k1(logprobs, ref_logprobs):
-    """log pi - log pi_ref at the sampled tokens, (B, T-1): its mean over samples of pi is KL(pi || pi_ref).
+    """log pi - log pi_ref at tokens sampled from pi (here pi_old), (B, T-1): its mean is KL(pi || pi_ref).
 
     Single values may be negative. It stands in the reward, where it carries no gradient of its own.
     """
@@ -229,7 +235,8 @@ def gae(rewards, values, loss_mask, gamma=1.0, gae_lambda=0.95):
 
 
 def whiten(x, mask):
-    """(x - mean) / sqrt(variance + 1e-8) over the mask's ones, variance (n - 1); 0 elsewhere. Any shape.
+    """(x - mean) / sqrt(variance + 1e-8) over the mask's ones, with n - 1 in the variance; 0 elsewhere. Any
+    shape.
 
     1, 2, 3 give -1, 0, 1; equal values give 0.
     """
@@ -268,25 +275,25 @@ def adapt_kl_coef(kl_coef, kl, kl_target, kl_gain=0.1):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Log-prob, entropy and top-1 hit of N target tokens; the (N, V) logits are never whole in memory.
+    """Log-prob, entropy and top-1 hit of N target tokens, with one chunk of the (N, V) logits in memory.
 
-    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
-    fp32. Backward: d log p(y) / dz = onehot(y) - p, where p of the last chunk is still there and the others
-    are computed again. Entropy and hits are figures to look at and carry no gradient. hidden (N, d), weight
-    (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v: fp32 but
+    for the matrix product, which autocast may do in bf16. Backward: d log p(y) / dz = onehot(y) - p, with p
+    of the last chunk kept and that of the others recomputed. Entropy and hits are diagnostics and carry no
+    gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
 
     CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
 
     @staticmethod
     def chunks(hidden, weight):
-        """Row numbers, in equal parts that hold at most CHUNK logits each -> [(chunk,)]."""
+        """Row numbers, in equal parts of at most about CHUNK logits each -> [(chunk,)]."""
         count = max(1, math.ceil(len(hidden) * len(weight) / ChunkedLogprobs.CHUNK))
         return torch.arange(len(hidden), device=hidden.device).tensor_split(count)
 
     @staticmethod
     def logits(hidden, weight, bias, temperature, out):
-        """z (chunk, V) fp32, in `out`: memory asked for anew would cost a CPU more than the softmax."""
+        """z (chunk, V) fp32, in `out`: on a CPU, allocating it anew costs more than the softmax."""
         z = out[:len(hidden)]
         if weight.dtype == torch.float32:
             torch.mm(hidden, weight.T, out=z)
@@ -310,7 +317,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 top, argmax = z.max(-1)
                 z -= top[:, None]
                 p = torch.exp(z, out=out_p[:len(rows)])
-                total = p.sum(-1)  # softmax's own sum is off by 3e-5 over 150,000 words, this one by 1e-6
+                total = p.sum(-1)  # softmax's own sum is off by 3e-5 for V = 150,000, this one by 1e-6
                 logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
                 entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
                 hits[rows] = (argmax == targets[rows]).float()
@@ -395,7 +402,7 @@ class PolicyValue(Policy):
         return logprobs, entropy, torch.where(loss_mask.bool(), values, 0.0)
 
 
-def value_head(weight):
+def make_value_head(weight):
     """weight (1, d) -> Linear(d, 1) with a bias of 0."""
     head = nn.Linear(weight.shape[1], 1, device=weight.device)
     head.weight.data.copy_(weight.detach())
@@ -403,7 +410,7 @@ def value_head(weight):
     return head
 
 
-def make_critic(args, model, tokenizer, device, share_frozen=True):
+def make_value(args, model, tokenizer, device, share_frozen=True):
     """-> (the value's trunk, or None for the policy's, and its head, Linear(d, 1)).
 
     From the first reward model whose tokens are the policy's, times its weight; else a copy of the policy's
@@ -412,7 +419,7 @@ def make_critic(args, model, tokenizer, device, share_frozen=True):
     zeros = torch.zeros(1, model.config.hidden_size, device=device)
     if args.share_trunk:
         say("value    a head of zeros on the policy's trunk")
-        return None, value_head(zeros)
+        return None, make_value_head(zeros)
     for name, reward_weight in zip(args.reward_funcs, args.reward_weights):
         folder, wanted = split_reward(name)
         if name in BUILT_IN or not os.path.isdir(folder):
@@ -422,29 +429,29 @@ def make_critic(args, model, tokenizer, device, share_frozen=True):
             say(f"value    {folder} has another tokenizer: the value cannot start from it")
             continue
         config = AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-        names, critic_args = list(config.id2label.values()), copy.copy(args)
-        critic_args.model_name_or_path = folder
-        critic_args.modules_to_save = [m for m in args.modules_to_save or [] if m != "lm_head"]  # it has none
+        names, value_args = list(config.id2label.values()), copy.copy(args)
+        value_args.model_name_or_path = folder
+        value_args.modules_to_save = [m for m in args.modules_to_save or [] if m != "lm_head"]  # it has none
         adapted = isinstance(model, PeftModel) and not common.base_and_adapter(folder)[1]
-        critic_args.lora_r = model.peft_config["default"].r if adapted else 0  # 0: its own adapter goes on
-        classifier = common.load_model(critic_args, tokenizer, device, score_names=names).to(device)
+        value_args.lora_r = model.peft_config["default"].r if adapted else 0  # 0: its own adapter goes on
+        classifier = common.load_model(value_args, tokenizer, device, score_names=names).to(device)
         classifier = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
         if not hasattr(classifier, "score"):
             say(f"value    {folder} is no causal model with a score head: the value cannot start from it")
             continue
         index = names.index(wanted) if wanted else 0
         say(f"value    its own trunk, from the reward model {folder}")
-        return classifier.base_model, value_head(reward_weight * classifier.score.weight[[index]])
+        return classifier.base_model, make_value_head(reward_weight * classifier.score.weight[[index]])
     trunk = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     say("value    its own trunk, a copy of the policy's, with a head of zeros")
     shared = {id(p): p for p in trunk.parameters() if share_frozen and not p.requires_grad}
-    return copy.deepcopy(trunk, shared), value_head(zeros)
+    return copy.deepcopy(trunk, shared), make_value_head(zeros)
 
 
 @torch.no_grad()
 def check_head(policy, model, input_ids, accelerator):
-    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or
-    capped."""
+    """Raises UserError if trunk + head do not give the model's own log-probs, which happens when a model
+    scales or caps its logits."""
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
@@ -461,16 +468,15 @@ def check_head(policy, model, input_ids, accelerator):
 # ---- rewards -----------------------------------------------------------------------------------------------
 
 def extract_answer(text):
-    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
-    it has neither.
+    """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
+    number; without a tag the last number of the text; None if there is none.
 
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower
-    case.
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000".
     """
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
     number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
-    found = [m for m in re.finditer(number, text)]
+    found = list(re.finditer(number, text))
     if not found:
         return text.lower() or None if tagged else None
     minus, minus_too, whole, decimals = found[-1].groups()
@@ -484,16 +490,17 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def references(completions, columns):
-    """The row's `answer`, else its `solution`, else None, for each completion."""
-    return [a if a is not None else s for a, s in zip(*(columns.get(name) or [None] * len(completions)
+def reference_answers(n, columns):
+    """The `answer`, else the `solution`, else None, of each of n rows."""
+    return [a if a is not None else s for a, s in zip(*(columns.get(name) or [None] * n
                                                         for name in ("answer", "solution")))]
 
 
 def accuracy(prompts, completions, **columns):
-    """1 if the completion ends with the answer of the row's `answer` column (or `solution`), 0 if not, None
-    where there is none."""
-    known = [None if a is None else extract_answer(str(a)) for a in references(completions, columns)]
+    """1 if the completion's extract_answer is that of the row's `answer` (or `solution`), 0 if not, None
+    where the row has no such column or extract_answer finds nothing in it."""
+    known = [None if a is None else extract_answer(str(a))
+             for a in reference_answers(len(completions), columns)]
     return [None if k is None else float(extract_answer(text_of(c)) == k) for c, k in zip(completions, known)]
 
 
@@ -516,7 +523,7 @@ def levenshtein(a, b):
     up, down = ones, 0
     for letter in b:
         equal = where.get(letter, 0)
-        same = (((equal & up) + up) ^ up) | equal | down  # as much as a row higher in the column before
+        same = (((equal & up) + up) ^ up) | equal | down  # equal to the cell one row up, one column before
         more = (down | ~(same | up)) << 1 | 1  # one more than in the column before, for the row below
         up, down = ((up & same) << 1 | ~(same | more)) & ones, more & same & ones
     return len(b) + up.bit_count() - down.bit_count()
@@ -526,7 +533,7 @@ def edit_distance(prompts, completions, **columns):
     """1 - (Levenshtein distance to the row's `answer` or `solution`) / (length of the longer one), None where
     there is none."""
     pairs = [(text_of(c).strip(), None if r is None else str(r).strip())
-             for c, r in zip(completions, references(completions, columns))]
+             for c, r in zip(completions, reference_answers(len(completions), columns))]
     return [None if r is None else 1 - levenshtein(c, r) / max(len(c), len(r), 1) for c, r in pairs]
 
 
@@ -562,8 +569,8 @@ def tests_of(column):
 
 
 CODE_SECONDS = 10
-# The limits are set here and not by preexec_fn, which may deadlock where there are threads. What is needed
-# after the completion is bound before it, out of reach of what it does to builtins and modules. There is no
+# The limits are set here and not by preexec_fn, which may deadlock where there are threads. What runs after
+# the completion is bound before it, so that patching builtins or modules does not change it. There is no
 # RLIMIT_NPROC: it counts all of the user's processes, so no number is right.
 CODE_RUNNER = """
 import json, os, resource, signal, sys
@@ -616,16 +623,17 @@ def code_reward(prompts, completions, **columns):
     not, None where there are none.
 
     Each runs in its own process: 10 s, 1 GiB, files of 16 MiB in a folder that is removed; no environment, no
-    input, no output; its process group is killed in any case. A random token sent after the last test counts,
-    so ending early fails. This is no sandbox: it limits accidents, not malice. Files, the network, the token
-    in the caller's frame, an object equal to everything are within reach. Train in a container.
+    input, no output; its process group is killed in any case. Only a random token sent after the last test
+    counts as passed, so ending early fails. This is no sandbox: it limits accidents, not malice. Files, the
+    network, the token in the caller's frame, an object that equals everything: all are within reach. Train in
+    a container.
     """
     def run(completion, tests):
         text = text_of(completion)
         blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
         return float(passes(blocks[-1] if blocks else text, tests, stop)) if tests else None
     tests = [tests_of(t) for t in columns.get("tests") or [None] * len(completions)]
-    at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # its processes share the cores
+    at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share the cores
     stop, pool = threading.Event(), ThreadPoolExecutor(max(1, at_once))
     try:
         return list(pool.map(run, completions, tests))
@@ -674,8 +682,9 @@ def reward_of_model(name, args, device):
                          for before, completion in zip(turns, completions)]
         return score_texts(conversations, truncated)[:, names.index(wanted)].tolist()
     reward.of_model = True
-    parent = os.path.basename(os.path.dirname(os.path.abspath(folder)))
-    return f"{parent}_{wanted}", reward
+    parent, own = os.path.split(os.path.abspath(folder))
+    label = os.path.basename(parent) if own in ("model", "merged") else own
+    return f"{label}_{wanted}", reward
 
 
 def load_rewards(args, device="cpu"):
@@ -692,8 +701,8 @@ def load_rewards(args, device="cpu"):
             require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
                     "your own is file.py:function, or a reward model's folder")
             require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
-            spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-            module = importlib.util.module_from_spec(spec)
+            spec = importlib.util.spec_from_file_location("reward_file_" + os.path.basename(path)[:-3], path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
             try:
                 spec.loader.exec_module(module)
             except (Exception, SystemExit) as error:
@@ -714,7 +723,7 @@ def reward_sources(args):
 
 @contextmanager
 def time_limit(seconds):
-    """TimeoutError in the middle of whatever runs inside, if it runs for longer."""
+    """Raises TimeoutError in the middle of what runs inside, once that has taken so many seconds."""
     def stop(*_):
         raise TimeoutError(f"no answer in {seconds:g} s (--reward_timeout)")
     before = signal.signal(signal.SIGALRM, stop)
@@ -727,7 +736,7 @@ def time_limit(seconds):
 
 
 def call_reward(reward, given, timeout):
-    """The function with those of TRL's keyword arguments that it names, or with all if it takes **kwargs."""
+    """Calls the function with those of TRL's keyword arguments that it names; all if it takes **kwargs."""
     parameters = inspect.signature(reward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     with time_limit(timeout):
@@ -837,8 +846,8 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
-    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
+    by a denominator of the whole step, any cut gives the same gradient. Every process gets equally many,
+    because under FSDP processes wait for one another; the missing ones are empty lists, run all masked.
     """
     order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for first in range(num_processes):
@@ -897,7 +906,7 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
     """Samples num_generations completions a prompt from softmax(logits / temperature): the whole of it, and
     nothing else.
 
-    prompt_ids, attention_mask (N, P) left-padded; uniforms (N*G, C) in [0, 1), one line a completion, or None
+    prompt_ids, attention_mask (N, P) left-padded; uniforms (N*G, C) in [0, 1), one row a completion, or None
     for the most likely token. -> completion_ids (N*G, C), logprobs (N*G, C) of what was sampled, lengths
     (N*G,) with the end-of-turn token counted. Token t of a row is where its u_t falls in the cumulative
     distribution, so a row does not depend on its batch mates.
@@ -919,16 +928,16 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
 
     alive = torch.arange(rows, device=device)  # the rows that have not ended; only they stay in the batch
     for t in range(max_completion_length):
-        distribution = (logits.float() / temperature).log_softmax(-1)  # (alive, V)
+        all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (alive, V)
         if uniforms is None:
-            token = distribution.argmax(-1)
+            token = all_logprobs.argmax(-1)
         else:
-            cumulative = distribution.double().exp().cumsum(-1)
+            cumulative = all_logprobs.double().exp().cumsum(-1)
             u = uniforms[alive, t, None] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp(
                 max=cumulative.shape[-1] - 1)
         completion_ids[alive, t] = token
-        logprobs[alive, t] = distribution.gather(-1, token[:, None]).squeeze(-1)
+        logprobs[alive, t] = all_logprobs.gather(-1, token[:, None]).squeeze(-1)
         lengths[alive] += 1
         going = ~torch.isin(token, stop_ids)
         if t == max_completion_length - 1 or not going.any():
@@ -945,7 +954,7 @@ def sample(model, prompt_ids, attention_mask, uniforms, max_completion_length, t
 def rollout(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, step, total_steps, greedy=False,
             first=0):
     """Completes and scores the prompts -> (one dict a completion, in order, the same on every process;
-    {logged name: value}). `first`: the prompts that this step has sampled before.
+    {logged name: value}). `first`: how many prompts this step has sampled already.
 
     A process samples and scores its share of the prompts; then all are gathered, so what follows knows the
     whole rollout.
@@ -1013,8 +1022,8 @@ def forward_of_rollout(policy, records, args, accelerator):
             input_ids, loss_mask = collate([records[i] for i in batch], accelerator.device)
             with accelerator.autocast():
                 outputs = policy(input_ids, loss_mask, args.temperature)  # each (B, T-1)
-            mine += [(i, [x[:lengths[i] - 1].cpu() for x in rows]) for i, rows in zip(batch, zip(*outputs))]
-    return [rows for _, rows in sorted(gather_object(mine), key=lambda pair: pair[0])]
+            mine += [(i, [x[:lengths[i] - 1].cpu() for x in one]) for i, one in zip(batch, zip(*outputs))]
+    return [one for _, one in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
 def rollout_metrics(records, rewards):
@@ -1038,7 +1047,8 @@ def sample_record(record, prompt, rewards):
 
 
 def distinct_n(sequences, n=4):
-    """Different n-grams / all n-grams of token sequences (Li 2016, arXiv 1510.03055); 1: none comes twice."""
+    """Different n-grams / all n-grams of token sequences, after Li 2016 (arXiv 1510.03055), who divide by the
+    tokens; 1: none comes twice."""
     grams = [tuple(s[i:i + n]) for s in sequences for i in range(len(s) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
@@ -1067,20 +1077,20 @@ def add_advantages(records, args, kl_coef):
     scores = bound_scores(torch.tensor([r["score"] for r in records]), truncated, args.score_clip,
                           args.missing_eos_penalty)  # (N,)
     kl = kl_k1(old_logprobs, ref_logprobs)
-    rewards = per_token_rewards(scores, kl, loss_mask, kl_coef)
-    advantages, returns = gae(rewards, values, loss_mask, args.gamma, args.gae_lambda)
+    token_rewards = per_token_rewards(scores, kl, loss_mask, kl_coef)
+    advantages, returns = gae(token_rewards, values, loss_mask, args.gamma, args.gae_lambda)
     whitened = whiten(advantages, loss_mask)
-    for record, a, r, token_rewards in zip(records, whitened, returns, rewards):
-        length = len(record["input_ids"]) - 1
-        record["advantages"], record["returns"] = a[:length], r[:length]
-        record["token_rewards"] = token_rewards[:length]
+    for record, score, *of_tokens in zip(records, scores.tolist(), whitened, returns, token_rewards):
+        record["bounded_score"] = score
+        for name, x in zip(("advantages", "returns", "token_rewards"), of_tokens):
+            record[name] = x[:len(record["input_ids"]) - 1]
     metrics = {"score": scores.mean().item(), "score_std": scores.std(correction=0).item(),
-               "rlhf_reward": rewards.sum(-1).mean().item()}
+               "rlhf_reward": token_rewards.sum(-1).mean().item()}
     if args.kl_coef > 0:
         metrics |= {"kl": (kl.sum() / loss_mask.sum()).item(), "kl_sequence": kl.sum(-1).mean().item(),
                     "kl_coef": kl_coef}
-    unexplained, spread = (x[loss_mask.bool()].var(correction=0).item()
-                           for x in (advantages, returns))  # R - V = A
+    unexplained, spread = (x[loss_mask.bool()].var(correction=0).item()  # 1 - Var(R - V) / Var(R), R - V = A
+                           for x in (advantages, returns))
     return metrics | ({"values/explained_variance": 1 - unexplained / spread} if spread > 0 else {})
 
 
@@ -1121,8 +1131,8 @@ def evaluate(model, prompts, args, accelerator, tokenizer, stop_ids, rewards, st
 # ---- training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
-    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
-    or no decay to 0."""
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine or
+    linear decay to 0, or none."""
     warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
@@ -1160,8 +1170,9 @@ def main(args):
     score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
           args.reward_timeout)
     common.show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
-    require(args.num_minibatches <= min(len(train), args.batch_size) * args.num_generations,
-            f"--num_minibatches {args.num_minibatches}, but {len(train)} prompts are all a rollout can have")
+    completions = min(len(train), args.batch_size) * args.num_generations
+    require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
+            f"{completions} completions of a rollout")
     rollouts_per_epoch = math.ceil(len(train) / args.batch_size)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
     num_rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0
@@ -1173,7 +1184,7 @@ def main(args):
     # policy, value, reference, optimizer, and where an earlier run stopped
     model = common.load_model(args, tokenizer, accelerator.device).to(accelerator.device)
     stop_ids = model.generation_config.eos_token_id
-    module = PolicyValue(model, *make_critic(args, model, tokenizer, accelerator.device,
+    module = PolicyValue(model, *make_value(args, model, tokenizer, accelerator.device,
                                              not accelerator.is_fsdp2))
     reference = None
     if args.kl_coef > 0:
@@ -1232,18 +1243,20 @@ def main(args):
 
         # old log-probs and values by the training forward; then advantages over the whole rollout
         with common.unsharded(policy):
-            for record, rows in zip(records, forward_of_rollout(policy, records, args, accelerator)):
-                record["old_logprobs"], _, record["values"] = rows
-                record["ref_logprobs"] = record["old_logprobs"]  # without a reference KL is 0
+            outputs = forward_of_rollout(policy, records, args, accelerator)
+            for record, (logprobs, _, values) in zip(records, outputs):
+                record["old_logprobs"], record["values"] = logprobs, values
+                record["ref_logprobs"] = logprobs  # without a reference KL counts as 0
             if reference:
                 with use_reference():
-                    references = forward_of_rollout(reference, records, args, accelerator)
-                for record, rows in zip(records, references):
-                    record["ref_logprobs"] = rows[0]
+                    outputs = forward_of_rollout(reference, records, args, accelerator)
+                for record, (logprobs, _, _) in zip(records, outputs):
+                    record["ref_logprobs"] = logprobs
         seen |= add_advantages(records, args, state["kl_coef"])
         kl = seen.get("kl", 0.0)
         require(first_step > 0 or abs(kl) < (0.05 if args.bf16 else 1e-4),
-                f"the policy starts {kl:.2g} nats a token away from its reference, not at it")
+                f"the policy starts {kl:.2g} nats a token from its reference, not at it: "
+                "try --bf16 False or --attn_implementation eager")
         if args.kl_target:
             state["kl_coef"] = adapt_kl_coef(state["kl_coef"], seen["kl_sequence"], args.kl_target,
                                              args.kl_gain)
@@ -1254,8 +1267,8 @@ def main(args):
         warned = signs.keys()
         flat_rollouts = flat_rollouts + 1 if seen["score_std"] == 0 else 0
         if flat_rollouts and flat_rollouts % 3 == 0:
-            say(f"warning  for {flat_rollouts} rollouts all completions have scored the same: nothing but "
-                f"noise is learned. Look at {os.path.join(args.output_dir, 'samples.jsonl')}; prompts may "
+            say(f"warning  for {flat_rollouts} rollouts all completions have scored the same: the score "
+                f"teaches nothing. Look at {os.path.join(args.output_dir, 'samples.jsonl')}; prompts may "
                 "be too hard or too easy, or the reward always equal")
 
         for update in range(updates):
@@ -1293,7 +1306,7 @@ def main(args):
                         audit.add([len(records) + j for j in batch], [e["input_ids"] for e in part],
                                   loss_mask, -args.sft_coef * logprobs / sft_tokens, {"log-prob": logprobs},
                                   ["demonstration, "] * len(part))
-            if demonstrations and not accelerator.is_fsdp2:  # whose shards have no gradient yet
+            if demonstrations and not accelerator.is_fsdp2:  # its shards get theirs last of all
                 trained = [p for p in module.parameters() if p.requires_grad]
                 sft_gradient = [accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad.clone(),
                                                    "mean") for p in trained]
@@ -1313,24 +1326,26 @@ def main(args):
                     accelerator.backward(loss * accelerator.num_processes)  # DDP averages: undo its division
                 with torch.no_grad():
                     ratio = (logprobs - old_logprobs).exp()
-                    low = (ratio < 1 - args.epsilon) & (advantages < 0)
-                    high = (ratio > 1 + args.epsilon) & (advantages > 0)
+                    is_low = (ratio < 1 - args.epsilon) & (advantages < 0)
+                    is_high = (ratio > 1 + args.epsilon) & (advantages > 0)
                     totals[:6] += torch.stack([policy_losses.sum(), value_losses.sum(), entropy.sum(),
-                                               low.sum(), high.sum(), (low | high).sum()])
+                                               is_low.sum(), is_high.sum(), (is_low | is_high).sum()])
                     difference = logprobs - pad_masked(part, "sampled_logprobs", loss_mask)
                     worst = torch.stack([(ratio - 1).abs().max(), difference.abs().max()]).maximum(worst)
                 if audit.due(step):
                     ref_logprobs, token_rewards = (pad_masked(part, name, loss_mask)
                                                    for name in ("ref_logprobs", "token_rewards"))
+                    of_reference = {"ref. log-prob": ref_logprobs, "kl": kl_k1(old_logprobs, ref_logprobs)}
                     share = (policy_losses + args.vf_coef * value_losses) / trained_tokens
                     audit.add([chosen[j] for j in batch],
                               [r["input_ids"] for r in part], loss_mask, share,
                               {"log-prob": logprobs, "old log-prob": old_logprobs, "ratio": ratio,
-                               "clipped": high.float() - low.float(), "ref. log-prob": ref_logprobs,
-                               "kl": kl_k1(old_logprobs, ref_logprobs), "reward": token_rewards,
+                               "clipped": is_high.float() - is_low.float(), "reward": token_rewards,
+                               **(of_reference if reference else {}),
                                "old value": values, "value": new_values, "return": returns,
                                "advantage": advantages, "policy loss": policy_losses,
-                               "value loss": value_losses}, [f"score {r['score']:.4g}, " for r in part])
+                               "value loss": value_losses},
+                              [f"score {r['bounded_score']:.4g}, " for r in part])
             if demonstrations and not accelerator.is_fsdp2:
                 ppo_grad_norm = torch.stack(
                     [(p.grad - g).norm() for p, g in zip(trained, sft_gradient)]).norm().item()
@@ -1338,40 +1353,43 @@ def main(args):
                                                     args.max_grad_norm or math.inf).item()
             totals = accelerator.reduce(totals, "sum")
             sft_loss, stop = totals[6:].tolist()
-            pg_loss, vf_loss, entropy, low, high, either = (totals[:6] / trained_tokens).tolist()
-            loss = pg_loss + args.vf_coef * vf_loss + args.sft_coef * sft_loss
-            ratio_deviation, difference = accelerator.gather(worst[None]).amax(0).tolist()
-            require(math.isfinite(loss) and math.isfinite(grad_norm),
-                    f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on the "
+            pg_loss, vf_loss, mean_entropy, low, high, either = (totals[:6] / trained_tokens).tolist()
+            step_loss = pg_loss + args.vf_coef * vf_loss + args.sft_coef * sft_loss
+            ratio_deviation, sampler_error = accelerator.gather(worst[None]).amax(0).tolist()
+            require(math.isfinite(step_loss) and math.isfinite(grad_norm),
+                    f"step {step + 1}: the loss is {step_loss} and its gradient's norm {grad_norm}, on the "
                     f"rollout of {prompts[0]['place']} ...; this update was not made, and the checkpoints "
                     "are whole. Try a lower --learning_rate, or --score_clip")
             if audit.due(step):
-                return audit.write(loss, f"A token's share is (policy loss + {args.vf_coef:g} value loss) "
-                                   f"over the {trained_tokens} tokens of the minibatch; of a demonstration's "
-                                   "token sft_coef x - log p over the demonstrations' tokens. Rows stand in "
-                                   "the order of the rollout.")
+                return audit.write(step_loss,
+                                   f"A token's share is (policy loss + {args.vf_coef:g} value loss) "
+                                   f"/ {trained_tokens}, the tokens of the minibatch; that of a token of a "
+                                   "demonstration - sft_coef log p / (tokens of the demonstrations). Rows "
+                                   "stand in the order of the rollout.")
+            learning_rate = learning_rate_at(step, total_steps, args)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, total_steps, args)
-            optimizer.step()
+                group["lr"] = learning_rate
+            if rows:  # a short rollout may have fewer completions than there are minibatches
+                optimizer.step()
             optimizer.zero_grad()
 
             state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
-            metrics = {"loss": loss, "policy_loss": pg_loss, "value_loss": vf_loss, **seen,
-                       "entropy": entropy, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high,
+            metrics = {"loss": step_loss, "policy_loss": pg_loss, "value_loss": vf_loss, **seen,
+                       "entropy": mean_entropy, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high,
                        "clip_ratio/region_mean": either, "ratio/max_deviation": ratio_deviation,
-                       "grad_norm": grad_norm, "learning_rate": group["lr"],
+                       "grad_norm": grad_norm, "learning_rate": learning_rate,
                        "num_tokens": state["num_tokens"], "trained_tokens": trained_tokens}
             if demonstrations:
                 metrics |= {"sft_loss": sft_loss}
                 metrics |= {} if accelerator.is_fsdp2 else {"ppo_grad_norm": ppo_grad_norm}
             if update == 0:  # later updates have moved away from the policy that sampled
-                metrics["sampling/logprob_difference_max"] = difference
+                metrics["sampling/logprob_difference_max"] = sampler_error
                 if step == 0:
-                    say(f"check    first update: sampler and trainer agree on log-probs to {difference:.1g}, "
-                        f"ratio is 1 to {ratio_deviation:.1g}"
+                    say("check    first update: sampler and trainer agree on log-probs to "
+                        f"{sampler_error:.1g}, ratio is 1 to within {ratio_deviation:.1g}"
                         + (f", kl {kl:.1g}" if reference else ""))
-                if difference > (1.0 if args.bf16 else 1e-2):
-                    say(f"warning  sampler and trainer differ by {difference:.2g} in a log-prob: "
+                if sampler_error > (1.0 if args.bf16 else 1e-2):
+                    say(f"warning  sampler and trainer differ by {sampler_error:.2g} in a log-prob: "
                         "what is learned is not what was sampled")
             log.metrics(step + 1, metrics)
             log.progress(step + 1, sum(lengths), {

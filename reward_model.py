@@ -2,24 +2,27 @@
 
 Objective   pairwise:  L = - log sigmoid(r_w - r_l - margin) + center_rewards_coefficient (r_w + r_l)^2, mean
             over the pairs of the step (Bradley-Terry; Ouyang 2022, arXiv 2203.02155, section 3.5; centring:
-            Eisenstein 2023, arXiv 2312.09244). The margin is the row's `margin`, 0 where there is none.
-            pointwise: L = squared error to the row's `score`, one or several named ones, mean over the rows.
-Shapes      B pairs (2B rows, chosen first) or B rows of a micro-batch, T tokens of the longest row, K scores,
-            d hidden size. Scores are (2B, K) or (B, K) fp32, K = 1 for pairs.
+            Eisenstein 2023, arXiv 2312.09244). The margin (Touvron 2023, arXiv 2307.09288, section 3.2.2) is
+            the row's `margin`, 0 where there is none.
+            pointwise: L = squared error to the row's `score`, mean over the K named ones and over the rows.
+Shapes      B pairs (2B rows, chosen first) or B rows of a micro-batch, N of a data set, T tokens of the
+            longest row, K scores (1 for pairs), d hidden size. Scores are fp32: (B, 2) of pairs, chosen and
+            rejected, or (B, K).
 
 Differences from the papers
 1. One pair is one term; all pairs of a prompt need not share a batch.
 Differences from TRL's RewardTrainer
-1. The score is read at the last real token, found from the lengths: padding side and pad token do not matter.
-   The model is saved with a pad token that ends no text, so that plain transformers reads the same place, and
-   that is checked at the start.
-2. The head is fp32 and is trained and saved with an adapter too. Chosen and rejected share one forward.
+1. The score is read at the last real token, found from the lengths: the tokenizer's padding side and pad
+   token do not matter. The model is saved with a pad token that ends no text, so that plain transformers
+   reads the same place, and that is checked at the start.
+2. The head runs in fp32, outside autocast, and is trained and saved with an adapter without modules_to_save.
 3. Evaluations report the expected calibration error of max(p, 1 - p), p = sigmoid(r_w - r_l).
 4. A column `score` (a number, or an object of named numbers) trains a pointwise model with named scores.
+5. The model's own dropout, where it has any, stays on.
 
 Run   python reward_model.py                                          the small example, CPU, under a minute
-      python reward_model.py --model_name_or_path out/sft/model --dataset_name pairs.jsonl --lora_r 16 --merge
-      accelerate launch --multi_gpu --num_processes 8 reward_model.py --dataset_name ...
+      python reward_model.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name pairs.jsonl --lora_r 16
+      accelerate launch --multi_gpu --num_processes 8 reward_model.py --model_name_or_path ... (and so on)
 """
 
 import hashlib
@@ -59,24 +62,24 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: saves memory")
     bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
     # data
-    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or name[:split]")
+    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or a dataset")
     eval_dataset_name: str | None = HfArg(default=None, help="default: eval_fraction of the training data")
     eval_fraction: float = HfArg(default=0.05, help="share held out by prompt, at most 200 rows")
     format: str | None = HfArg(default=None, help="a *_pair format as in dpo.py, or prompt_completion_score")
     system_prompt: str | None = HfArg(default=None, help="system message for rows that have none")
-    max_length: int = HfArg(default=1024, help="tokens of a row; beyond: prompt starts, then ends, are cut")
+    max_length: int = HfArg(default=1024, help="longest row: prompts lose their start, answers their end")
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
     # objective
     center_rewards_coefficient: float = HfArg(default=0.0, help="weight of (r_w + r_l)^2, to centre scores")
     # optimization
     learning_rate: float | None = HfArg(default=None, help="peak; default 1e-5 (all weights), 1e-4 (LoRA)")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to zero")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="after warm-up")
     warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
     batch_size: int = HfArg(default=32, help="pairs or rows of one optimizer step, over all processes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the data")
     max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
     seed: int = HfArg(default=0, help="decides the order of the rows, the new head and dropout")
@@ -128,8 +131,8 @@ def pointwise_loss(scores, targets):
 def calibration_error(differences, bins=10):
     """Expected calibration error of r_w - r_l (N,): confidence max(p, 1 - p) against being ranked right.
 
-    p = sigmoid(r_w - r_l); ties count half. Equal bins on [0.5, 1]. If every confidence is 0.8 and 6 of 10
-    pairs are right, it is 0.2; with 8 of 10 right, 0. (Guo 2017, arXiv 1706.04599, eq. 3)
+    p = sigmoid(r_w - r_l); ties count half. Bins of equal width on [0.5, 1]. If every confidence is 0.8 and 6
+    of 10 pairs are right, it is 0.2; with 8 of 10 right, 0. (Guo 2017, arXiv 1706.04599, eq. 3)
     """
     p = torch.sigmoid(differences.double())
     confidence, right = p.maximum(1 - p), (differences > 0).double() + 0.5 * (differences == 0).double()
@@ -165,7 +168,7 @@ class Scorer(nn.Module):
 def check_scores(scorer, model, examples, pad_id, accelerator):
     """Raises UserError unless plain transformers gives the same scores for a padded batch."""
     ids = [e["input_ids"][-100:] for e in examples]
-    ids.append(ids[0][:len(ids[0]) // 2 + 1])  # so that there is padding
+    ids.append(ids[0][len(ids[0]) // 2:])  # shorter, so that there is padding, and with a real end
     input_ids, lengths = collate([{"input_ids": i} for i in ids], pad_id, accelerator.device)
     mask = (torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]).long()
     model.eval()
@@ -176,7 +179,7 @@ def check_scores(scorer, model, examples, pad_id, accelerator):
     model.train()
     worst = (ours - theirs).abs().max().item()
     require(worst < (0.2 if accelerator.mixed_precision == "bf16" else 1e-3), f"models of type "
-            f"{model.config.model_type} score otherwise in transformers (off by {worst:.2g}): not supported")
+            f"{model.config.model_type} score differently in transformers, by {worst:.2g}: not supported")
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -205,15 +208,15 @@ def load_examples(args, tokenizer):
         parts = common.hold_out(items, prompts, args.eval_fraction)
     names = None if pairs else sorted(items[0][0][1])  # an item is ((conversation, scores), row, place)
     require(pairs or args.center_rewards_coefficient == 0, "--center_rewards_coefficient is for pairs alone")
-    encode = encode_pair_rows if pairs else encode_scored_rows
-    train, held = (encode(part, tokenizer, args, counts, names) for part in parts)
+    train, held = (encode_pair_rows(part, tokenizer, args, counts) if pairs else
+                   encode_scored_rows(part, tokenizer, args, counts, names) for part in parts)
     say(f"data     {len(train):,} {'pairs' if pairs else 'rows'} to train on, {len(held):,} to evaluate"
         + "".join(f"; {n:,} {what}" for what, n in counts.items() if n))
     require(train, f"{args.dataset_name}: nothing to train on is left")
     return train, held, names
 
 
-def encode_pair_rows(items, tokenizer, args, counts, names):
+def encode_pair_rows(items, tokenizer, args, counts):
     """Preference items -> [{"rows": [chosen ids, rejected ids], "margin": float}]."""
     examples = []
     for pair in common.encode_pairs(items, tokenizer, args.max_length, counts, args.skip_bad_rows):
@@ -247,7 +250,7 @@ def flat_rows(examples):
 
 
 def example_lengths(examples):
-    """What an example takes of a micro-batch: its rows, as long as the longest."""
+    """The padded tokens of an example in a micro-batch: its rows, each as long as its longest."""
     return [len(e["rows"]) * max(map(len, e["rows"])) for e in examples]
 
 
@@ -262,8 +265,8 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
-    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
+    by a denominator of the whole step, any cut gives the same gradient. Every process gets equally many,
+    because under FSDP processes wait for one another; the missing ones are empty lists, run all masked.
     """
     order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for first in range(num_processes):
@@ -275,35 +278,38 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
             shares[-1][-1].append(i)
     return shares[process_index] + [[]] * (max(map(len, shares)) - len(shares[process_index]))
 
+
 def stream(*key):
     """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
     return torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
 
+
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 def losses_of(scorer, examples, args, pad_id, device):
-    """-> (losses (B,), scores (2, B) of pairs or (B, K) of scored rows)."""
-    scores = scorer(*collate(flat_rows(examples), pad_id, device))  # (2B, 1) or (B, K)
+    """-> (losses (B,), scores (B, 2) of pairs, chosen and rejected, or (B, K) of scored rows)."""
+    flat = scorer(*collate(flat_rows(examples), pad_id, device))  # (2B, 1) or (B, K)
     if "targets" in examples[0]:
-        return pointwise_loss(scores, torch.stack([e["targets"] for e in examples]).to(device)), scores
-    scores = scores.view(2, -1)
+        return pointwise_loss(flat, torch.stack([e["targets"] for e in examples]).to(device)), flat
+    chosen_scores, rejected_scores = flat.view(2, -1)
     margin = torch.tensor([e["margin"] for e in examples], device=device)
-    return pairwise_loss(*scores, margin, args.center_rewards_coefficient), scores
+    losses = pairwise_loss(chosen_scores, rejected_scores, margin, args.center_rewards_coefficient)
+    return losses, torch.stack([chosen_scores, rejected_scores], 1)
 
 
 @torch.no_grad()
 def evaluate(scorer, model, examples, names, args, accelerator, pad_id):
-    """-> eval/loss and the spread of scores; of pairs accuracy, margin, calibration; else correlation."""
+    """-> eval/loss, score_mean and score_std; of pairs also accuracy (a tie is wrong), margin and
+    calibration_error, of scored rows a correlation for each name."""
     mine = []
     model.eval()
     for batch in micro_batches(example_lengths(examples), args.micro_batch_tokens, accelerator.process_index,
                                accelerator.num_processes):
         if batch:
             part = [examples[i] for i in batch]
-            with accelerator.autocast():
-                losses, scores = losses_of(scorer, part, args, pad_id, accelerator.device)
-            mine += zip(batch, losses.tolist(), (scores if names else scores.T).cpu())
+            losses, scores = losses_of(scorer, part, args, pad_id, accelerator.device)
+            mine += zip(batch, losses.tolist(), scores.cpu())
     model.train()
     _, losses, scores = zip(*sorted(gather_object(mine), key=lambda item: item[0]))
     scores, metrics = torch.stack(scores), {"eval/loss": sum(losses) / len(losses)}  # (N, 2) or (N, K)
@@ -325,8 +331,8 @@ def evaluate(scorer, model, examples, names, args, accelerator, pad_id):
 # ---- training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
-    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
-    or no decay to 0."""
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine or
+    linear decay to 0, or none."""
     warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
@@ -334,6 +340,7 @@ def learning_rate_at(step, total_steps, args):
     decay = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done,
              "constant": 1.0}[args.lr_scheduler_type]
     return args.learning_rate * decay
+
 
 def make_optimizer(module, args):
     """AdamW over the trained parameters; weight decay on matrices alone."""
@@ -344,6 +351,7 @@ def make_optimizer(module, args):
         import bitsandbytes
         return bitsandbytes.optim.AdamW8bit(groups, lr=args.learning_rate)
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+
 
 def main(args):
     accelerator = common.make_accelerator(args)
@@ -369,6 +377,7 @@ def main(args):
     check_scores(scorer, model, flat_rows(train[:1]) + flat_rows(train[-1:]), pad_id, accelerator)
     state = {"step": 0, "num_tokens": 0, "eval_losses": [], "data": data}
     if checkpoint:
+        common.check_cut(model, checkpoint, args)
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     log = common.RunLog(accelerator, args, total_steps, state["step"])
@@ -405,48 +414,48 @@ def main(args):
         totals[4] = interrupt.signal
         for i, batch in enumerate(batches):
             part = [examples[j] for j in batch] or examples[:1]
-            counts = float(bool(batch))  # a process without rows takes part with a pass that weighs nothing
+            weight = float(bool(batch))  # a process without rows runs a pass of weight 0
             with accelerator.no_sync(scorer) if i < len(batches) - 1 else nullcontext():
                 losses, scores = losses_of(scorer, part, args, pad_id, accelerator.device)
                 # DDP averages over the processes: undo its division
-                accelerator.backward(counts * losses.sum() * accelerator.num_processes / trained)
-            scores = scores.detach()  # of pairs (2, B), of scored rows (B, K)
+                accelerator.backward(weight * losses.sum() * accelerator.num_processes / trained)
+            scores = scores.detach()  # (B, 2) or (B, K)
             if audit.due(step):
                 rows = flat_rows(part)
                 _, lengths = collate(rows, pad_id, accelerator.device)
                 end = F.one_hot(lengths - 2)  # (N, T-1), 1 at the last token, where the score is read
                 shares = (losses * len(part) / len(rows) / trained).repeat(len(rows) // len(part))  # (N,)
-                columns = {"score": scores.view(-1, 1)} if not names else {
+                columns = {"score": scores.T.reshape(-1, 1)} if not names else {
                     f"{what} {name}": x[:, None] for k, name in enumerate(names) for what, x in (
                         ("score", scores[:, k]), ("given", torch.stack([e["targets"] for e in part])[:, k]))}
                 audit.add([*batch] * (len(rows) // len(part)), [r["input_ids"] for r in rows], end,
                           end * shares[:, None], columns, None if names else
                           ["chosen, "] * len(part) + ["rejected, "] * len(part))
-            difference = scores.new_zeros(1) if names else scores[0] - scores[1]
-            totals[:4] += counts * torch.stack([
-                losses.detach().sum(), (difference > 0).sum(), difference.sum(),
-                scores.mean(1 if names else 0).sum()])
+            difference = scores.new_zeros(1) if names else scores[:, 0] - scores[:, 1]
+            totals[:4] += weight * torch.stack([losses.detach().sum(), (difference > 0).sum(),
+                                                difference.sum(), scores.mean(1).sum()])
         grad_norm = accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm or math.inf).item()
         *figures, stop = accelerator.reduce(totals, "sum").tolist()
-        loss, accuracy, margin, score_mean = (x / trained for x in figures)
+        loss, accuracy, mean_difference, score_mean = (x / trained for x in figures)
         require(math.isfinite(loss) and math.isfinite(grad_norm),
                 f"step {step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on rows "
                 f"{rows_of_step[:8]} ... of the training data; this update was not made, and the checkpoints "
                 "are whole. Try a lower --learning_rate")
         if audit.due(step):
-            return audit.write(loss, "A score is read at a row's last token: the row's loss lies there. Of a "
-                               "pair's loss, its centring term included, each of the two has half.")
+            return audit.write(loss, "A score is read at the row's last token, so the row's loss is placed "
+                               "there. A pair's loss, centring included, is split evenly between its rows.")
+        learning_rate = learning_rate_at(step, total_steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total_steps, args)
+            group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
 
         tokens = sum(len(row) for e in examples for row in e["rows"])
         state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + tokens
         metrics = {"loss": loss, "score_mean": score_mean, "grad_norm": grad_norm,
-                   "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
+                   "learning_rate": learning_rate, "num_tokens": state["num_tokens"],
                    "trained_rows" if names else "trained_pairs": trained}
-        metrics |= {} if names else {"accuracy": accuracy, "margin": margin}
+        metrics |= {} if names else {"accuracy": accuracy, "margin": mean_difference}
         log.metrics(step + 1, metrics)
         log.progress(step + 1, tokens, {"loss": loss} if names else {"loss": loss, "accuracy": accuracy})
         if (step + 1) % args.eval_steps == 0 or step + 1 == total_steps:

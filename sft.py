@@ -3,19 +3,20 @@
 Objective   L = - sum_t mask_t log p(x_t | x_<t) / trained_tokens, over all rows of the step and all
             processes.
 Shapes      B rows, T tokens of the longest row, V vocabulary, d hidden size, N trained tokens of a
-            micro-batch. Index t of a (B, T-1) tensor is the prediction of token t+1; the causal shift is done
-            once, in Policy.forward.
+            micro-batch. Index t of a (B, T-1) tensor is the prediction of token t+1: the causal shift is in
+            Policy.logprobs (of hidden states and targets) and collate (of the mask).
 
 Differences from the usual recipe
 1. The mean is over the tokens of the whole step, not over micro-batches or rows: micro_batch_tokens changes
-   memory alone.
+   memory and speed alone (and, with dropout, its draws).
 2. Rows are sorted by length inside a step instead of packed: no padding to speak of, and no attention between
    rows.
 3. The (B, T, V) logits never exist: head and log-softmax run over chunks of the trained tokens.
 Differences from TRL's SFTTrainer
 1. Only completions are trained on, in conversations too (--completion_only_loss False trains on all), for any
    chat template.
-2. Weights that are trained are fp32 (under bf16 autocast on a GPU), whatever the checkpoint's dtype.
+2. A base that is frozen under LoRA is held in bf16 where autocast is bf16 (TRL: fp32 by default); weights
+   that are trained are fp32, whatever the checkpoint's dtype.
 3. batch_size counts the rows of an optimizer step over all processes; what fits into memory is
    micro_batch_tokens.
 4. Exact duplicates are dropped, and a resumed run ends bit-equal to one that was never stopped.
@@ -65,32 +66,33 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=True, help="recompute activations in backward: saves memory")
     bf16: bool | None = HfArg(default=None, help="bf16 autocast; default: where an accelerator has it")
     # data
-    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or name[:split]")
+    dataset_name: str | None = HfArg(default=None, help=".json, .jsonl, .csv, .parquet file, or a dataset")
     eval_dataset_name: str | None = HfArg(default=None, help="default: eval_fraction of the training data")
     eval_fraction: float = HfArg(default=0.05, help="share of the rows held out by prompt, at most 200 rows")
     format: str | None = HfArg(
         default=None, help="messages, conversations, prompt_completion, alpaca, question_answer or text")
     system_prompt: str | None = HfArg(default=None, help="system message for rows that have none")
-    max_length: int = HfArg(default=2048, help="tokens of a row; prompts lose their start, answers their end")
-    completion_only_loss: bool = HfArg(default=True, aliases=["--assistant_only_loss"], help="no prompt loss")
+    max_length: int = HfArg(default=2048, help="longest row: prompts lose their start, answers their end")
+    completion_only_loss: bool = HfArg(default=True, aliases=["--assistant_only_loss"],
+                                       help="train on completions alone; False: on prompts too")
     skip_bad_rows: bool = HfArg(default=False, help="count and skip malformed rows instead of stopping")
     # optimization
     learning_rate: float | None = HfArg(default=None, help="peak; default 2e-5 (all weights), 2e-4 (LoRA)")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="decay to zero")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = HfArg(default="cosine", help="after warm-up")
     warmup_steps: float = HfArg(default=0.03, help="steps of linear warm-up; below 1: a share of all steps")
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
     batch_size: int = HfArg(default=64, help="rows of one optimizer step, over all processes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass; result unaffected")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
     num_train_epochs: float = HfArg(default=2.0, help="passes over the data")
     max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
     seed: int = HfArg(default=0, help="decides the order of the rows, random weights, dropout and noise")
-    freeze_layers: float = HfArg(default=0.0, help="share of the lowest blocks that is not trained")
+    freeze_layers: float = HfArg(default=0.0, help="share of the blocks, lowest first, that is not trained")
     adversarial: Literal["fgm", "neftune"] | None = HfArg(
-        default=None, help="embeddings: fgm adds the loss under attack, neftune's loss is under noise")
+        default=None, help="perturb embeddings: fgm adds the loss under attack, neftune trains under noise")
     adversarial_epsilon: float = HfArg(default=0.1, help="fgm: norm of a row's attack over its mean ||E_t||")
-    neftune_noise_alpha: float = HfArg(default=5.0, help="neftune: about 1.7 times the norm of a row's noise")
+    neftune_noise_alpha: float = HfArg(default=5.0, help="neftune: alpha; a row's noise has norm alpha / 1.7")
     # evaluation
     eval_steps: int = HfArg(default=100, help="steps between evaluations; also at the start and the end")
     max_completion_length: int = HfArg(default=256, help="tokens generated to evaluate answers; 0 for none")
@@ -128,8 +130,7 @@ class Args:
 # ---- loss --------------------------------------------------------------------------------------------------
 
 def sft_loss(logprobs, loss_mask):
-    """Negative log-likelihood of the trained tokens, one number each; the caller sums and divides by
-    trained_tokens.
+    """Negative log-likelihood, one number per trained token; the caller sums and divides by trained_tokens.
 
     logprobs (B, T-1) fp32, loss_mask (B, T-1) with 1 = counts -> (B, T-1), 0 where the mask is 0.
     With log-probs -0.5, -1.0, -2.0 and mask 1, 0, 1 it is 0.5, 0, 2.0: a mean of 1.25 over 2 trained tokens.
@@ -138,8 +139,8 @@ def sft_loss(logprobs, loss_mask):
 
 
 def fgm_delta(grad, embeddings, mask, epsilon):
-    """FGM (Miyato 2017, arXiv 1605.07725): of all changes of its size what raises the loss of each row most,
-    to first order.
+    """FGM (Miyato 2017, arXiv 1605.07725): the perturbation that, among all of its norm, raises each row's
+    loss most, to first order. Unlike the paper E is not normalised, and epsilon is relative to its norm.
 
     r = epsilon mean_t ||E_t|| g / ||g||,  g = d loss / dE:  ||g|| over the whole row, the mean over its real
     tokens, and r = 0 where g = 0. grad, embeddings (B, T, d), mask (B, T) with 1 = real token -> (B, T, d).
@@ -162,25 +163,25 @@ def neftune_delta(noise, mask, alpha):
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """Log-prob, entropy and top-1 hit of N target tokens; the (N, V) logits are never whole in memory.
+    """Log-prob, entropy and top-1 hit of N target tokens, with one chunk of the (N, V) logits in memory.
 
-    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v,  all in
-    fp32. Backward: d log p(y) / dz = onehot(y) - p, where p of the last chunk is still there and the others
-    are computed again. Entropy and hits are figures to look at and carry no gradient. hidden (N, d), weight
-    (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    z = h W^T / temperature,  log p(y) = z_y - logsumexp(z),  entropy = logsumexp(z) - sum_v p_v z_v: fp32 but
+    for the matrix product, which autocast may do in bf16. Backward: d log p(y) / dz = onehot(y) - p, with p
+    of the last chunk kept and that of the others recomputed. Entropy and hits are diagnostics and carry no
+    gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
 
     CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
 
     @staticmethod
     def chunks(hidden, weight):
-        """Row numbers, in equal parts that hold at most CHUNK logits each -> [(chunk,)]."""
+        """Row numbers, in equal parts of at most about CHUNK logits each -> [(chunk,)]."""
         count = max(1, math.ceil(len(hidden) * len(weight) / ChunkedLogprobs.CHUNK))
         return torch.arange(len(hidden), device=hidden.device).tensor_split(count)
 
     @staticmethod
     def logits(hidden, weight, bias, temperature, out):
-        """z (chunk, V) fp32, in `out`: memory asked for anew would cost a CPU more than the softmax."""
+        """z (chunk, V) fp32, in `out`: on a CPU, allocating it anew costs more than the softmax."""
         z = out[:len(hidden)]
         if weight.dtype == torch.float32:
             torch.mm(hidden, weight.T, out=z)
@@ -204,7 +205,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 top, argmax = z.max(-1)
                 z -= top[:, None]
                 p = torch.exp(z, out=out_p[:len(rows)])
-                total = p.sum(-1)  # softmax's own sum is off by 3e-5 over 150,000 words, this one by 1e-6
+                total = p.sum(-1)  # softmax's own sum is off by 3e-5 for V = 150,000, this one by 1e-6
                 logprobs[rows] = z.gather(-1, targets[rows, None]).squeeze(-1) - total.log()
                 entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
                 hits[rows] = (argmax == targets[rows]).float()
@@ -272,8 +273,8 @@ class Policy(nn.Module):
 
 @contextmanager
 def perturbed(model, delta):
-    """Inside, the input embeddings E (B, T, d) come out as E + delta; None adds nothing. -> a list, where a
-    forward puts E.
+    """Inside, the input embeddings E (B, T, d) come out as E + delta; None adds nothing. Yields a
+    list to which each forward appends E.
 
     The weight is not touched: it may be frozen, under LoRA, and is the output head's too where they are tied.
     """
@@ -290,8 +291,8 @@ def perturbed(model, delta):
 
 @torch.no_grad()
 def check_head(policy, model, input_ids, accelerator):
-    """Raises UserError if trunk + head do not give the model's own log-probs, as where logits are scaled or
-    capped."""
+    """Raises UserError if trunk + head do not give the model's own log-probs, which happens when a model
+    scales or caps its logits."""
     model.eval()
     with accelerator.autocast():
         ours, _, _ = policy(input_ids, torch.ones_like(input_ids[:, 1:]))
@@ -308,11 +309,11 @@ def check_head(policy, model, input_ids, accelerator):
 # ---- data --------------------------------------------------------------------------------------------------
 
 def load_examples(args, tokenizer):
-    """-> (training examples, evaluation examples): dicts of input_ids, completion_mask and, with an answer,
-    prompt_ids, answer."""
-    rows, _ = common.read_items(args.dataset_name, args, common.SFT_FORMATS, common.to_conversation)
+    """-> (training examples, evaluation examples): dicts of input_ids, completion_mask and, held out with an
+    answer, prompt_ids, answer."""
+    items, _ = common.read_items(args.dataset_name, args, common.SFT_FORMATS, common.to_conversation)
     seen, unique = set(), []
-    for item in rows:
+    for item in items:
         key = hashlib.sha256(repr(item[0]).encode()).digest()
         unique += [] if key in seen else [item]
         seen.add(key)
@@ -322,8 +323,8 @@ def load_examples(args, tokenizer):
     else:
         prompts = [c.get("text") or common.prompt_key(c["messages"]) for c, _, _ in unique]
         train, held = common.hold_out(unique, prompts, args.eval_fraction)
-    counts = Counter({"duplicates dropped": len(rows) - len(unique)})
-    examples = [encode_rows(part, args, tokenizer, counts) for part in (train, held)]
+    counts = Counter({"duplicates dropped": len(items) - len(unique)})
+    examples = encode_rows(train, args, tokenizer, counts), encode_rows(held, args, tokenizer, counts, True)
     require(examples[1] or not args.keep_best, "--keep_best needs evaluation data: --eval_dataset_name, "
             "or an --eval_fraction that holds out a row")
     require(examples[0], f"{args.dataset_name}: no row to train on is left")
@@ -333,14 +334,20 @@ def load_examples(args, tokenizer):
     return examples
 
 
-def encode_rows(items, args, tokenizer, counts):
-    """[(conversation, row, place)] -> examples; `counts` says what was cut, split, moved or dropped."""
+def encode_rows(items, args, tokenizer, counts, held_out=False):
+    """[(conversation, row, place)] -> examples; `counts` says what was cut, split, moved or dropped.
+
+    Held-out rows with an answer keep it and its prompt, once a conversation, for the greedy evaluation.
+    """
     examples = []
     for conversation, row, place in items:
+        asked = held_out and row.get("answer") is not None and "messages" in conversation
         try:
             parts = ([common.encode_text(tokenizer, conversation["text"])] if "text" in conversation
                      else common.encode_conversation(tokenizer, conversation["messages"],
                                                      args.completion_only_loss))
+            prompt = [{**m, "train": False} for m in conversation["messages"][:-1]] if asked else []
+            prompt_ids = common.encode_prompt(tokenizer, prompt)[-args.max_length:] if asked else []
         except ValueError as error:
             require(args.skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
             counts["rows skipped in tokenizing"] += 1
@@ -355,10 +362,8 @@ def encode_rows(items, args, tokenizer, counts):
                 continue
             example = {"input_ids": torch.tensor(ids, dtype=torch.int32),
                        "completion_mask": torch.tensor(mask, dtype=torch.int8)}
-            if "messages" in conversation and row.get("answer") is not None and args.max_completion_length:
-                example["answer"] = extract_answer(str(row["answer"]))
-                example["prompt_ids"] = common.encode_prompt(
-                    tokenizer, conversation["messages"][:-1])[-args.max_length:]
+            if asked and part is parts[-1] and args.max_completion_length:
+                example |= {"answer": extract_answer(str(row["answer"])), "prompt_ids": prompt_ids}
             examples.append(example)
     return examples
 
@@ -375,8 +380,8 @@ def micro_batches(lengths, micro_batch_tokens, process_index=0, num_processes=1)
     indices.
 
     Each micro-batch holds at most micro_batch_tokens padded tokens (or one row). Since every loss is divided
-    by a denominator of the whole step, any cut gives the same gradient. All processes get equally many, since
-    FSDP's wait for each other: the missing ones are empty lists, for all-masked passes.
+    by a denominator of the whole step, any cut gives the same gradient. Every process gets equally many,
+    because under FSDP processes wait for one another; the missing ones are empty lists, run all masked.
     """
     order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for first in range(num_processes):
@@ -400,33 +405,32 @@ def starting_delta(args, model, examples, keys, device):
     the real tokens (B, T).
 
     fgm: zeros, whose gradient is d loss / dE. neftune: noise drawn from each row's own key, so that neither
-    the cut nor the number of processes changes it.
+    the cut nor the number of processes changes it. Without --adversarial two Nones.
     """
+    if args.adversarial is None:
+        return None, None
     lengths, d = [len(e["input_ids"]) for e in examples], model.get_input_embeddings().weight.shape[1]
     mask = common.pad([[1] * n for n in lengths], 0).to(device)
     if args.adversarial == "fgm":
         return torch.zeros(*mask.shape, d, device=device, requires_grad=True), mask
-    if args.adversarial == "neftune":
-        noise = [torch.rand(n, d, generator=stream(args.seed, "neftune", *key)) * 2 - 1
-                 for n, key in zip(lengths, keys)]
-        return neftune_delta(pad_sequence(noise, batch_first=True).to(device), mask,
-                             args.neftune_noise_alpha), mask
-    return None, mask
+    noise = [torch.rand(n, d, generator=stream(args.seed, "neftune", *key)) * 2 - 1
+             for n, key in zip(lengths, keys)]
+    return neftune_delta(pad_sequence(noise, batch_first=True).to(device), mask,
+                         args.neftune_noise_alpha), mask
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------
 
 def extract_answer(text):
-    """The answer a text ends with: what its last <answer>...</answer> holds, or else its last number; None if
-    it has neither.
+    """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
+    number; without a tag the last number of the text; None if there is none.
 
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000". Words in <answer> are compared in lower
-    case.
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000".
     """
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
     number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
-    found = [m for m in re.finditer(number, text)]
+    found = list(re.finditer(number, text))
     if not found:
         return text.lower() or None if tagged else None
     minus, minus_too, whole, decimals = found[-1].groups()
@@ -446,8 +450,7 @@ def evaluate(policy, model, examples, args, accelerator, tokenizer, stop_ids):
                                accelerator.num_processes):
         if batch:
             input_ids, loss_mask = collate([examples[i] for i in batch], accelerator.device)
-            with accelerator.autocast():
-                logprobs, _, hits = policy(input_ids, loss_mask)
+            logprobs, _, hits = policy(input_ids, loss_mask)
             totals[:3] += torch.stack([sft_loss(logprobs, loss_mask).sum(), hits.sum(), loss_mask.sum()])
     asked = [e for e in examples if e.get("answer") is not None]
     lengths = [len(e["prompt_ids"]) + args.max_completion_length for e in asked]
@@ -478,16 +481,16 @@ def evaluate_attack(policy, model, examples, args, accelerator):
     micro_batch_tokens = 1 if args.gradient_checkpointing else args.micro_batch_tokens
     for batch in micro_batches([len(e["input_ids"]) for e in examples], micro_batch_tokens,
                                accelerator.process_index, accelerator.num_processes):
-        some = [examples[i] for i in batch] or examples[:1]  # FSDP: as many passes on every process
-        input_ids, loss_mask = collate(some, accelerator.device)
+        part = [examples[i] for i in batch] or examples[:1]  # FSDP: as many passes on every process
+        input_ids, loss_mask = collate(part, accelerator.device)
         loss_mask = loss_mask * bool(batch)
         keys = [("eval", i) for i in batch or [0]]
-        delta, real = starting_delta(args, model, some, keys, accelerator.device)
+        delta, real_mask = starting_delta(args, model, part, keys, accelerator.device)
         if args.adversarial == "fgm":
             with torch.enable_grad(), accelerator.no_sync(policy), perturbed(model, delta) as seen:
                 loss = sft_loss(policy(input_ids, loss_mask)[0], loss_mask).sum()
                 gradient, = torch.autograd.grad(loss, delta)
-            delta = fgm_delta(gradient, seen[0], real, args.adversarial_epsilon)
+            delta = fgm_delta(gradient, seen[0], real_mask, args.adversarial_epsilon)
         with perturbed(model, delta):
             loss = sft_loss(policy(input_ids, loss_mask)[0], loss_mask).sum()
         totals += torch.stack([loss, loss_mask.sum()])
@@ -505,13 +508,15 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
                             side="left").to(accelerator.device)
     attention_mask = common.pad([[1] * len(r["prompt_ids"]) for r in rows], 0,
                                 side="left").to(accelerator.device)
+    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - prompt_ids.shape[1]
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     shipped, causal.generation_config = causal.generation_config, GenerationConfig()
     try:
         with accelerator.autocast():
             out = model.generate(input_ids=prompt_ids, attention_mask=attention_mask, do_sample=False,
-                                 num_beams=1, use_cache=True, max_new_tokens=args.max_completion_length,
-                                 eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
+                                 num_beams=1, use_cache=True, eos_token_id=stop_ids,
+                                 max_new_tokens=max(1, min(args.max_completion_length, room)),
+                                 pad_token_id=tokenizer.pad_token_id,
                                  synced_gpus=False)  # each process has its own number of tokens
     finally:
         causal.generation_config = shipped
@@ -521,8 +526,8 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
 # ---- training ----------------------------------------------------------------------------------------------
 
 def learning_rate_at(step, total_steps, args):
-    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine, linear
-    or no decay to 0."""
+    """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine or
+    linear decay to 0, or none."""
     warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
@@ -585,6 +590,7 @@ def main(args):
     state = {"step": 0, "num_tokens": 0, "best_loss": math.inf, "eval_losses": [], "data": data}
     best = os.path.join(args.output_dir, "checkpoints", "best")
     if checkpoint:
+        common.check_cut(model, checkpoint, args)
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
         if not os.path.isdir(best):  # resumed into another output_dir
@@ -632,51 +638,52 @@ def main(args):
         totals = torch.zeros(5, device=accelerator.device)  # loss, hits, both under attack (fgm), stop signal
         totals[4] = interrupt.signal
         for i, batch in enumerate(batches):
-            some = [rows[j] for j in batch] or rows[:1]
-            input_ids, loss_mask = collate(some, accelerator.device)
+            part = [rows[j] for j in batch] or rows[:1]
+            input_ids, loss_mask = collate(part, accelerator.device)
             loss_mask = loss_mask * bool(batch)  # a process without rows takes part with an all-masked pass
             keys = [(step, j) for j in batch or [0]]
-            delta, real = starting_delta(args, model, some, keys, accelerator.device)
+            delta, real_mask = starting_delta(args, model, part, keys, accelerator.device)
             for attack in range(passes):  # under no_sync: DDP takes one synchronised backward, the last
                 last = i == len(batches) - 1 and attack == passes - 1
                 with nullcontext() if last else accelerator.no_sync(policy), perturbed(model, delta) as seen:
                     logprobs, _, hits = policy(input_ids, loss_mask)
                     losses = sft_loss(logprobs, loss_mask)  # (B, T-1)
                     loss = losses.sum()
-                    # DDP averages over the processes: undo it
+                    # DDP averages over the processes: undo its division
                     accelerator.backward(loss * accelerator.num_processes / trained_tokens)
                 if audit.due(step) and attack == 0:
-                    audit.add(batch, [e["input_ids"] for e in some], loss_mask, losses / trained_tokens,
+                    audit.add(batch, [e["input_ids"] for e in part], loss_mask, losses / trained_tokens,
                               {"log-prob": logprobs, "loss": losses})
                 totals[2 * attack:2 * attack + 2] += torch.stack([loss.detach(), hits.sum()])
                 if attack < passes - 1:
-                    delta = fgm_delta(delta.grad, seen[0], real, args.adversarial_epsilon)
+                    delta = fgm_delta(delta.grad, seen[0], real_mask, args.adversarial_epsilon)
         grad_norm = accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
-        loss_sum, hits, attacked, _, stop = accelerator.reduce(totals, "sum").tolist()
+        loss_sum, hit_count, attacked, _, stop = accelerator.reduce(totals, "sum").tolist()
         require(math.isfinite(loss_sum) and math.isfinite(grad_norm),
                 f"step {step + 1}: the loss is {loss_sum / trained_tokens} and its gradient's norm "
                 f"{grad_norm}, on rows {order[at * args.batch_size:(at + 1) * args.batch_size][:8]} ... of "
                 "the training data; this update was not made, and the checkpoints are whole. "
                 "Try a lower --learning_rate")
         if audit.due(step):
-            return audit.write(loss_sum / trained_tokens, "A token's share is its - log p over the step's "
-                               f"{trained_tokens} trained tokens" + {
+            return audit.write(loss_sum / trained_tokens, "A token's share is its - log p, divided by the "
+                               f"step's {trained_tokens} trained tokens" + {
                                    "fgm": "; this is the clean pass, and not the one under attack.",
                                    "neftune": ", under noise.", None: "."}[args.adversarial])
+        learning_rate = learning_rate_at(step, total_steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total_steps, args)
+            group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
 
         state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + sum(lengths)
-        metrics = {"loss": loss_sum / trained_tokens, "token_accuracy": hits / trained_tokens,
-                   "grad_norm": grad_norm, "learning_rate": group["lr"], "num_tokens": state["num_tokens"],
+        metrics = {"loss": loss_sum / trained_tokens, "token_accuracy": hit_count / trained_tokens,
+                   "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": state["num_tokens"],
                    "trained_tokens": trained_tokens}
         if passes == 2:
             metrics["adversarial_loss"] = attacked / trained_tokens
         log.metrics(step + 1, metrics)
         log.progress(step + 1, sum(lengths), {"loss": loss_sum / trained_tokens,
-                                              "token_accuracy": hits / trained_tokens})
+                                              "token_accuracy": hit_count / trained_tokens})
         if (step + 1) % args.eval_steps == 0 or step + 1 == total_steps:
             report()
         if (step + 1) % args.save_steps == 0 or step + 1 == total_steps or stop:

@@ -511,8 +511,8 @@ def test_flags_go_on_top_of_the_file(tmp_path):
     assert args == Args(os.path.relpath(tmp_path / "m"), 2e-4, 2, False, True, ["a", "b"], [1.0, 0.5],
                         '{"a": true}')
     args = parse(tmp_path, {"checkpointing": False, "modules": ["a"], "learning_rate": None}, "--merge",
-                 "--modules", "c", "d", "--batch-size", "3")
-    assert args == Args(None, None, 3, True, False, ["c", "d"])
+                 "--modules", "c", "d", "--batch-size", "3", "--model_name_or_path=~/m")
+    assert args == Args(os.path.expanduser("~/m"), None, 3, True, False, ["c", "d"])
 
 
 @pytest.mark.parametrize("values, argv, sentence", [
@@ -527,7 +527,8 @@ def test_flags_go_on_top_of_the_file(tmp_path):
     ({"batch_size": True}, [], "invalid int value: 'True'"),
     ({"batch_size": [1, 2]}, [], "a.json: one value too many for --batch_size: 2"), ({"batchsize": 1}, [],
      "a.json: unknown argument batchsize; did you mean batch_size"),
-    ("[1]", [], "must hold one JSON object"), ("{", [], "a.json is not valid JSON")])
+    ({}, [], "--model_name_or_path is missing"), ({}, ["--max_seq_length", "9"], "--help lists the flags"),  # no --max_length in Args
+    ({}, ["--use_vllm", "True"], "vLLM is not used"), ("[1]", [], "must hold one JSON object"), ("{", [], "a.json is not valid JSON")])
 def test_arguments_that_are_refused(tmp_path, values, argv, sentence):
     with pytest.raises(common.UserError, match=sentence):
         parse(tmp_path, values, *argv)
@@ -542,3 +543,28 @@ def test_without_a_model_the_small_example_beside_the_script_is_needed(tmp_path,
     assert common.parse_args(Args, ["--model_name_or_path", "m"]).model_name_or_path == "m"
     with pytest.raises(common.UserError, match="expected --flag value, or an arguments file"):
         common.parse_args(Args, ["m"])
+
+
+def test_the_small_example_does_not_replace_a_run_of_another_model(tmp_path):
+    import dpo
+    out = ["--output_dir", str(tmp_path)]
+    (tmp_path / "args.json").write_text('{"model_name_or_path": "mine"}')
+    with pytest.raises(common.UserError, match="holds a run of mine, that the small example would replace"):
+        common.parse_args(dpo.Args, out)
+    assert common.parse_args(dpo.Args, [*out, "--overwrite_output_dir"]).overwrite_output_dir
+    (tmp_path / "args.json").write_text(json.dumps({"model_name_or_path": common.parse_args(dpo.Args, []).model_name_or_path}))
+    assert common.parse_args(dpo.Args, out).output_dir == str(tmp_path)
+
+
+def test_template_kwargs_come_back_with_a_saved_tokenizer(tmp_path):
+    given = dict(model_name_or_path=f"{TINY}/model", trust_remote_code=False, chat_template_path=None)
+    tokenizer = common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs='{"enable_thinking": false}'))
+    tokenizer.save_pretrained(tmp_path)
+    given["model_name_or_path"] = str(tmp_path)
+    assert common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs=None)).template_kwargs == {"enable_thinking": False}
+    assert common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs="{}")).template_kwargs == {}
+
+
+def test_a_role_that_is_no_string_is_refused_with_a_reason():
+    with pytest.raises(ValueError, match="message 0 has the unknown role"):
+        common.to_messages([{"role": ["user"], "content": "a"}])

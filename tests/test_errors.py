@@ -90,14 +90,14 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (reward_model, ["--dataset_name", "named.jsonl", "--eval_fraction", "0"], "named.jsonl:2: the scores are ['y'], those of the first row ['x']"),
     (reward_model, ["--eval_dataset_name", "oks.jsonl"], "no such file"), (reward_model, ["--lora_dropout", "-1"], "--lora_dropout must lie in"),
     (grpo, ["--reward_funcs", "empty"], "empty is no reward model that can be loaded"),
-    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target adapts --kl_coef"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "lie in (0, 5)"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
+    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target needs --kl_coef above 0"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "--kl_gain in (0, 5)"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
     (ppo, ["--sft_coef", "0.1"], "--sft_dataset and --sft_coef belong together"), (ppo, ["--sft_dataset", "ok.jsonl"], "belong together"),
     (ppo, ["--sft_dataset", "role.jsonl", "--sft_coef", "0.1"], "role.jsonl:1: message 1 has the unknown role"),
     (ppo, ["--value_clip", "-1"], "--value_clip must not be negative"), (ppo, ["--num_minibatches", "9"], "--num_minibatches 9 is more than"),
     (ppo, ["--reward_funcs", "empty"], "empty is no reward model"), (ppo, ["--score_clip", "0"], "--score_clip must be positive"),
     (ppo, ["--sft_dataset", "", "--sft_coef", "0.1"], "belong together"), (grpo, ["--reward_weights", "0"], "--reward_weights are all 0"),
     (ppo, ["--sft_dataset", "ok.jsonl", "--sft_coef", "0.1", "--sft_fraction", "1e9"], "--sft_fraction must lie in"),
-    (ppo, ["--dataset_name", "ok.jsonl", "--num_minibatches", "4", "--batch_size", "8", "--eval_fraction", "0"], "3 prompts are all a rollout can have"),
+    (ppo, ["--dataset_name", "ok.jsonl", "--num_minibatches", "4", "--batch_size", "8", "--eval_fraction", "0"], "is more than the 3 completions of a rollout"),
     (sft, ["--num_train_epochs", "1e300"], "would never end"), (sft, ["--model_name_or_path", "./headless"], "holds no weights for lm_head.weight"),
     (ppo, ["--beta", "0.1"], "the weight of the KL term is --kl_coef"),
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
@@ -317,7 +317,7 @@ def test_models_without_pad_template_or_eos(script, lacks, tmp_path, monkeypatch
 def test_what_fsdp_cannot_do_is_refused(monkeypatch):
     from types import SimpleNamespace
     from accelerate.utils import DistributedType
-    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False, state=SimpleNamespace(fsdp_plugin=SimpleNamespace()))
     monkeypatch.setattr(common, "Accelerator", lambda **options: fake)
     args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json"), "--lora_r", "4", "--precompute_ref_log_probs", "False"])
     with pytest.raises(common.UserError, match="set fsdp_version: 2"):

@@ -755,3 +755,13 @@ def test_the_example_goes_past_its_demonstrations(tmp_path):
     assert first < 0.6 and last > 0.85
     names = sorted(os.listdir(tmp_path / "out"))
     assert names == ["args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
+
+
+def test_a_reward_file_may_hold_a_dataclass_and_reward_models_side_by_side_have_their_own_names(tmp_path, monkeypatch):
+    (tmp_path / "r.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Kept:\n    x: int\n"
+                                   "def one(completions, **more):\n    return [Kept(1).x] * len(completions)\n")
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", f"{tmp_path}/r.py:one"])
+    assert grpo.load_rewards(args)["one"][0](["a", "b"]) == [1, 1]
+    monkeypatch.setattr(common, "load_reward_model", lambda *a: (["score"], None))
+    for folder, label in (("kind", "kind_score"), ("safe", "safe_score"), ("rm/model", "rm_score"), ("rm/merged", "rm_score")):
+        assert grpo.reward_of_model(str(tmp_path / folder), args, "cpu")[0] == label

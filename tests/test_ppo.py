@@ -286,7 +286,7 @@ def made(*flags):
     args = common.parse_args(ppo.Args, [os.path.join(TINY, "ppo.json"), *map(str, flags)])
     tokenizer = common.load_tokenizer(args)
     model = common.load_model(args, tokenizer)
-    return args, model, *ppo.make_critic(args, model, tokenizer, "cpu")
+    return args, model, *ppo.make_value(args, model, tokenizer, "cpu")
 
 
 def test_the_value_starts_as_the_reward_model(scorer):

@@ -296,3 +296,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(data, tmp_path, monkeypatc
         run(sft, tmp_path / "out", "--dataset_name", data, "--batch_size", 6, "--eval_fraction", 0, "--max_steps", 6, "--save_steps", 2)
     assert sorted(os.listdir(tmp_path / "out" / "checkpoints")) == ["step-00000002", "step-00000004"]
     common.load_checkpoint(tmp_path / "out" / "checkpoints" / "step-00000004")
+
+
+def test_with_dropout_another_cut_is_refused():
+    """Its draws depend on the cut; gpt2 brings dropout of its own."""
+    from types import SimpleNamespace
+    from transformers import AutoModelForCausalLM, GPT2Config
+    checkpoint = None, {"args": {"micro_batch_tokens": 100}}
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=16, n_embd=4, n_layer=1, n_head=1))
+    common.check_cut(model, checkpoint, SimpleNamespace(micro_batch_tokens=100))
+    with pytest.raises(common.UserError, match="give --micro_batch_tokens 100"):
+        common.check_cut(model, checkpoint, SimpleNamespace(micro_batch_tokens=50))
+    common.no_dropout(model)
+    common.check_cut(model, checkpoint, SimpleNamespace(micro_batch_tokens=50))

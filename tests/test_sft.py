@@ -415,3 +415,27 @@ def test_gsm8k_like_rows_learn(tmp_path):
     metrics = run(sft, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 24, "--batch_size", 16, "--max_completion_length", 8)
     losses = [m["loss"] for m in metrics if "loss" in m]
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_an_answer_is_asked_for_once_a_conversation_whatever_the_template_rewrites(held_out, tokenizer):
+    """A template that drops the reasoning of earlier turns splits the conversation; the prompt's earlier answer is then not whole."""
+    from collections import Counter
+    tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] if loop.last or m['role'] == 'user' else "
+                               "m['content'].split('</think>')[-1] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    messages = [common.turn(who, text, train=who == "assistant") for who, text in (
+        ("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "<think>e</think>7"))]
+    items, args = [({"messages": messages}, {"answer": "7"}, "f:1")], common.parse_args(sft.Args, [os.path.join(TINY, "sft.json")])
+    examples = sft.encode_rows(items, args, tokenizer, Counter(), held_out)
+    assert len(examples) == 2 and ["answer" in e for e in examples] == [False, held_out]
+    if held_out:
+        assert tokenizer.decode(examples[1]["prompt_ids"]) == "<|user|>a<|end|><|assistant|>c<|end|><|user|>d<|end|><|assistant|>"
+
+
+def test_evaluation_generates_no_further_than_the_positions_reach(tokenizer):
+    """gpt2 looks its positions up in a table of 512."""
+    from types import SimpleNamespace
+    model, accelerator = tiny_model("gpt2").eval(), common.make_accelerator(common.parse_args(sft.Args, [os.path.join(TINY, "sft.json")]))
+    args = SimpleNamespace(max_completion_length=50)
+    for length in (500, 512):
+        assert len(sft.generate(model, [{"prompt_ids": [65] * length}], args, accelerator, tokenizer, [260])) == 1
