@@ -1516,7 +1516,7 @@ def save_checkpoint(accelerator, args, state, model, optimizer, name=None, extra
         return
     folder = os.path.join(args.output_dir, "checkpoints")
     tensors, scalars = trained_state(model, optimizer)
-    require(all(t.isfinite().all() for t in tensors.values()), f"step {state['step']}: the weights are no "
+    require(all(t.sum().isfinite() for t in tensors.values()), f"step {state['step']}: the weights are no "
             "longer finite and are not saved; the checkpoints are whole. Try a lower --learning_rate")
     if accelerator.is_main_process:
         _write_checkpoint(args, state, tensors | (extra or {}), scalars, folder, name)
@@ -1524,10 +1524,15 @@ def save_checkpoint(accelerator, args, state, model, optimizer, name=None, extra
 
 
 def _write_checkpoint(args, state, tensors, scalars, folder, name):
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    kept, seen = {}, set()
+    for key, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        kept[key] = value.clone() if place in seen else value  # bitsandbytes shares tables; a file may not
+        seen.add(place)
     with written_whole(os.path.join(folder, name or f"step-{state['step']:08d}")) as partial:
         path = os.path.join(partial, "tensors.safetensors")
-        save_file(tensors, path)
+        save_file(kept, path)
         with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
             json.dump({**state, "optimizer": scalars, "args": asdict(args), "sha256": _sha256(path)}, file)
     for old in _steps(folder)[:-args.save_total_limit]:
