@@ -1,7 +1,8 @@
 """python tests/optimisations.py [--rounds 3] [case ...]: what each optimisation in the scripts is worth, by taking it out.
 
 Each variant is the script with a few words replaced, run in a fork on a case of tests/benchmark.py, in turn with the script as it
-is; medians. Seconds are of the training (of the sampler in the last rows), memory is the process's peak, libraries included.
+is; medians. Seconds are of the training step, of the head's forward and backward, or of sampling. Memory is the peak of the
+process, libraries included; of log-probs what they add to it.
 """
 
 import argparse
@@ -22,14 +23,17 @@ from transformers import AutoModelForCausalLM
 UNSORTED = [("sorted(range(len(lengths)), key=lambda i: -lengths[i])", "list(range(len(lengths)))"),
             ("(len(batch) + 1) * lengths[batch[0]]", "(len(batch) + 1) * max(lengths[j] for j in [*batch, i])")]
 NEVER_KEPT = [("len(chunks[0]) if chunks[1:] else 0", "len(chunks[0])"), ("if rows is not chunks[-1]:", "if True:")]
+ANEW = [("z = out[:len(hidden)]", "z = None"), ("torch.mm(hidden, weight.T, out=z)", "z = hidden @ weight.T"), ("exp(z, out=out_p[:len(rows)])", "exp(z)"),
+        ("torch.empty(len(chunks[0]), len(w), dtype=torch.float32, device=hidden.device)\n", "None\n"), ("softmax(z, -1, out=z)", "softmax(z, -1)"),
+        ("out = torch.empty(size, len(w)", "out = torch.empty(0, len(w)")]
 CASES = {  # what is taken out -> (benchmark case or prompt length, script, definition, replacements, more flags)
     "sft 32k": [
         ("rows sorted by length inside a step", sft, "micro_batches", UNSORTED, []),
-        ("head over trained tokens alone", sft, "Policy", [("counts, head = loss_mask.bool()", "counts, head = torch.ones_like(loss_mask).bool()")], []),
-        ("last chunk's softmax kept for backward", sft, "ChunkedLogprobs", NEVER_KEPT, [])],
-    "sft 150k": [
-        ("chunks of the head", sft, "ChunkedLogprobs", [("CHUNK = 2**25", "CHUNK = 2**40")], []),
-        ("chunks written to the same memory", sft, "ChunkedLogprobs", [("torch.mm(hidden, weight.T, out=z)", "z = hidden @ weight.T")], [])],
+        ("head over trained tokens alone", sft, "Policy", [("counts, head = loss_mask.bool()", "counts, head = torch.ones_like(loss_mask).bool()")], [])],
+    "log-probs 150k": [
+        ("head in chunks", grpo, "ChunkedLogprobs", [("CHUNK = 2**25", "CHUNK = 2**40")], []),
+        ("last chunk's softmax kept for backward", grpo, "ChunkedLogprobs", NEVER_KEPT, []),
+        ("all chunks in the same memory", grpo, "ChunkedLogprobs", ANEW, [])],
     "dpo 32k": [("reference log-probs computed once", dpo, "dpo_loss", [], ["--precompute_ref_log_probs", "False"])],
     "grpo 32k, 512-token prompts": [("no pass for old log-probs in a single update", grpo, "main", [("if updates > 1", "if True")], [])],
     64: [("finished rows dropped", grpo, "sample", [("if not going.all():", "if False:"), ("or not going.any():", "or False:")], [])],
@@ -66,6 +70,9 @@ def measure(case, script, name, replacements, flags, out):
             replaced(script, name, replacements or [])
         if isinstance(case, int):
             seconds = sampler(case, out and replacements is None)
+        elif case == "log-probs 150k":
+            result = benchmark.logprobs("ours")
+            return result["seconds"], result["extra"]
         else:
             *rest, more = benchmark.TRAINING[case]
             benchmark.TRAINING[case] = (*rest, more | {"flags": benchmark.SMALL + (flags if out else [])})
