@@ -110,7 +110,7 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
                                    "--micro_batch_tokens what one forward pass holds",
     "gradient_accumulation_steps": "--batch_size is the whole step; "
                                    "--micro_batch_tokens cuts it to fit the memory",
-    "packing": "there is none: rows are sorted by length inside a step, which removes the padding",
+    "packing": "rows are not packed but sorted by length inside a step, which removes the padding",
     "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
     "max_seq_length": "use --max_length", "use_peft": "use --lora_r 16",
@@ -191,10 +191,10 @@ def parse_args(args_class, argv=None):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     if example:
         before = os.path.join(args.output_dir, "args.json")
-        if os.path.exists(before) and "--overwrite_output_dir" not in argv:
+        if os.path.exists(before) and not args.audit and not parser.values(argv)["overwrite_output_dir"]:
             with explain(f"{before} is not readable", (OSError, ValueError)), open(before) as file:
                 theirs = json.load(file).get("model_name_or_path")
-            require(theirs == args.model_name_or_path, f"{args.output_dir} holds a run of {theirs}, that "
+            require(theirs == args.model_name_or_path, f"{args.output_dir} holds a run of {theirs}, which "
                     "the small example would replace: choose another --output_dir, or --overwrite_output_dir")
         say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} "
             "(flags go on top of it).")
@@ -237,9 +237,17 @@ def make_accelerator(args):
     sharded = accelerator.distributed_type == DistributedType.FSDP
     require(not sharded or accelerator.is_fsdp2, "FSDP 1 is not supported: set fsdp_version: 2")
     require(not sharded or args.optim == "adamw_torch", f"--optim {args.optim} cannot be sharded by FSDP")
-    if sharded:  # autocast does the bf16; FSDP's own would round what comes out, log-probs, to bf16
+    if sharded:  # FSDP's own bf16 would round what comes out, log-probs, to bf16: see prepare
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     return accelerator
+
+
+def prepare(accelerator, module, optimizer):
+    """accelerator.prepare; under FSDP2 too with a forward under autocast, as accelerate does elsewhere."""
+    module, optimizer = accelerator.prepare(module, optimizer)
+    if accelerator.is_fsdp2:
+        module.forward = accelerator.autocast()(module.forward)
+    return module, optimizer
 
 
 # ---- reading data ------------------------------------------------------------------------------------------
@@ -486,8 +494,8 @@ def hold_out(items, prompts, fraction, most=200):
     """Splits items into (train, evaluation) by prompt: the prompts with the smallest SHA-256 are held out.
 
     So rows with the same prompt stay on one side, and the same prompts are held out in every script, whatever
-    the seed. `most` rows at most; a prompt whose rows would exceed the limit is skipped, but if even the
-    smallest prompt does, one is held out.
+    the seed. At most `fraction` of the rows, and at most `most`: a prompt that would exceed this is skipped.
+    Only where every prompt exceeds the fraction, one of the smallest size is held out, if `most` allows it.
     """
     wanted, size, held, count = min(most, round(fraction * len(items))), Counter(prompts), set(), 0
     limit = min(most, max(wanted, min(size.values())))
@@ -1488,7 +1496,7 @@ def _steps(folder):
 
 @contextmanager
 def written_whole(folder):
-    """Yields an empty folder that replaces `folder` once it is complete; until then all stays. UserError."""
+    """Yields an empty folder that replaces `folder` once complete; on failure UserError and no change."""
     partial = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
     shutil.rmtree(partial, ignore_errors=True)
     try:

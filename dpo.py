@@ -87,7 +87,7 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
     batch_size: int = HfArg(default=32, help="pairs of one optimizer step, over all processes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass: limits memory only")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the data")
     max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
     seed: int = HfArg(default=0, help="decides the order of the pairs and random weights")
@@ -197,7 +197,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 z_y = z.gather(-1, targets[rows, None]).squeeze(-1)
                 logprobs[rows] = z_y - total.log()
                 entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
-                hits[rows] = (z_y == 0).float()  # the largest logit is 0 now
+                hits[rows] = (z_y == 0).float()  # the largest logit is 0 now; ties are hits
             p /= total[:, None]  # of the last chunk, for backward
         ctx.save_for_backward(hidden, weight, bias, targets, p)
         ctx.mark_non_differentiable(entropy, hits)
@@ -554,11 +554,12 @@ def main(args):
         reference = Policy(reference.to(accelerator.device))
     say(f"reference {how}")
     optimizer = make_optimizer(model, args)
-    policy, optimizer = accelerator.prepare(Policy(model), optimizer)
+    policy, optimizer = common.prepare(accelerator, Policy(model), optimizer)
     check_head(policy, model, train[0]["chosen_ids"][None, :64].long().to(accelerator.device), accelerator)
     state = {"step": 0, "num_tokens": 0, "eval_losses": [], "data": data}
     kept = {}  # tensors that go into the checkpoint beside weights and moments
     if checkpoint:
+        require(not precompute or "ref_sums" in checkpoint[0], "the checkpoint holds no reference log-probs")
         common.restore(model, optimizer, checkpoint)
         state = {name: checkpoint[1][name] for name in state}
     if precompute:

@@ -108,7 +108,7 @@ class Args:
     num_generations: int = HfArg(default=8, help="completions a prompt (G)")
     max_completion_length: int = HfArg(default=512, help="tokens after which a completion is cut")
     temperature: float = HfArg(default=1.0, help="of sampling, and of every log-prob")
-    rollout_batch_size: int = HfArg(default=256, help="completions of a process at once; result unaffected")
+    rollout_batch_size: int = HfArg(default=256, help="completions that each process samples at once")
     # objective
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = HfArg(
         default="dapo", help="mean over tokens; mean of row means; sum / (rows x max_completion_length)")
@@ -123,7 +123,7 @@ class Args:
     best_fraction: float = HfArg(default=0.0, help="share of a group, its best, that also gets an NLL term")
     demo_threshold: float | None = HfArg(default=None, help="pass rate up to which a demonstration steps in")
     demo_column: str = HfArg(default="demonstration", help="column of the demonstrations, whole answers")
-    sft_coef: float = HfArg(default=0.1, help="weight of the NLL of best ones and demonstrations")
+    sft_coef: float = HfArg(default=0.1, help="weight of the NLL of best samples, demonstrations")
     num_iterations: int = HfArg(default=1, help="passes over a rollout")
     num_minibatches: int = HfArg(default=1, help="updates of one pass")
     # optimization
@@ -133,7 +133,7 @@ class Args:
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass: limits memory only")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the prompts; 0: only evaluate")
     max_steps: int = HfArg(default=-1, help="steps, rounded up to whole rollouts; overrides num_train_epochs")
     seed: int = HfArg(default=0, help="decides the order of the prompts, the samples and random weights")
@@ -335,7 +335,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 z_y = z.gather(-1, targets[rows, None]).squeeze(-1)
                 logprobs[rows] = z_y - total.log()
                 entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
-                hits[rows] = (z_y == 0).float()  # the largest logit is 0 now
+                hits[rows] = (z_y == 0).float()  # the largest logit is 0 now; ties are hits
             p /= total[:, None]  # of the last chunk, for backward
         ctx.save_for_backward(hidden, weight, bias, targets, p)
         ctx.mark_non_differentiable(entropy, hits)
@@ -1198,7 +1198,7 @@ def main(args):
         reference = Policy(ref_model.to(accelerator.device))
         say(f"reference {how}")
     optimizer = make_optimizer(model, args)
-    policy, optimizer = accelerator.prepare(Policy(model), optimizer)
+    policy, optimizer = common.prepare(accelerator, Policy(model), optimizer)
     check_head(policy, model, torch.tensor([train[0]["prompt_ids"][:64]], device=accelerator.device),
                accelerator)
     state = {"step": 0, "num_tokens": 0, "draws": 0, "data": data, "first": None}

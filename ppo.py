@@ -112,7 +112,7 @@ class Args:
     num_generations: int = HfArg(default=1, help="completions a prompt (G)")
     max_completion_length: int = HfArg(default=512, help="tokens after which a completion is cut")
     temperature: float = HfArg(default=1.0, help="of sampling, and of every log-prob")
-    rollout_batch_size: int = HfArg(default=256, help="completions of a process at once; result unaffected")
+    rollout_batch_size: int = HfArg(default=256, help="completions that each process samples at once")
     # objective
     share_trunk: bool = HfArg(default=False, help="the value is a head on the policy's trunk: saves memory")
     gamma: float = HfArg(default=1.0, help="discount per token")
@@ -122,7 +122,7 @@ class Args:
     vf_coef: float = HfArg(default=0.1, help="weight of the value's loss")
     kl_coef: float = HfArg(default=0.05, help="price of KL in the reward; 0: no reference policy is kept")
     kl_target: float | None = HfArg(default=None, help="adapt kl_coef to hold this KL, in nats per sequence")
-    kl_gain: float = HfArg(default=0.1, help="kl_coef changes by a share of at most 0.2 x this a rollout")
+    kl_gain: float = HfArg(default=0.1, help="a rollout multiplies kl_coef by at most 1 +- 0.2 x this")
     kl_warn: float = HfArg(default=50.0, help="warn above this KL (nats per sequence; needs --kl_coef)")
     score_clip: float | None = HfArg(default=None, help="scores are clipped at +- this")
     missing_eos_penalty: float = HfArg(default=0.0, help="taken off the score of a cut completion")
@@ -138,7 +138,7 @@ class Args:
     weight_decay: float = HfArg(default=0.0, help="AdamW weight decay of matrices (not of norms and biases)")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass: limits memory only")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the prompts")
     max_steps: int = HfArg(default=-1, help="steps, rounded up to whole rollouts; overrides num_train_epochs")
     seed: int = HfArg(default=0, help="decides the order of the prompts, the samples and random weights")
@@ -173,8 +173,8 @@ class Args:
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], not {getattr(self, name)}")
         require(self.kl_target is None or (self.kl_coef > 0 and 0 < self.kl_gain < 5),
-                "--kl_target needs --kl_coef above 0 and --kl_gain in (0, 5): it changes kl_coef, once a "
-                "rollout, by a share of up to 0.2 x kl_gain")
+                "--kl_target needs --kl_coef above 0 and --kl_gain in (0, 5): each rollout multiplies "
+                "kl_coef by a factor between 1 - 0.2 kl_gain and 1 + 0.2 kl_gain")
         require(bool(self.sft_dataset) == (self.sft_coef > 0),
                 "--sft_dataset and --sft_coef belong together: give both, or neither")
         require(self.sft_fraction <= 1, f"--sft_fraction must lie in (0, 1], not {self.sft_fraction}")
@@ -321,7 +321,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 z_y = z.gather(-1, targets[rows, None]).squeeze(-1)
                 logprobs[rows] = z_y - total.log()
                 entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
-                hits[rows] = (z_y == 0).float()  # the largest logit is 0 now
+                hits[rows] = (z_y == 0).float()  # the largest logit is 0 now; ties are hits
             p /= total[:, None]  # of the last chunk, for backward
         ctx.save_for_backward(hidden, weight, bias, targets, p)
         ctx.mark_non_differentiable(entropy, hits)
@@ -1194,7 +1194,7 @@ def main(args):
         reference = Policy(ref_model.to(accelerator.device))
         say(f"reference {how}")
     optimizer = make_optimizer(module, args)
-    policy, optimizer = accelerator.prepare(module, optimizer)
+    policy, optimizer = common.prepare(accelerator, module, optimizer)
     check_head(policy, model, torch.tensor([train[0]["prompt_ids"][:64]], device=accelerator.device),
                accelerator)
     state = {"step": 0, "num_tokens": 0, "data": data, "kl_coef": args.kl_coef, "first": None}
@@ -1307,7 +1307,7 @@ def main(args):
                         audit.add([len(records) + j for j in batch], [e["input_ids"] for e in part],
                                   loss_mask, -args.sft_coef * logprobs / sft_tokens, {"log-prob": logprobs},
                                   ["demonstration, "] * len(part))
-            if demonstrations and not accelerator.is_fsdp2:  # its shards get theirs last of all
+            if demonstrations and not accelerator.is_fsdp2:  # FSDP reduces in its last backward
                 trained = [p for p in module.parameters() if p.requires_grad]
                 sft_gradient = [accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad.clone(),
                                                    "mean") for p in trained]
@@ -1364,13 +1364,14 @@ def main(args):
             if audit.due(step):
                 return audit.write(step_loss,
                                    f"A token's share is (policy loss + {args.vf_coef:g} value loss) "
-                                   f"/ {trained_tokens}, the tokens of the minibatch; that of a token of a "
-                                   "demonstration - sft_coef log p / (tokens of the demonstrations). Rows "
-                                   "stand in the order of the rollout.")
+                                   f"/ {trained_tokens}, the tokens of the minibatch. "
+                                   + ("A demonstration token's is - sft_coef log p / (tokens of the "
+                                      "demonstrations). " if demonstrations else "")
+                                   + "Rows stand in the order of the rollout.")
             learning_rate = learning_rate_at(step, total_steps, args)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            if rows:  # a short rollout may have fewer completions than there are minibatches
+            if rows or demonstrations:  # a short rollout may have fewer completions than minibatches
                 optimizer.step()
             optimizer.zero_grad()
 

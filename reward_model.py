@@ -79,7 +79,7 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
     batch_size: int = HfArg(default=32, help="pairs or rows of one optimizer step, over all processes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass: limits memory only")
     num_train_epochs: float = HfArg(default=1.0, help="passes over the data")
     max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
     seed: int = HfArg(default=0, help="decides the order of the rows, the new head and dropout")
@@ -373,7 +373,7 @@ def main(args):
     model = common.load_model(args, tokenizer, accelerator.device, dropout=True,
                               score_names=names or ["score"])
     optimizer = make_optimizer(model, args)
-    scorer, optimizer = accelerator.prepare(Scorer(model), optimizer)
+    scorer, optimizer = common.prepare(accelerator, Scorer(model), optimizer)
     check_scores(scorer, model, flat_rows(train[:1]) + flat_rows(train[-1:]), pad_id, accelerator)
     state = {"step": 0, "num_tokens": 0, "eval_losses": [], "data": data}
     if checkpoint:
@@ -423,8 +423,8 @@ def main(args):
             if audit.due(step):
                 rows = flat_rows(part)
                 _, lengths = collate(rows, pad_id, accelerator.device)
-                end = F.one_hot(lengths - 2)  # (N, T-1), 1 at the last token, where the score is read
-                shares = (losses * len(part) / len(rows) / trained).repeat(len(rows) // len(part))  # (N,)
+                end = F.one_hot(lengths - 2)  # (2B or B, T-1), 1 at the last token, where the score is read
+                shares = (losses * len(part) / len(rows) / trained).repeat(len(rows) // len(part))
                 columns = {"score": scores.T.reshape(-1, 1)} if not names else {
                     f"{what} {name}": x[:, None] for k, name in enumerate(names) for what, x in (
                         ("score", scores[:, k]), ("given", torch.stack([e["targets"] for e in part])[:, k]))}

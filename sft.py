@@ -84,7 +84,7 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradients are scaled down to this norm; 0: off")
     optim: Literal["adamw_torch", "adamw_8bit"] = HfArg(default="adamw_torch", help="8bit needs bitsandbytes")
     batch_size: int = HfArg(default=64, help="rows of one optimizer step, over all processes")
-    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass, for memory alone")
+    micro_batch_tokens: int = HfArg(default=8192, help="padded tokens of a forward pass: limits memory only")
     num_train_epochs: float = HfArg(default=2.0, help="passes over the data")
     max_steps: int = HfArg(default=-1, help="optimizer steps; overrides num_train_epochs if positive")
     seed: int = HfArg(default=0, help="decides the order of the rows, random weights, dropout and noise")
@@ -139,8 +139,8 @@ def sft_loss(logprobs, loss_mask):
 
 
 def fgm_delta(grad, embeddings, mask, epsilon):
-    """FGM (Miyato 2017, arXiv 1605.07725): the perturbation that, among all of its norm, raises each row's
-    loss most, to first order. Unlike the paper E is not normalised, and epsilon is relative to its norm.
+    """FGM (Miyato 2017, arXiv 1605.07725): the perturbation that, of all with its norm, raises each row's
+    loss most, to first order. Unlike in the paper, E is not normalised and epsilon is relative to its norm.
 
     r = epsilon mean_t ||E_t|| g / ||g||,  g = d loss / dE:  ||g|| over the whole row, the mean over its real
     tokens, and r = 0 where g = 0. grad, embeddings (B, T, d), mask (B, T) with 1 = real token -> (B, T, d).
@@ -209,7 +209,7 @@ class ChunkedLogprobs(torch.autograd.Function):
                 z_y = z.gather(-1, targets[rows, None]).squeeze(-1)
                 logprobs[rows] = z_y - total.log()
                 entropy[rows] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total
-                hits[rows] = (z_y == 0).float()  # the largest logit is 0 now
+                hits[rows] = (z_y == 0).float()  # the largest logit is 0 now; ties are hits
             p /= total[:, None]  # of the last chunk, for backward
         ctx.save_for_backward(hidden, weight, bias, targets, p)
         ctx.mark_non_differentiable(entropy, hits)
@@ -342,7 +342,8 @@ def encode_rows(items, args, tokenizer, counts, held_out=False):
     """
     examples = []
     for conversation, row, place in items:
-        asked = held_out and row.get("answer") is not None and "messages" in conversation
+        asked = (held_out and args.max_completion_length and "messages" in conversation
+                 and row.get("answer") is not None)
         try:
             parts = ([common.encode_text(tokenizer, conversation["text"])] if "text" in conversation
                      else common.encode_conversation(tokenizer, conversation["messages"],
@@ -363,7 +364,7 @@ def encode_rows(items, args, tokenizer, counts, held_out=False):
                 continue
             example = {"input_ids": torch.tensor(ids, dtype=torch.int32),
                        "completion_mask": torch.tensor(mask, dtype=torch.int8)}
-            if asked and part is parts[-1] and args.max_completion_length:
+            if asked and part is parts[-1]:
                 example |= {"answer": extract_answer(str(row["answer"])), "prompt_ids": prompt_ids}
             examples.append(example)
     return examples
@@ -586,7 +587,7 @@ def main(args):
         freeze_lowest(model, args.freeze_layers)
     stop_ids = model.generation_config.eos_token_id
     optimizer = make_optimizer(model, args)
-    policy, optimizer = accelerator.prepare(Policy(model), optimizer)
+    policy, optimizer = common.prepare(accelerator, Policy(model), optimizer)
     check_head(policy, model, train[0]["input_ids"][None, :64].long().to(accelerator.device), accelerator)
     state = {"step": 0, "num_tokens": 0, "best_loss": math.inf, "eval_losses": [], "data": data}
     best = os.path.join(args.output_dir, "checkpoints", "best")

@@ -549,7 +549,7 @@ def test_the_small_example_does_not_replace_a_run_of_another_model(tmp_path):
     import dpo
     out = ["--output_dir", str(tmp_path)]
     (tmp_path / "args.json").write_text('{"model_name_or_path": "mine"}')
-    with pytest.raises(common.UserError, match="holds a run of mine, that the small example would replace"):
+    with pytest.raises(common.UserError, match="holds a run of mine, which the small example would replace"):
         common.parse_args(dpo.Args, out)
     assert common.parse_args(dpo.Args, [*out, "--overwrite_output_dir"]).overwrite_output_dir
     (tmp_path / "args.json").write_text(json.dumps({"model_name_or_path": common.parse_args(dpo.Args, []).model_name_or_path}))

@@ -42,7 +42,7 @@ FILES = {
 CASES = [  # (script, flags on top of its small example, what the sentence must say)
     (sft, ["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate?"),
     (grpo, ["--use_vllm"], "unknown argument --use_vllm: rollouts are sampled in the script itself"),
-    (sft, ["--packing", "True"], "rows are sorted by length"),
+    (sft, ["--packing", "True"], "sorted by length"),
     (sft, ["--learning_rate", "fast"], "invalid float value: 'fast'"),
     (sft, ["--learning_rate", "0"], "--learning_rate must be positive"), (grpo, ["--learning_rate", "nan"], "--learning_rate is nan"),
     (sft, ["--num_train_epochs", "inf"], "--num_train_epochs is inf"), (grpo, ["--seed", "-3"], "--seed must lie in"),

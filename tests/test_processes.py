@@ -38,6 +38,8 @@ if "--fsdp" in flags:
         def counted(module, optimizer):
             module, optimizer = prepare(module, optimizer)
             assert sum(isinstance(m, common.FSDPModule) for m in module.modules()) >= 3, "nothing was sharded"
+            inner = module.model.get_base_model() if hasattr(module.model, "peft_config") else module.model
+            inner.base_model.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cpu")))
             return module, optimizer
         accelerator.prepare = counted
         return accelerator
@@ -54,10 +56,11 @@ if "--kill" in flags:
 if "--record" in flags:
     flags.remove("--record")
     script.make_optimizer = RecordGradients
-kept = []
+kept, casts = [], []
 load_model = common.load_model
 common.load_model = lambda *a, **k: kept.append(load_model(*a, **k)) or kept[0]
 script.main(common.parse_args(script.Args, [{tiny!r} + "/" + sys.argv[1] + ".json", "--output_dir", out, *flags]))
+assert "--fsdp" not in sys.argv or casts and all(c == ("--bf16" in flags) for c in casts), "autocast"
 gradients = RecordGradients.last.gradients if hasattr(RecordGradients, "last") else None
 weights = {{n: p.detach().clone() for n, p in kept[0].named_parameters() if p.requires_grad}}
 torch.save({{"gradients": gradients, "weights": weights}}, out + "-rank" + os.environ.get("RANK", "0") + ".pt")
