@@ -106,9 +106,10 @@ def say(*text, file=None):
 
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
-    "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step over all processes, "
-                                   "--micro_batch_tokens what one forward pass holds",
-    "gradient_accumulation_steps": "--batch_size is the whole step; "
+    "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step (ppo, grpo: prompts of "
+                                   "a rollout) over all processes, --micro_batch_tokens what one forward pass "
+                                   "holds",
+    "gradient_accumulation_steps": "--batch_size is the whole step (ppo, grpo: the whole rollout); "
                                    "--micro_batch_tokens cuts it to fit the memory",
     "packing": "rows are not packed but sorted by length inside a step, which removes the padding",
     "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
@@ -494,8 +495,9 @@ def hold_out(items, prompts, fraction, most=200):
     """Splits items into (train, evaluation) by prompt: the prompts with the smallest SHA-256 are held out.
 
     So rows with the same prompt stay on one side, and the same prompts are held out in every script, whatever
-    the seed. At most `fraction` of the rows, and at most `most`: a prompt that would exceed this is skipped.
-    Only where every prompt exceeds the fraction, one of the smallest size is held out, if `most` allows it.
+    the seed. At most round(fraction x rows) and at most `most`: a prompt that would exceed this is skipped.
+    If every prompt would, one of the smallest size is held out, where `most` allows it; none if that number
+    is 0 or there is one prompt alone.
     """
     wanted, size, held, count = min(most, round(fraction * len(items))), Counter(prompts), set(), 0
     limit = min(most, max(wanted, min(size.values())))
@@ -1496,7 +1498,7 @@ def _steps(folder):
 
 @contextmanager
 def written_whole(folder):
-    """Yields an empty folder that replaces `folder` once complete; on failure UserError and no change."""
+    """Yields an empty folder that replaces `folder` once complete; no change, and UserError, if that fails."""
     partial = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
     shutil.rmtree(partial, ignore_errors=True)
     try:
