@@ -107,7 +107,7 @@ def say(*text, file=None):
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
     "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step (ppo, grpo: prompts of "
-                                   "a rollout) over all processes, --micro_batch_tokens what one forward pass "
+                                   "a rollout) over all processes, --micro_batch_tokens what a forward pass "
                                    "holds",
     "gradient_accumulation_steps": "--batch_size is the whole step (ppo, grpo: the whole rollout); "
                                    "--micro_batch_tokens cuts it to fit the memory",
@@ -1498,7 +1498,7 @@ def _steps(folder):
 
 @contextmanager
 def written_whole(folder):
-    """Yields an empty folder that replaces `folder` once complete; no change, and UserError, if that fails."""
+    """Yields an empty folder that replaces `folder` once complete; UserError, and no change, if not."""
     partial = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
     shutil.rmtree(partial, ignore_errors=True)
     try:
