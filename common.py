@@ -238,13 +238,16 @@ def make_accelerator(args):
     sharded = accelerator.distributed_type == DistributedType.FSDP
     require(not sharded or accelerator.is_fsdp2, "FSDP 1 is not supported: set fsdp_version: 2")
     require(not sharded or args.optim == "adamw_torch", f"--optim {args.optim} cannot be sharded by FSDP")
-    if sharded:  # FSDP's own bf16 would round what comes out, log-probs, to bf16: see prepare
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     return accelerator
 
 
 def prepare(accelerator, module, optimizer):
-    """accelerator.prepare; under FSDP2 too with a forward under autocast, as accelerate does elsewhere."""
+    """accelerator.prepare; under FSDP2 too with a forward under autocast, as accelerate does elsewhere.
+
+    FSDP's own bf16 would round what comes out, log-probs, to bf16.
+    """
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     module, optimizer = accelerator.prepare(module, optimizer)
     if accelerator.is_fsdp2:
         module.forward = accelerator.autocast()(module.forward)
@@ -545,11 +548,10 @@ def load_tokenizer(args):
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
         say("template the tokenizer has none: using 'User:' and 'Assistant:' lines (saved with the model)")
+    given, saved = args.chat_template_kwargs, tokenizer.init_kwargs.get("template_kwargs") or {}
     with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
                  (ValueError, TypeError)):
-        tokenizer.template_kwargs = {**json.loads(args.chat_template_kwargs or "{}")}
-    if args.chat_template_kwargs is None:
-        tokenizer.template_kwargs = tokenizer.init_kwargs.get("template_kwargs") or {}
+        tokenizer.template_kwargs = {**(saved if given is None else json.loads(given or "{}"))}
     if tokenizer.template_kwargs:  # saved with the tokenizer: a reward model scores what it was trained on
         tokenizer.init_kwargs["template_kwargs"] = tokenizer.template_kwargs
     with explain(path or f"the tokenizer of {source}", ValueError):  # not to be blamed on the data
@@ -600,9 +602,9 @@ def _end_of_turn(tokenizer, _template):
 
 
 def encode_prompt(tokenizer, messages):
-    """messages -> ids of the prompt, ending where the assistant begins."""
+    """messages -> ids of the prompt, ending where the assistant begins. None of its turns is trained here."""
     text = render(tokenizer, messages, add_generation_prompt=True)
-    check_whole(text, messages)
+    check_whole(text, [{**m, "train": False} for m in messages])
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -1165,7 +1167,7 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
     rows = model.get_input_embeddings().weight.shape[0]
     require(len(tokenizer) <= rows, f"the tokenizer has {len(tokenizer)} tokens and the model's embedding "
             f"{rows} rows: '{base}' and its tokenizer do not belong together")
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limit = max_positions(model)
     longest = vars(args).get("max_length") or args.max_prompt_length + args.max_completion_length
     shorter = ("--max_length" if vars(args).get("max_length")
                else "--max_prompt_length or --max_completion_length")
@@ -1211,6 +1213,11 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         f"{' on a 4-bit base' if args.load_in_4bit else ''}, {count:,} of {total:,} weights "
         f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
     return model
+
+
+def max_positions(model):
+    """The longest row a model can read; 10**9 where it sets no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
 def score_config(names, tokenizer):
@@ -1298,7 +1305,7 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
         tokenizer.template_kwargs = tokenizer.init_kwargs.get("template_kwargs") or {}
         if tokenizer.pad_token_id is None:
             model.config.pad_token_id = use_scoring_pad_token(tokenizer)
-    limit, stops = getattr(config, "max_position_embeddings", None) or 10**9, stop_token_ids(tokenizer)
+    limit, stops = max_positions(model), stop_token_ids(tokenizer)
 
     @torch.no_grad()
     def score(conversations, truncated=None):

@@ -481,7 +481,7 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
                             side="left").to(accelerator.device)
     attention_mask = common.pad([[1] * len(r["prompt_ids"]) for r in rows], 0,
                                 side="left").to(accelerator.device)
-    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - prompt_ids.shape[1]
+    room = common.max_positions(model) - prompt_ids.shape[1]
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     shipped, causal.generation_config = causal.generation_config, GenerationConfig()
     try:

@@ -1186,7 +1186,7 @@ def main(args):
     model = common.load_model(args, tokenizer, accelerator.device).to(accelerator.device)
     stop_ids = model.generation_config.eos_token_id
     module = PolicyValue(model, *make_value(args, model, tokenizer, accelerator.device,
-                                             not accelerator.is_fsdp2))
+                                            not accelerator.is_fsdp2))
     reference = None
     if args.kl_coef > 0:
         ref_model, use_reference, how = common.make_reference(

@@ -348,8 +348,8 @@ def encode_rows(items, args, tokenizer, counts, held_out=False):
             parts = ([common.encode_text(tokenizer, conversation["text"])] if "text" in conversation
                      else common.encode_conversation(tokenizer, conversation["messages"],
                                                      args.completion_only_loss))
-            prompt = [{**m, "train": False} for m in conversation["messages"][:-1]] if asked else []
-            prompt_ids = common.encode_prompt(tokenizer, prompt)[-args.max_length:] if asked else []
+            if asked:
+                prompt_ids = common.encode_prompt(tokenizer, conversation["messages"][:-1])[-args.max_length:]
         except ValueError as error:
             require(args.skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
             counts["rows skipped in tokenizing"] += 1
@@ -510,7 +510,7 @@ def generate(model, rows, args, accelerator, tokenizer, stop_ids):
                             side="left").to(accelerator.device)
     attention_mask = common.pad([[1] * len(r["prompt_ids"]) for r in rows], 0,
                                 side="left").to(accelerator.device)
-    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - prompt_ids.shape[1]
+    room = common.max_positions(model) - prompt_ids.shape[1]
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     shipped, causal.generation_config = causal.generation_config, GenerationConfig()
     try:

@@ -10,15 +10,12 @@ import inspect
 import json
 import os
 import statistics
-import tempfile
-import time
 
 import benchmark  # the folder of this file comes first; it adds the scripts' own
 import dpo
 import grpo
 import sft
 import torch
-from transformers import AutoModelForCausalLM
 
 UNSORTED = [("sorted(range(len(lengths)), key=lambda i: -lengths[i])", "list(range(len(lengths)))"),
             ("(len(batch) + 1) * lengths[batch[0]]", "(len(batch) + 1) * max(lengths[j] for j in [*batch, i])")]
@@ -26,7 +23,9 @@ NEVER_KEPT = [("len(chunks[0]) if chunks[1:] else 0", "len(chunks[0])"), ("if ro
 ANEW = [("z = out[:len(hidden)]", "z = None"), ("torch.mm(hidden, weight.T, out=z)", "z = hidden @ weight.T"), ("exp(z, out=out_p[:len(rows)])", "exp(z)"),
         ("torch.empty(len(chunks[0]), len(w), dtype=torch.float32, device=hidden.device)\n", "None\n"), ("softmax(z, -1, out=z)", "softmax(z, -1)"),
         ("out = torch.empty(size, len(w)", "out = torch.empty(0, len(w)")]
-CASES = {  # what is taken out -> (benchmark case or prompt length, script, definition, replacements, more flags)
+FIRST = "device, rows = prompt_ids.device"
+AGAIN = ("prompt_ids, attention_mask, num_generations = (*(x.repeat_interleave(num_generations, 0) for x in (prompt_ids, attention_mask)), 1)\n    ")
+CASES = {  # benchmark case -> (what is taken out, script, definition, replacements, more flags)
     "sft 32k": [
         ("rows sorted by length inside a step", sft, "micro_batches", UNSORTED, []),
         ("head over trained tokens alone", sft, "Policy", [("counts, head = loss_mask.bool()", "counts, head = torch.ones_like(loss_mask).bool()")], [])],
@@ -36,8 +35,9 @@ CASES = {  # what is taken out -> (benchmark case or prompt length, script, defi
         ("all chunks in the same memory", grpo, "ChunkedLogprobs", ANEW, [])],
     "dpo 32k": [("reference log-probs computed once", dpo, "dpo_loss", [], ["--precompute_ref_log_probs", "False"])],
     "grpo 32k, 512-token prompts": [("no pass for old log-probs in a single update", grpo, "main", [("if updates > 1", "if True")], [])],
-    64: [("finished rows dropped", grpo, "sample", [("if not going.all():", "if False:"), ("or not going.any():", "or False:")], [])],
-    512: [("prompt read once for its 8 completions", grpo, "sample", None, [])]}
+    "rollout, 64-token prompts": [
+        ("finished rows dropped", grpo, "sample", [("if not going.all():", "if False:"), ("or not going.any():", "or False:")], [])],
+    "rollout, 512-token prompts": [("prompt read once for its 8 completions", grpo, "sample", [(FIRST, AGAIN + FIRST)], [])]}
 
 
 def replaced(script, name, replacements):
@@ -49,36 +49,17 @@ def replaced(script, name, replacements):
     exec(compile(text, script.__file__, "exec"), vars(script))
 
 
-def sampler(prompt, again):
-    """Seconds to sample 6 x 8 completions (3 x 8 with 512-token prompts), one token in 50 ending one."""
-    with tempfile.TemporaryDirectory() as folder:
-        benchmark.make_model(f"{folder}/model", 32_000)
-        model = AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
-    ids, G = torch.randint(0, 256, (6 if prompt < 512 else 3, prompt), generator=torch.Generator().manual_seed(1)), 8
-    uniforms = torch.rand(G * len(ids), 128, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    ids, G = (ids.repeat_interleave(G, 0), 1) if again else (ids, G)
-    start = time.perf_counter()
-    grpo.sample(model, ids, torch.ones_like(ids), uniforms, 128, 1.0, model.generation_config.eos_token_id, G)
-    return time.perf_counter() - start
-
-
 def measure(case, script, name, replacements, flags, out):
     """One run in a fork -> (seconds, peak in MiB)."""
     def child():
         torch.set_num_threads(1)
         if out:
-            replaced(script, name, replacements or [])
-        if isinstance(case, int):
-            seconds = sampler(case, out and replacements is None)
-        elif case == "log-probs 150k":
-            result = benchmark.logprobs("ours")
-            return result["seconds"], result["extra"]
-        else:
+            replaced(script, name, replacements)
+        if flags and out:
             *rest, more = benchmark.TRAINING[case]
-            benchmark.TRAINING[case] = (*rest, more | {"flags": benchmark.SMALL + (flags if out else [])})
-            with tempfile.TemporaryDirectory() as folder:
-                seconds = benchmark.ours(case, folder, None)["seconds"]
-        return seconds, benchmark.resource.getrusage(benchmark.resource.RUSAGE_SELF).ru_maxrss / 1024
+            benchmark.TRAINING[case] = (*rest, more | {"flags": benchmark.SMALL + flags})
+        result = benchmark.one(case, "ours", None)
+        return result["seconds"], result.get("extra", result["peak"])
     reader, writer = os.pipe()
     if os.fork() == 0:
         try:
@@ -99,13 +80,12 @@ def main():
     args = parser.parse_args()
     print("| optimisation | case | s | without | MiB | without |\n|---|---|---|---|---|---|")
     for case, variants in CASES.items():
-        if args.case and str(case) not in args.case:
+        if args.case and case not in args.case:
             continue
         results = [[measure(case, *variant[1:], out) for variant, out in [(variants[0], False), *((v, True) for v in variants)]] for _ in range(args.rounds)]
         (seconds, memory), *others = [[statistics.median(x) for x in zip(*column)] for column in zip(*results)]
         for (what, *_), (its_seconds, its_memory) in zip(variants, others):
-            where = case if isinstance(case, str) else f"sampling, {case}-token prompts"
-            print(f"| {what} | {where} | {seconds:.1f} | {its_seconds:.1f} | {memory:,.0f} | {its_memory:,.0f} |", flush=True)
+            print(f"| {what} | {case} | {seconds:.1f} | {its_seconds:.1f} | {memory:,.0f} | {its_memory:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def test_models_without_pad_template_or_eos(script, lacks, tmp_path, monkeypatch
 def test_what_fsdp_cannot_do_is_refused(monkeypatch):
     from types import SimpleNamespace
     from accelerate.utils import DistributedType
-    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False, state=SimpleNamespace(fsdp_plugin=SimpleNamespace()))
+    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
     monkeypatch.setattr(common, "Accelerator", lambda **options: fake)
     args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json"), "--lora_r", "4", "--precompute_ref_log_probs", "False"])
     with pytest.raises(common.UserError, match="set fsdp_version: 2"):
