@@ -311,12 +311,18 @@ ENDS_EARLY = ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise System
               "    setattr(m, n, lambda *a, **k: None)\nsys.modules.clear()\nf = lambda x: 3"]
 
 
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def left_running(pids, seconds=5.0):
+    """Those of the processes that still run after so long: one that was sent SIGKILL may need a moment."""
+    def runs(pid):
+        try:
+            with open(f"/proc/{int(pid)}/stat") as file:
+                return file.read().rpartition(")")[2].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+    pids, end = list(pids), time.monotonic() + seconds
+    while any(map(runs, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return [pid for pid in pids if runs(pid)]
 
 
 def code(*completions, tests="assert f(1) == 2"):
@@ -358,18 +364,20 @@ def test_code_sees_nothing_of_the_trainer_and_its_folder_is_removed(monkeypatch,
 
 def test_what_code_may_use_is_bounded_and_nothing_is_left_running(monkeypatch, tmp_path):
     monkeypatch.setattr(grpo, "CODE_SECONDS", 2)
-    fork = f"import os, time\nif os.fork() == 0:\n    open('{tmp_path}/PID', 'w').write(str(os.getpid()))\n    time.sleep(600)\n"
+    fork = f"import os, time\nif os.fork() == 0:\n    open('{tmp_path}/PID.new', 'w').write(str(os.getpid()))\n"
+    fork += f"    os.rename('{tmp_path}/PID.new', '{tmp_path}/PID')\n    time.sleep(600)\n"  # never to be seen empty
     wait = f"import os\nwhile not os.path.exists('{tmp_path}/PID'): pass\n"
     start = time.monotonic()
     fails = ["while True: pass", "import time; time.sleep(600)", "x = []\nwhile True: x.append(bytearray(2**24))", "x = bytes(2**31)",
              "import signal, time\nsignal.alarm(0)\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
              "with open('big', 'wb') as file:\n    for _ in range(17): file.write(bytes(2**20))", (fork + wait + "1 / 0").replace("PID", "1")]
     assert code(*[c + "\n" + F for c in fails]) == [0.0] * len(fails)
+    monkeypatch.setattr(grpo, "CODE_SECONDS", 10)
     passing = [(fork + wait).replace("PID", "2"), "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()",
                "for _ in range(10**5): print('x' * 100)", "import os; os.rmdir(os.getcwd())"]
     assert code(*[c + "\n" + F for c in passing]) == [1.0] * len(passing)
     assert time.monotonic() - start < 15
-    assert not any(alive((tmp_path / name).read_text()) for name in "12")
+    assert left_running((tmp_path / name).read_text() for name in "12") == []
 
 
 @pytest.mark.parametrize("how", ["timeout", "killed"])
@@ -386,7 +394,7 @@ def test_code_is_stopped_with_the_reward_that_runs_it(how, monkeypatch, tmp_path
             code(sleeps.replace("os.fork()", "True"))
         assert in_child(dies) == 0 and len(os.listdir(tmp_path)) == 1
         time.sleep(2)
-    assert not any(map(alive, os.listdir(tmp_path)))
+    assert left_running(os.listdir(tmp_path)) == []
 
 
 def test_a_run_with_built_in_rewards_and_columns_that_are_refused(tmp_path):
