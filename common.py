@@ -1,12 +1,14 @@
-"""common.py - turns names on disk into models, tokenizers and tokens, and back.
+"""common.py - loads models, reads data, pays rewards and keeps a run's folder: what no paper is about.
 
-What the five scripts would otherwise repeat and no loss depends on. It computes no loss, makes no optimizer
-and samples nothing.
+The line between this file and the scripts: every number between the token ids and the gradient is made in a
+script. Here names go in and models come out; text goes in, ids and masks come out; rows go in, padded
+micro-batches come out; reward names go in, scores come out. This file knows no loss and steps no optimizer.
 
-Data flow: file -> read_rows (dicts with a place) -> to_conversation (one form for every format) ->
-encode_conversation (ids and mask built together) -> pad (B, T).
+Sections   errors · arguments · rows and micro-batches · decoding · tokens and masks · data · rewards ·
+           models · checkpoints · the run · the audit page
 """
 
+import asyncio
 import copy
 import csv
 import difflib
@@ -14,6 +16,7 @@ import glob
 import hashlib
 import html
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -22,15 +25,24 @@ import re
 import shutil
 import signal
 import string
+import subprocess
 import sys
+import tempfile
+import textwrap
+import threading
 import time
 import warnings
+import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, fields
-from functools import lru_cache
-from itertools import groupby
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache, partial
+from itertools import groupby, repeat
+from operator import itemgetter
+from types import SimpleNamespace
+from typing import Callable, Literal, NamedTuple
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its import names what it lacks
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says every retry; the error comes at the end
@@ -42,12 +54,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, set_seed
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          BitsAndBytesConfig, HfArgumentParser)
+                          BitsAndBytesConfig, DynamicCache, HfArgumentParser)
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers warn of their own calls
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
@@ -55,16 +66,16 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-# ---- errors and arguments ----------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake of the user's: one sentence that says what is wrong, where, and what to do."""
 
 
-def require(ok, sentence):
-    """Raises UserError(sentence) unless `ok`."""
+def require(ok, sentence, kind=UserError):
+    """Raises kind(sentence) unless `ok`: a UserError, or the ValueError of a row, whose place is added."""
     if not ok:
-        raise UserError(sentence)
+        raise kind(sentence)
 
 
 @contextmanager
@@ -93,7 +104,7 @@ def user_errors():
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except KeyboardInterrupt:  # outside the training loop, which catches it: nothing has begun
+    except KeyboardInterrupt:  # a Run catches it once training starts: nothing has begun
         say("stopped before training; nothing was changed", file=sys.stderr)
         sys.exit(130)
 
@@ -103,6 +114,102 @@ def say(*text, file=None):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(" ".join(map(str, text)), file=file or sys.stdout)
         (file or sys.stdout).flush()
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+def arg(default, help, aliases=(), **limits):
+    """A flag: its default, what --help says of it, and the bounds of a number: above, least, below, most."""
+    given = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": help, "aliases": list(aliases), "limits": limits}, **given)
+
+
+def check_number(name, value, limits):
+    """UserError unless a flag's value (None: not given) is finite and lies within its limits."""
+    for number in value if isinstance(value, list) else [value]:
+        require(not isinstance(number, float) or math.isfinite(number), f"--{name} is {number}")
+    if value is None or not limits:
+        return
+    low, high = limits.get("least", limits.get("above")), limits.get("most", limits.get("below"))
+    if high is not None:
+        top = "2**32" if high == 2**32 else high
+        must = f"lie in {'[' if 'least' in limits else '('}{low}, {top}{']' if 'most' in limits else ')'}"
+    elif low == 0:
+        must = "not be negative" if "least" in limits else "be positive"
+    else:
+        must = f"be at least {low}"
+    below = high is None or value < high or (value == high and "most" in limits)
+    inside = below and (value > low or (value == low and "least" in limits))
+    require(inside, f"--{name} must {must}, not {value}")
+
+
+@dataclass
+class Args:
+    """What every script has: flags that load, read, step and save. A script's own stand in its file."""
+    ZERO_EPOCHS = False  # grpo: --num_train_epochs 0 only evaluates
+    # model
+    model_name_or_path: str | None = arg(None, "name or folder of a model, or folder of a LoRA adapter")
+    attn_implementation: str | None = arg(None, "attention kernel, such as sdpa or flash_attention_2")
+    trust_remote_code: bool = arg(False, "run Python code that comes with the model")
+    chat_template_path: str | None = arg(None, "Jinja file that replaces the chat template")
+    chat_template_kwargs: str | None = arg(None, "JSON object of values that the chat template is given")
+    load_in_4bit: bool = arg(False, "QLoRA: hold the frozen base in 4 bits (NF4, double quantisation)")
+    lora_r: int = arg(0, "rank of the LoRA adapters; 0 trains all weights", least=0)
+    lora_alpha: int = arg(32, "scale of LoRA: its update is multiplied by lora_alpha / lora_r")
+    lora_target_modules: list[str] | None = arg(None, "modules that get an adapter; default: all linear ones")
+    modules_to_save: list[str] | None = arg(None, "modules that are trained in full beside the adapters")
+    gradient_checkpointing: bool = arg(True, "compute activations again in backward: saves memory")
+    bf16: bool | None = arg(None, "compute under bf16 autocast; default: where an accelerator has it")
+    # data
+    dataset_name: str | None = arg(None, "a .json, .jsonl, .csv or .parquet file, or a dataset[:split]")
+    eval_dataset_name: str | None = arg(None, "evaluation data; default: a part of the training data")
+    eval_fraction: float = arg(0.05, "that part: a share of the rows, at most 200, split off by prompt",
+                               least=0, below=1)
+    format: str | None = arg(None, "form of the rows; default: recognised by their columns")
+    system_prompt: str | None = arg(None, "system message for rows that have none")
+    skip_bad_rows: bool = arg(False, "count and skip malformed rows instead of stopping at the first")
+    # optimization
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = arg("cosine", "decay after the warm-up")
+    warmup_steps: float = arg(0.03, "steps of linear warm-up; below 1: a share of all steps", least=0)
+    weight_decay: float = arg(0.0, "AdamW's weight decay, of matrices alone", least=0)
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm; 0: never", least=0)
+    optim: Literal["adamw_torch", "adamw_8bit"] = arg("adamw_torch", "8bit needs bitsandbytes")
+    micro_batch_tokens: int = arg(8192, "padded tokens of a forward pass: changes memory alone", above=0)
+    max_steps: int = arg(-1, "updates (ppo, grpo: whole rollouts of them); overrides num_train_epochs")
+    seed: int = arg(0, "decides orders, samples, noise and random weights", least=0, below=2**32)
+    # output
+    output_dir: str | None = arg(None, "folder of the run; default: out/<name of the script>")
+    overwrite_output_dir: bool = arg(False, "replace the run that is there")
+    resume_from_checkpoint: str | None = arg(None, "go on from 'latest', or from a checkpoint's folder")
+    save_steps: int = arg(200, "steps between checkpoints (ppo, grpo: rounded up to whole rollouts)", above=0)
+    save_total_limit: int = arg(2, "checkpoints that are kept", above=0)
+    logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step", above=0)
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = arg(None, "tracker", ["--report_to"])
+    audit: str | None = arg(None, "train nothing: write what the loss sees of every token to FILE.html")
+    audit_step: int | None = arg(None, "the step that --audit shows; default: the first")
+    merge: bool = arg(False, "also write merged/, the adapter merged into its base")
+
+    def __post_init__(self):
+        """Checks what one flag tells alone; UserError. A script's own checks follow in its __post_init__."""
+        for flag in fields(self):
+            check_number(flag.name, getattr(self, flag.name), flag.metadata["limits"])
+        for name in ("max_steps", "num_train_epochs"):
+            require(getattr(self, name) < 10**9, f"--{name} {getattr(self, name)} would never end")
+        require(self.max_steps > 0 or self.num_train_epochs > 0 or self.ZERO_EPOCHS,
+                "nothing to do: give --max_steps or --num_train_epochs")
+        require(self.dataset_name,
+                "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
+        tracker = self.log_with  # without its package accelerate would go on unlogged
+        require(tracker is None or importlib.util.find_spec(tracker),
+                f"--log_with {tracker} needs the package '{tracker}': pip install {tracker}")
+        script = os.path.basename(sys.modules[type(self).__module__].__file__)
+        self.output_dir = self.output_dir or os.path.join("out", script.removesuffix(".py"))
+        for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir"):
+            if getattr(self, name):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
+
+    def resolve(self, lora, sharded):
+        """Fills in the defaults that depend on LoRA or FSDP: they are printed and saved as they were used."""
 
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
@@ -120,14 +227,57 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
 
 
 class Parser(HfArgumentParser):
-    """A dataclass's flags, with a UserError for every mistake."""
+    """A dataclass's flags, with a UserError for every mistake and a --help that is for reading."""
 
     def __init__(self, args_class):
+        self.args_class, self.names = args_class, [flag.name for flag in fields(args_class)]
         super().__init__(args_class, allow_abbrev=False)
-        self.names = [field.name for field in fields(args_class)]
+
+    @staticmethod
+    def _parse_dataclass_field(parser, flag):
+        flag = copy.copy(flag)
+        flag.metadata = {k: v for k, v in flag.metadata.items() if k != "limits"}  # argparse knows no limits
+        HfArgumentParser._parse_dataclass_field(parser, flag)
 
     def error(self, message):
         raise UserError(message)
+
+    def format_help(self):
+        """The script's first paragraph, its flags in the groups of its file, and its metrics."""
+        module = sys.modules[self.args_class.__module__]
+        text, flags = inspect.getdoc(module) or "", {flag.name: flag for flag in fields(self.args_class)}
+        metrics = re.search(r"^Metrics.*?(?=\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+        groups = {}  # "# model" heads the flags below it; a flag belongs to the last heading it stands under
+        for source in map(inspect.getsource, (Args, self.args_class)):
+            for heading, name in re.findall(r"^    (?:# (\w.*)|(\w+): .*?= arg\()", source, re.MULTILINE):
+                if heading:  # a script's order of groups wins
+                    group, groups[heading] = heading, groups.pop(heading, [])
+                else:
+                    groups = {key: [n for n in names if n != name] for key, names in groups.items()}
+                    groups[group].append(name)
+        groups["output"] = groups.pop("output")  # last, behind the script's own
+        lines = [text.split("\n\n")[0], "",
+                 f"usage: python {os.path.basename(module.__file__)} [ARGUMENTS.json] [--flag value ...]"]
+        for group, names in groups.items():
+            lines += ["", group + ":"]
+            lines += [line for name in names for line in self.help_of(flags[name])]
+        return "\n".join([*lines, "", metrics[0] if metrics else "", ""])
+
+    def help_of(self, flag):
+        """A flag's lines in --help: its one spelling, what it takes, what it does, its default."""
+        written = str(flag.type)
+        choices = re.search(r"Literal\[(.*?)\]", written)
+        takes = "|".join(re.findall(r"\w+", choices[1])) if choices else next(
+            (word for kind, word in (("bool", ""), ("int", "N"), ("float", "X")) if kind in written), "TEXT")
+        takes = "True|False" if flag.default is True else takes
+        default = flag.default_factory() if callable(flag.default_factory) else flag.default
+        default = " ".join(default) if isinstance(default, list) else default
+        what = flag.metadata["help"] + ("" if default is None or default is False else f" [{default}]")
+        head = f"  --{flag.name} {takes}{' ...' if 'list' in written else ''} "
+        lines = textwrap.wrap(what, 108, initial_indent=" " * 36, subsequent_indent=" " * 36)
+        if len(head) > 36:
+            return [head.rstrip(), *lines]
+        return [head.ljust(36) + lines[0].lstrip(), *lines[1:]]
 
     def unknown(self, word):
         """The sentence about a flag, or a file's argument, that there is not."""
@@ -141,7 +291,7 @@ class Parser(HfArgumentParser):
         return f"unknown argument {word}" + (f": {instead}" if fits else hint)
 
     def values(self, words):
-        """["--flag", "value", ...] -> {field name: value}, defaults filled in."""
+        """["--flag", "value", ...] -> {name: value}, defaults filled in."""
         known, rest = self.parse_known_args(words)
         if rest:
             require(not rest[0].startswith("-"), self.unknown(rest[0]))
@@ -178,21 +328,18 @@ def parse_args(args_class, argv=None):
     """
     argv, parser = list(sys.argv[1:] if argv is None else argv), Parser(args_class)
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    example = path is None and parser.values(argv)["model_name_or_path"] is None
+    typed = parser.values(argv)
+    example = path is None and typed["model_name_or_path"] is None
     if example:
         folder, script = os.path.split(os.path.abspath(sys.modules[args_class.__module__].__file__))
         path = os.path.join(folder, "tests", "tiny", script.replace(".py", ".json"))
         require(os.path.exists(path), "no model given and no tests/tiny beside the script: "
                 "add --model_name_or_path NAME_OR_FOLDER --dataset_name NAME_OR_FILE")
-    typed = parser.words_of_file(path) if path else []
-    args = args_class(**parser.values(typed + argv))
+    args = args_class(**parser.values((parser.words_of_file(path) if path else []) + argv))
     require(args.model_name_or_path, "--model_name_or_path is missing: the name or folder of a model")
-    for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir"):
-        if name in parser.names and getattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
     if example:
         before = os.path.join(args.output_dir, "args.json")
-        if os.path.exists(before) and not args.audit and not parser.values(argv)["overwrite_output_dir"]:
+        if os.path.exists(before) and not args.audit and not typed["overwrite_output_dir"]:
             with explain(f"{before} is not readable", (OSError, ValueError)), open(before) as file:
                 theirs = json.load(file).get("model_name_or_path")
             require(theirs == args.model_name_or_path, f"{args.output_dir} holds a run of {theirs}, which "
@@ -202,314 +349,130 @@ def parse_args(args_class, argv=None):
     return args
 
 
-def check_numbers(args, positive, not_negative):
-    """Raises UserError unless every number is finite and those named are > 0 (or None), or >= 0."""
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            require(not isinstance(number, float) or math.isfinite(number), f"--{name} is {number}")
-    for name in positive:
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name} must be positive, not {value}")
-    for name in not_negative:
-        require(getattr(args, name) >= 0, f"--{name} must not be negative, not {getattr(args, name)}")
-    require(0 <= args.seed < 2**32, f"--seed must lie in [0, 2**32), not {args.seed}")
-    for name in ("max_steps", "num_train_epochs"):
-        require(getattr(args, name) < 10**9, f"--{name} {getattr(args, name)} would never end")
+# ---- rows and micro-batches --------------------------------------------------------------------------------
+
+def pad(rows, value, side="right", dtype=torch.long):
+    """N sequences of lengths L_i -> (N, max L) filled with `value` on `side`."""
+    width = max((len(row) for row in rows), default=0)
+    out = torch.full((len(rows), width), value, dtype=dtype)
+    for i, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        out[i, at] = torch.as_tensor(row, dtype=dtype)
+    return out
 
 
-def make_accelerator(args):
-    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it.
+def pad_rows(rows, fields, device):
+    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T.
 
-    Buffers are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation
-    stays 1, whatever the launcher says: the scripts divide by the whole step's denominator themselves.
-    Every process loads the weights, or what is copied before sharding (a reference) would be empty on some.
+    input_ids (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token,
+    0 where the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0.
     """
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    require(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "false",
-            "DeepSpeed is not supported: use FSDP (fsdp_version: 2) in the accelerate config")
-    if args.bf16 is None:
-        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-        cpu = cpu or not torch.accelerator.is_available()
-        args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
-    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
-                              project_dir=args.output_dir,
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    accelerator.gradient_accumulation_steps = 1
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    require(not sharded or accelerator.is_fsdp2, "FSDP 1 is not supported: set fsdp_version: 2")
-    require(not sharded or args.optim == "adamw_torch", f"--optim {args.optim} cannot be sharded by FSDP")
-    return accelerator
-
-
-def prepare(accelerator, module, optimizer):
-    """accelerator.prepare; under FSDP2 too with a forward under autocast, as accelerate does elsewhere.
-
-    FSDP's own bf16 would round what comes out, log-probs, to bf16.
-    """
-    if accelerator.is_fsdp2:
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None
-    module, optimizer = accelerator.prepare(module, optimizer)
-    if accelerator.is_fsdp2:
-        module.forward = accelerator.autocast()(module.forward)
-    return module, optimizer
-
-
-# ---- reading data ------------------------------------------------------------------------------------------
-
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
-         "assistant": "assistant", "gpt": "assistant"}
-
-SFT_FORMATS = {  # name -> columns that must be there; the first that fits is taken, --format overrides
-    "messages": ("messages",), "conversations": ("conversations",),
-    "prompt_completion": ("prompt", "completion"), "alpaca": ("instruction", "output"),
-    "question_answer": ("question", "answer"), "text": ("text",)}
-PROMPT_FORMATS = {"prompt": ("prompt",), "instruction": ("instruction",), "question": ("question",)}
-
-
-def read_rows(name, skip_bad_rows=False):
-    """A local .json, .jsonl, .csv or .parquet file, or a dataset (_read_dataset) -> [(row dict, place)].
-
-    UserError with file, line and reason on what cannot be read; skip_bad_rows counts and prints it instead.
-    """
-    def readable(row):
-        if isinstance(row, ValueError):
-            raise row
-        expect(isinstance(row, dict), "not a JSON object")
-        try:
-            json.dumps(row, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:  # broken bytes, or half an emoji: no tokenizer takes them
-            raise ValueError(f"text that is not valid UTF-8 ({error.reason})") from None
-        return row
-
-    looks_local = re.search(r"\.(jsonl?|csv|parquet|txt)$", name) or name.startswith((".", "/", "~"))
-    require(os.path.exists(name) or os.path.isdir(name.split(":")[0]) or not looks_local,
-            f"no such file: {name}")
-    with explain(f"cannot read {name}", (OSError, csv.Error)):
-        rows = _read_file(name) if os.path.isfile(name) else _read_dataset(name)
-        return [(row, place) for row, _, place in convert_rows(rows, readable, skip_bad_rows, name)]
-
-
-def _read_file(path):
-    """Yields (row, place); in place of a row that cannot be read stands the ValueError that says why."""
-    if path.endswith(".csv"):
-        csv.field_size_limit(2**30)
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, restkey="_more")
-            for row in reader:
-                whole = "_more" not in row and None not in row.values()
-                yield (row if whole else ValueError("the number of fields differs from the header's"),
-                       f"{path}:{reader.line_num}")
-    elif path.endswith(".parquet"):
-        import pyarrow.parquet
-        with explain(f"{path} is not a readable Parquet file"):
-            table = pyarrow.parquet.read_table(path)
-        yield from ((row, f"{path} row {i}") for i, row in enumerate(table.to_pylist()))
-    elif path.endswith((".json", ".jsonl")):
-        with open(path, "rb") as file:
-            is_array = re.match(rb"(\xef\xbb\xbf)?\s*\[", file.read(64))
-            file.seek(0)
-            if is_array:
-                rows = _parse(file.read())
-                require(isinstance(rows, list), f"{path}: {rows}")
-                yield from ((row, f"{path} row {i}") for i, row in enumerate(rows))
-            else:
-                yield from ((_parse(line), f"{path}:{n}") for n, line in enumerate(file, 1) if line.strip())
-    else:
-        raise UserError(f"{path}: unknown kind of file; .json, .jsonl, .csv and .parquet are read")
-
-
-def _parse(data):
-    """bytes of JSON -> its value, or a ValueError that says what is wrong with them."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not valid JSON ({str(error).replace(': line 1 column', ' at column')})")
-
-
-def _read_dataset(name):
-    """A folder or a dataset on the hub: name, name:split or name:config:split. Yields (row, place)."""
-    import datasets
-    datasets.disable_progress_bars()
-    path, *config, split = name.split(":") if ":" in name else (name, "train")
-    with explain(f"'{name}' is neither a file here nor a dataset that could be loaded"):
-        if any(os.path.exists(os.path.join(path, f"dataset_{kind}.json")) for kind in ("info", "dict")):
-            data = datasets.load_from_disk(path)
-            splits = data if isinstance(data, datasets.DatasetDict) else {"train": data}
-            require(split in splits, f"no split '{split}', only {', '.join(splits)}")
-            data = splits[split]
+    mask = pad([r["mask"] for r in rows], 0, dtype=torch.float32)
+    out = {"input_ids": pad([r["input_ids"] for r in rows], 0), "mask": mask}
+    for name in fields:
+        values = [torch.as_tensor(r.get(name, 0.0), dtype=torch.float32) for r in rows]
+        if any(v.ndim for v in values):
+            whole_rows = [v if v.ndim else v.expand(len(r["mask"])) for v, r in zip(values, rows)]
+            out[name] = torch.where(mask.bool(), pad(whole_rows, 0.0, dtype=torch.float32), 0.0)
         else:
-            data = datasets.load_dataset(path, *config, split=split)
-    yield from ((row, f"{name} row {i}") for i, row in enumerate(data))
+            out[name] = torch.stack(values)[:, None]
+    return SimpleNamespace(**{name: x.to(device) for name, x in out.items()})
 
 
-def convert_rows(rows, convert, skip_bad_rows, name):
-    """[(row, place)] -> [(convert(row), row, place)]. A ValueError becomes a UserError with the place; with
-    skip_bad_rows it is counted and printed."""
-    kept, bad = [], Counter()
-    for row, place in rows:
-        try:
-            kept.append((convert(row), row, place))
-        except ValueError as error:
-            require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
-            bad[re.sub(r"\d+", "N", str(error))] += 1
-    if bad:
-        say(f"data     {name}: skipped {sum(bad.values()):,} rows: "
-            + "; ".join(f"{n:,} {why}" for why, n in bad.most_common(5)))
-    require(kept, f"{name} holds no usable row")
-    return kept
+def cut(lengths, micro_batch_tokens, process_index=0, num_processes=1):
+    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of places.
 
-
-def find_format(rows, formats, chosen=None):
-    """`chosen`, or the first format whose columns the first row has. UserError if there is none."""
-    row, place = rows[0]
-    require(chosen is None or chosen in formats, f"unknown --format {chosen}: one of {', '.join(formats)}")
-    fitting = [name for name, needed in formats.items() if set(needed) <= set(row)]
-    known = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in formats.items())
-    columns = ", ".join(sorted(map(str, row)))
-    require(chosen or fitting, f"{place}: no known format has the columns {columns}. Known are: {known}")
-    return chosen or fitting[0]
-
-
-def expect(ok, sentence):
-    """Raises ValueError(sentence) unless `ok`: a mistake in a row, which convert_rows gives a place."""
-    if not ok:
-        raise ValueError(sentence)
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _text(value, what):
-    if not isinstance(value, str):
-        raise ValueError(f"{what} is not a string but {_short(value)}")
-    return value
-
-
-def turn(role, content, train=True):
-    """One message; `train` counts for the assistant's alone."""
-    return {"role": role, "content": content, "train": train and role == "assistant"}
-
-
-def to_messages(value, train=True):
-    """A list of {"role", "content"} or {"from", "value"} -> [turn]. ValueError with the reason.
-
-    `train` is whether assistant turns count for the loss; a message's own "weight" 0 (OpenAI fine-tuning
-    files) takes it out.
+    Each list holds at most micro_batch_tokens padded tokens (or one row). Every process gets equally many,
+    because under FSDP processes wait for one another; the missing ones are empty.
     """
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"expected a non-empty list of messages, got {_short(value)}")
-    messages = []
-    for number, message in enumerate(value):
-        at = f"message {number}"
-        if not isinstance(message, dict):
-            raise ValueError(f"{at} is not an object: {_short(message)}")
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        is_tool = role in ("tool", "function", "observation", "function_call")
-        expect(isinstance(role, str) and role in ROLES, f"{at} has the unknown role {_short(role)}"
-               f"{' (tool calls are not supported)' if is_tool else ''}; "
-               "known are system, user (human), assistant (gpt)")
-        for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
-            expect(not message.get(key), f"{at} has {key}, which is not supported")
-        if isinstance(content, list):  # parts: text alone can be trained on
-            expect(all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content),
-                   f"{at} has parts that are not text, which is not supported")
-            content = "".join(_text(part.get("text"), "text of a part") for part in content)
-        content = _text(content, f"content of {at} ({ROLES[role]})")
-        messages.append(turn(ROLES[role], content, train and message.get("weight", 1) != 0))
-    return messages
+    order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for first in range(num_processes):
+        share = [[]]
+        for i in order[first::num_processes]:
+            if share[-1] and (len(share[-1]) + 1) * lengths[share[-1][0]] > micro_batch_tokens:
+                share.append([])
+            share[-1].append(i)
+        shares.append(share)
+    missing = max(map(len, shares)) - len(shares[process_index])
+    return shares[process_index] + [[]] * missing
 
 
-def column_messages(row, column, role="user", train=True):
-    """A column of messages, or a string (an instruction with its input) as one turn of `role` -> [turn]."""
-    value = row.get(column)
-    if isinstance(value, list):
-        return to_messages(value, train)
-    text = _text(value, f"column '{column}'")
-    if column == "instruction" and row.get("input"):
-        text += "\n" + _text(row["input"], "column 'input'")
-    return [turn(role, text, train)]
+def shuffled(rows, number, size, seed, name="order"):
+    """Batch number 0, 1, ... of `size` rows: a new permutation each epoch, whose last batch may be short."""
+    epoch, at = divmod(number, math.ceil(len(rows) / size))
+    order = torch.randperm(len(rows), generator=stream(seed, name, epoch)).tolist()
+    return [rows[i] for i in order[at * size:(at + 1) * size]]
 
 
-def with_system(messages, row, system_prompt):
-    """Puts the row's `system` first, else system_prompt unless the messages begin with a system turn."""
-    if row.get("system"):
-        return [turn("system", _text(row["system"], "column 'system'")), *messages]
-    own = not system_prompt or messages[0]["role"] == "system"
-    return messages if own else [turn("system", system_prompt), *messages]
+def stream(*key):
+    """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
 
 
-def to_conversation(row, format, system_prompt=None):
-    """A row of any SFT format -> {"messages": [turn]} or {"text": str}. ValueError with the reason.
+# ---- decoding ----------------------------------------------------------------------------------------------
 
-    What follows the last answer is dropped. An assistant turn before anything else is no answer: not trained.
-    """
-    if format == "text":
-        text = _text(row.get("text"), "column 'text'")
-        expect(text.strip(), "column 'text' is empty")
-        return {"text": text}
-    if format in ("messages", "conversations"):
-        messages = to_messages(row.get(format))
-    else:
-        messages, history = [], row.get("history") if format == "alpaca" else None
-        for pair in history or []:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise ValueError(f"column 'history' holds {_short(pair)} "
-                                 "where a [user, assistant] pair is expected")
-            said = [_text(text, "history") for text in pair]
-            messages += [turn("user", said[0]), turn("assistant", said[1])]
-        prompt, completion = SFT_FORMATS[format]
-        messages += column_messages(row, prompt, train=False) + column_messages(row, completion, "assistant")
-    for number, message in enumerate(messages):
-        expect(message["role"] != "assistant" or message["content"].strip(),
-               f"empty completion (message {number})")
-    messages = with_system(messages, row, system_prompt)
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if messages:
-        messages[0]["train"] = False
-    expect(any(m["train"] for m in messages), "no assistant message to train on")
-    return {"messages": messages}
+class Decoder:
+    """The key-value cache behind next-token logits. Each prompt is read once, for all its completions."""
+
+    def __init__(self, model, prompts, num_generations=1):
+        """Reads N prompts, lists of ids -> .logits (N * num_generations, V) of each row's next token."""
+        device = next(model.parameters()).device
+        prompt_ids = pad(prompts, 0, side="left").to(device)
+        mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)  # left padding shifts positions
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        logits = model(input_ids=prompt_ids, attention_mask=mask, position_ids=position,
+                       past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.cache.batch_repeat_interleave(num_generations)
+        self.logits, self.mask, self.position = (
+            x.repeat_interleave(num_generations, 0) for x in (logits, mask, position[:, -1:]))
+
+    def step(self, tokens, going):
+        """Appends tokens (rows,) where going (rows,) is True and drops the other rows -> logits (kept, V)."""
+        if not going.all():
+            kept = going.nonzero().squeeze(-1)
+            self.cache.batch_select_indices(kept)
+            tokens, self.mask, self.position = tokens[kept], self.mask[kept], self.position[kept]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], -1)
+        self.position = self.position + 1
+        return self.model(input_ids=tokens[:, None], attention_mask=self.mask, position_ids=self.position,
+                          past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
-def to_prompt(row, format, system_prompt=None):
-    """A row -> (the prompt as it stands in the row, its messages). ValueError with the reason."""
-    messages = column_messages(row, format, train=False)
-    expect(messages[-1]["role"] != "assistant",
-           "the prompt ends with an assistant message; it must end with the user's")
-    expect(messages[-1]["content"].strip(), f"column '{format}' is empty")
-    return row[format], with_system(messages, row, system_prompt)
+@torch.no_grad()
+def complete_greedily(model, prompts, stop_ids, max_completion_length):
+    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one."""
+    completions, room = [[] for _ in prompts], max_positions(model) - max(map(len, prompts))
+    decoder, longest = Decoder(model, prompts), max(1, min(max_completion_length, room))
+    logits, rows = decoder.logits, torch.arange(len(prompts), device=decoder.logits.device)
+    for t in range(longest):
+        tokens = logits.argmax(-1)  # (rows,)
+        for row, token in zip(rows.tolist(), tokens.tolist()):
+            completions[row].append(token)
+        going = ~torch.isin(tokens, torch.tensor(stop_ids, device=tokens.device))
+        if t == longest - 1 or not going.any():
+            return completions
+        logits, rows = decoder.step(tokens, going), rows[going]
 
 
-def read_items(name, args, formats, convert):
-    """A dataset, its format recognised and every row converted -> ([(converted, row, place)], format).
-
-    convert(row, format, system_prompt) is to_conversation, to_prompt, to_pair or to_scored.
-    """
-    rows = read_rows(name, args.skip_bad_rows)
-    kind = find_format(rows, formats, args.format)
-    items = convert_rows(rows, lambda row: convert(row, kind, args.system_prompt), args.skip_bad_rows, name)
-    say(f"data     {name}: format {kind}, {len(rows):,} rows")
-    return items, kind
-
-
-def hold_out(items, prompts, fraction, most=200):
-    """Splits items into (train, evaluation) by prompt: the prompts with the smallest SHA-256 are held out.
-
-    So rows with the same prompt stay on one side, and the same prompts are held out in every script, whatever
-    the seed. At most round(fraction x rows) and at most `most`: a prompt that would exceed this is skipped.
-    If every prompt would, one of the smallest size is held out, where `most` allows it; none if that number
-    is 0 or there is one prompt alone.
-    """
-    wanted, size, held, count = min(most, round(fraction * len(items))), Counter(prompts), set(), 0
-    limit = min(most, max(wanted, min(size.values())))
-    for prompt in sorted(size, key=lambda p: hashlib.sha256(p.encode()).digest()):
-        if count < wanted and count + size[prompt] <= limit and len(held) + 1 < len(size):
-            held.add(prompt)
-            count += size[prompt]
-    return ([x for x, p in zip(items, prompts) if p not in held],
-            [x for x, p in zip(items, prompts) if p in held])
+def answer_greedily(run, model, rows):
+    """Greedy answers to the rows' prompt_ids against their answers -> (share that is right, table rows); the
+    share is None without rows, and over all processes."""
+    args, tokenizer, table = run.args, run.tokenizer, []
+    lengths, right = [len(r["prompt_ids"]) + args.max_completion_length for r in rows], 0
+    for places in cut(lengths, args.micro_batch_tokens, *run.place):
+        prompts = [rows[i]["prompt_ids"] for i in places]
+        with run.accelerator.autocast():
+            completions = prompts and complete_greedily(model, prompts, model.generation_config.eos_token_id,
+                                                        args.max_completion_length)
+        for i, prompt, completion in zip(places, prompts, completions):
+            text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
+            right += extract_answer(text) == answer
+            table.append({"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "completion": text,
+                          "answer": answer, "right": str(extract_answer(text) == answer)})
+    right = run.accelerator.reduce(torch.tensor(float(right), device=run.device), "sum").item()
+    return right / len(rows) if rows else None, table[:3]
 
 
 # ---- tokens and masks --------------------------------------------------------------------------------------
@@ -525,10 +488,10 @@ PLAIN_TEMPLATE = (
 
 
 def load_tokenizer(args):
-    """The tokenizer of args.model_name_or_path with a chat template, .template_kwargs and a pad token.
-    UserError if it has no EOS, no offsets, or a template that loses messages."""
-    base, adapter = base_and_adapter(args.model_name_or_path)
-    source = adapter if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")) else base
+    """The model's tokenizer. UserError if it has no EOS, no offsets, or a template that loses messages."""
+    source, adapter = base_and_adapter(args.model_name_or_path)
+    if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")):
+        source = adapter
     names = os.listdir(source) if os.path.isdir(source) else ["tokenizer.json"]
     require(any("token" in name or name.startswith("vocab") for name in names),
             f"the folder {source} holds no tokenizer (no tokenizer.json or the like)")
@@ -548,12 +511,11 @@ def load_tokenizer(args):
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
         say("template the tokenizer has none: using 'User:' and 'Assistant:' lines (saved with the model)")
-    given, saved = args.chat_template_kwargs, tokenizer.init_kwargs.get("template_kwargs") or {}
-    with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
-                 (ValueError, TypeError)):
-        tokenizer.template_kwargs = {**(saved if given is None else json.loads(given or "{}"))}
-    if tokenizer.template_kwargs:  # saved with the tokenizer: a reward model scores what it was trained on
-        tokenizer.init_kwargs["template_kwargs"] = tokenizer.template_kwargs
+    if args.chat_template_kwargs is not None:
+        with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
+                     (ValueError, TypeError)):
+            # saved with the tokenizer: a reward model scores what it was trained on
+            tokenizer.init_kwargs["template_kwargs"] = {**json.loads(args.chat_template_kwargs or "{}")}
     with explain(path or f"the tokenizer of {source}", ValueError):  # not to be blamed on the data
         trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
         check_whole(render(tokenizer, trial), trial)
@@ -562,49 +524,51 @@ def load_tokenizer(args):
 
 def render(tokenizer, messages, add_generation_prompt=False):
     """The chat template applied, as text with special tokens. ValueError with the template's complaint."""
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    options = tokenizer.init_kwargs.get("template_kwargs", {})
     try:
-        return tokenizer.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=add_generation_prompt,
-            **getattr(tokenizer, "template_kwargs", {}))
+        return tokenizer.apply_chat_template(plain, tokenize=False,
+                                             add_generation_prompt=add_generation_prompt, **options)
     except Exception as error:  # templates call raise_exception with their own words
         raise ValueError(f"the chat template refuses this conversation: {reason_of(error)}") from None
 
 
 def check_whole(text, messages):
-    """ValueError if a template passed over a message, as some do with a system message or reasoning.
+    """ValueError if a template passed over a message; untrained assistant turns may lose their reasoning.
 
-    White space may differ, and /think and /no_think are switches to some templates. Untrained assistant turns
-    are not checked: they may lose their reasoning.
+    White space may differ, and /think and /no_think are switches to some templates.
     """
+    def squeeze(words):
+        return "".join(words.replace("/no_think", "").replace("/think", "").split())
+    rendered = squeeze(text)
     for number, message in enumerate(messages):
-        if message["content"].strip() not in text and (message["train"] or message["role"] != "assistant"):
-            words, rendered = (re.sub(r"\s+|/(no_)?think", "", t) for t in (message["content"], text))
-            expect(words in rendered, f"the chat template leaves out message {number} ({message['role']}) "
-                   "or a part of it; give another --chat_template_path")
+        checked = message["train"] or message["role"] != "assistant"
+        require(not checked or squeeze(message["content"]) in rendered,
+                f"the chat template leaves out message {number} ({message['role']}) "
+                "or a part of it; give another --chat_template_path", ValueError)
 
 
 def stop_token_ids(tokenizer, generation_config=None):
     """Every id that ends a completion: EOS, those of the generation config, the template's end of turn."""
-    eos = getattr(generation_config, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, (list, tuple)) else [eos]),
-           *_end_of_turn(tokenizer, str(tokenizer.chat_template))}
+    more = getattr(generation_config, "eos_token_id", None)
+    more = more if isinstance(more, (list, tuple)) else [more]
+    ids = {tokenizer.eos_token_id, end_of_turn(tokenizer, str(tokenizer.chat_template)), *more}
     return sorted(ids - {None})
 
 
 @lru_cache
-def _end_of_turn(tokenizer, _template):
-    """The ids, one or none, of the special token that the template puts after an answer."""
-    answer = "stopword"
-    text = render(tokenizer, [turn("user", "hi"), turn("assistant", answer)])
-    after = tokenizer(text.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    return [i for i in after[:1] if i in tokenizer.added_tokens_decoder]
+def end_of_turn(tokenizer, template):
+    """The id of the special token that the template puts after an answer, or None; kept for each template."""
+    text = render(tokenizer, [turn("user", "hi"), turn("assistant", "stopword")])
+    after = text.rpartition("stopword")[2].lstrip()
+    after = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return after[0] if after and after[0] in tokenizer.added_tokens_decoder else None
 
 
 def encode_prompt(tokenizer, messages):
     """messages -> ids of the prompt, ending where the assistant begins. None of its turns is trained here."""
     text = render(tokenizer, messages, add_generation_prompt=True)
-    check_whole(text, [{**m, "train": False} for m in messages])
+    check_whole(text, [{**message, "train": False} for message in messages])
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -625,28 +589,30 @@ def find_answer(tokenizer, messages, k, text):
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
-    """messages -> [{"input_ids": [...], "completion_mask": [...], "moved": n}], usually one. ValueError.
+    """messages -> [{"input_ids": [...], "mask": [...], "moved": n}], usually one. ValueError.
 
-    The assistant's spans are found on the final rendering: from the end of the generation prompt to the
-    end-of-turn token, which is included. A template that rewrites earlier turns (thinking models) gives one
-    example for each trained turn. `moved` counts tokens that belong half to an answer and half to what
-    surrounds it; they stay untrained.
+    An answer is what the final rendering has from the end of the generation prompt to the end-of-turn token,
+    which is included. A template that rewrites earlier turns (thinking models) gives a row for each trained
+    turn. `moved` counts tokens that belong half to an answer and half to what surrounds it: not trained.
     """
-    text, trained = render(tokenizer, messages), [k for k, m in enumerate(messages) if m["train"]]
+    text = render(tokenizer, messages)
+    trained = [k for k, message in enumerate(messages) if message["train"]]
     if not completion_only_loss:
         trained = trained[-1:]  # everything counts; only the end is to be found
     spans = [find_answer(tokenizer, messages, k, text) for k in trained]
     if None in spans:
-        expect(trained != [len(messages) - 1],
-               "the chat template changes the prompt when the answer follows it")
+        require(trained != [len(messages) - 1],
+                "the chat template changes the prompt when the answer follows it", ValueError)
         parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
-        return [e for part in parts for e in encode_conversation(tokenizer, part, completion_only_loss)]
+        return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
     check_whole(text, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, ends = encoded["input_ids"], [b for _, b in encoded["offset_mapping"]]
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ends = [end for _, end in offsets]
     # some tokenizers leave a token's leading space out of its offsets
-    starts = [min(a, b) for (a, _), b in zip(encoded["offset_mapping"], [0] + ends)]
-    mask, moved, stops = [0 if completion_only_loss else 1] * len(ids), 0, set(stop_token_ids(tokenizer))
+    starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends])]
+    mask = [0 if completion_only_loss else 1] * len(ids)
+    moved, stops = 0, set(stop_token_ids(tokenizer))
     for start, end in spans:
         first, last = bisect_left(starts, start), bisect_right(ends, end)
         moved += (first > 0 and ends[first - 1] > start) + (last < len(ids) and starts[last] < end)
@@ -655,19 +621,408 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
         if stop is None:  # no end-of-turn token: trailing white space belongs to the template
             stop = next((i for i in backwards if text[starts[i - 1]:ends[i - 1]].strip()), first)
             if end == len(text):  # and EOS takes its place
-                ids, mask = ids[:stop] + [tokenizer.eos_token_id], mask[:stop] + [1]
+                ids = ids[:stop] + [tokenizer.eos_token_id]
+                mask = mask[:stop] + [1]
         mask[first:stop] = [1] * (stop - first)
-    expect(any(mask), "no trained token is left after tokenizing")
-    return [{"input_ids": ids, "completion_mask": mask, "moved": moved}]
+    require(any(mask), "no trained token is left after tokenizing", ValueError)
+    return [{"input_ids": ids, "mask": mask, "moved": moved}]
 
 
-def encode_text(tokenizer, text):
-    """Raw text plus EOS, all of it trained; BOS once, if the tokenizer adds one."""
-    ids = tokenizer(text)["input_ids"]
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids = ids[1:]
-    ids = (ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids) + [tokenizer.eos_token_id]
-    return {"input_ids": ids, "completion_mask": [1] * len(ids), "moved": 0}
+# ---- showing things to a person ----------------------------------------------------------------------------
+
+def show_example(tokenizer, ids, mask, title="first example", limit=600):
+    """One row, trained tokens marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
+    terminal = ("green", "\033[32m", "\033[0m")
+    marks, opening, closing = terminal if sys.stdout.isatty() else ("[[ ]]", "[[", "]]")
+    text, trained = "", sum(map(int, mask))
+    for marked, part in groupby(zip(map(int, ids), map(int, mask)), key=itemgetter(1)):
+        piece = tokenizer.decode([token for token, _ in part], clean_up_tokenization_spaces=False)
+        if len(piece) > limit:
+            piece = piece[:limit // 2] + " ... " + piece[-limit // 2:]
+        text += opening + piece + closing if marked else piece
+    say(f"{title}: {len(ids)} tokens" + (f", {trained} trained, in {marks}" if trained else ""))
+    say("  " + text.replace("\n", "\n  "))
+
+
+def show_table(rows):
+    """[{column: value}] as a table; long texts are cut."""
+    def short(value):
+        text = " ".join(value.split()) if isinstance(value, str) else ""
+        return text[:27] + " ... " + text[-27:] if len(text) > 60 else text or value
+    if rows:
+        table = pandas.DataFrame(rows).map(short).to_string(index=False, max_colwidth=60)
+        say("  " + table.replace("\n", "\n  "))
+
+
+def token_texts(tokenizer, ids):
+    """Each token's own text; joined they are the whole. A character whose bytes are spread over several
+    tokens belongs to the last of them; the others are empty."""
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    texts, before, start = [], 0, 0  # decoded with what comes before: alone, a token may lose its space
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[before:end])[len(decode(ids[before:start])):]
+        half = text.endswith("\ufffd") and end - start < 4 and end < len(ids)
+        texts.append("" if half else text)
+        if not half:
+            before, start = start, end
+    return texts
+
+
+# ---- reading data ------------------------------------------------------------------------------------------
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
+         "assistant": "assistant", "gpt": "assistant"}
+
+# Format -> the columns that must be there. The first format that fits is taken; --format overrides.
+SFT_FORMATS = {"messages": ("messages",), "conversations": ("conversations",),
+               "prompt_completion": ("prompt", "completion"), "alpaca": ("instruction", "output"),
+               "question_answer": ("question", "answer"), "text": ("text",)}
+PROMPT_FORMATS = {"prompt": ("prompt",), "instruction": ("instruction",), "question": ("question",)}
+PAIR_FORMATS = {"sharegpt_pair": ("conversations", "chosen", "rejected"),
+                "alpaca_pair": ("instruction", "chosen", "rejected"),
+                "prompt_pair": ("prompt", "chosen", "rejected"), "conversation_pair": ("chosen", "rejected")}
+SCORE_FORMATS = {"prompt_completion_score": ("prompt", "completion", "score")}
+SIDES = ("chosen", "rejected")
+
+
+def read_rows(name, skip_bad_rows=False):
+    """A local .json, .jsonl, .csv or .parquet file, or a dataset (read_dataset) -> [(row dict, place)].
+    UserError with file, line and reason on what cannot be read; skip_bad_rows counts and prints it."""
+    def readable(row):
+        if isinstance(row, ValueError):
+            raise row
+        require(isinstance(row, dict), "not a JSON object", ValueError)
+        try:
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:  # broken bytes, or half an emoji: no tokenizer takes them
+            raise ValueError(f"text that is not valid UTF-8 ({error.reason})") from None
+        return row
+
+    looks_local = re.search(r"\.(jsonl?|csv|parquet|txt)$", name) or name.startswith((".", "/", "~"))
+    require(os.path.exists(name) or os.path.isdir(name.split(":")[0]) or not looks_local,
+            f"no such file: {name}")
+    with explain(f"cannot read {name}", (OSError, csv.Error)):
+        rows = read_file(name) if os.path.isfile(name) else read_dataset(name)
+        return [(row, place) for row, _, place in convert_rows(rows, readable, skip_bad_rows, name)]
+
+
+def read_file(path):
+    """-> (row, place) of each row; where a row cannot be read, a ValueError with the reason stands for it."""
+    if path.endswith(".csv"):
+        csv.field_size_limit(2**30)
+        wrong = ValueError("the number of fields differs from the header's")
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)  # None is the name of fields too many and the value of missing ones
+            rows = [(row, f"{path}:{reader.line_num}") for row in reader]
+        return [(wrong if None in (*row, *row.values()) else row, place) for row, place in rows]
+    if path.endswith(".parquet"):
+        import pyarrow.parquet
+        with explain(f"{path} is not a readable Parquet file"):
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        require(path.endswith((".json", ".jsonl")),
+                f"{path}: unknown kind of file; .json, .jsonl, .csv and .parquet are read")
+        with open(path, "rb") as file:
+            if not re.match(rb"(\xef\xbb\xbf)?\s*\[", file.peek(64)):
+                return [(parse_json(line), f"{path}:{n}") for n, line in enumerate(file, 1) if line.strip()]
+            rows = parse_json(file.read())
+        require(isinstance(rows, list), f"{path}: {rows}")
+    return ((row, f"{path} row {i}") for i, row in enumerate(rows))
+
+
+def parse_json(data):
+    """bytes of JSON -> its value, or a ValueError that says what is wrong with them."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not valid JSON ({str(error).replace(': line 1 column', ' at column')})")
+
+
+def read_dataset(name):
+    """A folder or a dataset on the hub: name, name:split or name:config:split -> (row, place) of each row."""
+    import datasets
+    datasets.disable_progress_bars()
+    path, *config, split = name.split(":") if ":" in name else (name, "train")
+    with explain(f"'{name}' is neither a file here nor a dataset that could be loaded"):
+        if any(os.path.exists(os.path.join(path, f"dataset_{kind}.json")) for kind in ("info", "dict")):
+            data = datasets.load_from_disk(path)
+            splits = data if isinstance(data, datasets.DatasetDict) else {"train": data}
+            require(split in splits, f"no split '{split}', only {', '.join(splits)}")
+            data = splits[split]
+        else:
+            data = datasets.load_dataset(path, *config, split=split)
+    return ((row, f"{name} row {i}") for i, row in enumerate(data))
+
+
+def convert_rows(rows, convert, skip_bad_rows, name=None):
+    """[(*values, place)] -> [(convert(*values), *values, place)]. A ValueError becomes a UserError with the
+    place; with skip_bad_rows it is counted and printed. UserError if no row of `name` is left."""
+    kept, skipped = [], Counter()
+    for *values, place in rows:
+        try:
+            kept.append((convert(*values), *values, place))
+        except ValueError as error:
+            require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
+            skipped[re.sub(r"\d+", "N", str(error))] += 1
+    if skipped:
+        say(f"data     {name or 'tokenizing'}: skipped {skipped.total():,} rows: "
+            + "; ".join(f"{n:,} {why}" for why, n in skipped.most_common(5)))
+    require(kept or name is None, f"{name} holds no usable row")
+    return kept
+
+
+def find_format(rows, formats, chosen=None):
+    """`chosen`, or the first format whose columns the first row has. UserError if there is none."""
+    row, place = rows[0]
+    require(chosen is None or chosen in formats, f"unknown --format {chosen}: one of {', '.join(formats)}")
+    fitting = [name for name, needed in formats.items() if set(needed) <= set(row)]
+    known = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in formats.items())
+    columns = ", ".join(sorted(map(str, row)))
+    require(chosen or fitting, f"{place}: no known format has the columns {columns}. Known are: {known}")
+    return chosen or fitting[0]
+
+
+def read_items(name, args, formats, convert):
+    """-> ([(converted, row, place)], format) of a dataset; convert is to_conversation or the like."""
+    rows = read_rows(name, args.skip_bad_rows)
+    format = find_format(rows, formats, args.format)
+    items = convert_rows(rows, lambda row: convert(row, format, args.system_prompt), args.skip_bad_rows, name)
+    say(f"data     {name}: format {format}, {len(rows):,} rows")
+    return items, format
+
+
+def read_split(args, formats, convert, key, counts=None):
+    """-> (training items, held-out items, [the format of each file]). Without --eval_dataset_name, hold_out
+    splits by key(converted). With `counts` (a Counter) repeated training rows are dropped and counted."""
+    items, format = read_items(args.dataset_name, args, formats, convert)
+    if counts is not None:
+        unique = {}
+        for item in items:
+            unique.setdefault(hashlib.sha256(repr(item[0]).encode()).digest(), item)
+        counts["duplicates dropped"] += len(items) - len(unique)
+        items = list(unique.values())
+    if args.eval_dataset_name:
+        held, held_format = read_items(args.eval_dataset_name, args, formats, convert)
+        return items, held, [format, held_format]
+    train, held = hold_out(items, [key(converted) for converted, _, _ in items], args.eval_fraction)
+    return train, held, [format]
+
+
+def hold_out(items, prompts, fraction, most=200):
+    """Splits items into (train, evaluation): the prompts with the smallest SHA-256 are held out, the same in
+    every script. At most round(fraction x rows) and at most `most` rows: a prompt that would exceed this is
+    skipped. If every prompt would, one of the smallest size is held out, where `most` allows it; none if that
+    number is 0 or there is one prompt alone."""
+    size, held, count, parts = Counter(prompts), set(), 0, ([], [])
+    wanted = min(most, round(fraction * len(items)))
+    limit = min(most, max(wanted, min(size.values())))
+    for prompt in sorted(size, key=lambda p: hashlib.sha256(p.encode()).digest()):
+        if count < wanted and count + size[prompt] <= limit and len(held) + 1 < len(size):
+            held.add(prompt)
+            count += size[prompt]
+    for item, prompt in zip(items, prompts):
+        parts[prompt in held].append(item)
+    return parts
+
+
+def say_split(args, train, held, noun, counts):
+    """Says how many there are and what `counts` counted; UserError if none is left to train on."""
+    notes = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
+    say(f"data     {len(train):,} {noun}s to train on, {len(held):,} to evaluate{notes}")
+    require(train, f"{args.dataset_name}: no {noun} to train on is left")
+
+
+# ---- from columns to messages ------------------------------------------------------------------------------
+
+def check_value(ok, sentence, value):
+    """Raises ValueError(sentence and the beginning of the value) unless `ok`."""
+    if not ok:
+        text = repr(value)
+        text = text if len(text) <= 60 else text[:57] + "..."
+        raise ValueError(f"{sentence} {text}")
+
+
+def text_value(value, what):
+    """The value if it is a string, else ValueError."""
+    check_value(isinstance(value, str), f"{what} is not a string but", value)
+    return value
+
+
+def number_value(value, sentence):
+    """float(value), or ValueError(sentence and the value) where that is no finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    check_value(abs(number) < 1e30 and not isinstance(value, bool), sentence, value)
+    return number
+
+
+def turn(role, content, train=True):
+    """One message; `train` counts for the assistant's alone."""
+    return {"role": role, "content": content, "train": train and role == "assistant"}
+
+
+def to_messages(value, train=True):
+    """A list of {"role", "content"} or {"from", "value"} -> [turn]. ValueError with the reason. `train` is
+    for the assistant's turns; a message's own "weight" 0 (OpenAI fine-tuning files) takes it out."""
+    check_value(isinstance(value, list) and value, "expected a non-empty list of messages, got", value)
+    messages = []
+    for number, message in enumerate(value):
+        at = f"message {number}"
+        check_value(isinstance(message, dict), f"{at} is not an object:", message)
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        is_tool = role in ("tool", "function", "observation", "function_call")
+        require(isinstance(role, str) and role in ROLES, f"{at} has the unknown role {role!r}"
+                f"{' (tool calls are not supported)' if is_tool else ''}; "
+                "known are system, user (human), assistant (gpt)", ValueError)
+        for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
+            require(not message.get(key), f"{at} has {key}, which is not supported", ValueError)
+        if isinstance(content, list):  # parts: text alone can be trained on
+            require(all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content),
+                    f"{at} has parts that are not text, which is not supported", ValueError)
+            content = "".join(text_value(part.get("text"), "text of a part") for part in content)
+        content = text_value(content, f"content of {at} ({ROLES[role]})")
+        messages.append(turn(ROLES[role], content, train and message.get("weight", 1) != 0))
+    return messages
+
+
+def column_messages(row, column, role="user", train=True):
+    """A column of messages, or a string (an instruction with its input) as one turn of `role` -> [turn]."""
+    value = row.get(column)
+    if isinstance(value, list):
+        return to_messages(value, train)
+    text = text_value(value, f"column '{column}'")
+    if column == "instruction" and row.get("input"):
+        text += "\n" + text_value(row["input"], "column 'input'")
+    return [turn(role, text, train)]
+
+
+def with_system(messages, row, system_prompt):
+    """Puts the row's `system` first, else system_prompt unless the messages begin with a system turn."""
+    if row.get("system"):
+        system_prompt = text_value(row["system"], "column 'system'")
+    elif messages[0]["role"] == "system":
+        return messages
+    return [turn("system", system_prompt), *messages] if system_prompt else messages
+
+
+def to_conversation(row, format, system_prompt=None):
+    """A row of any SFT format -> {"messages": [turn]} or {"text": str}. ValueError with the reason. What
+    follows the last answer is dropped. An assistant turn that comes first is no answer: it is not trained."""
+    if format == "text":
+        text = text_value(row.get("text"), "column 'text'")
+        require(text.strip(), "column 'text' is empty", ValueError)
+        return {"text": text}
+    if format in ("messages", "conversations"):
+        messages = to_messages(row.get(format))
+    else:
+        messages, (prompt, completion) = [], SFT_FORMATS[format]
+        history = row.get("history") if format == "alpaca" else None
+        for pair in history or []:
+            require(isinstance(pair, list) and len(pair) == 2,
+                    f"column 'history' holds {pair!r} where a [user, assistant] pair is expected", ValueError)
+            for role, text in zip(("user", "assistant"), pair):
+                messages.append(turn(role, text_value(text, "history")))
+        messages += column_messages(row, prompt, train=False)
+        messages += column_messages(row, completion, "assistant")
+    for number, message in enumerate(messages):
+        require(message["role"] != "assistant" or message["content"].strip(),
+                f"empty completion (message {number})", ValueError)
+    messages = with_system(messages, row, system_prompt)
+    messages[0]["train"] = False
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    require(any(m["train"] for m in messages), "no assistant message to train on", ValueError)
+    return {"messages": messages}
+
+
+def to_prompt(row, format, system_prompt=None):
+    """A row -> (the prompt as it stands in the row, its messages). ValueError with the reason."""
+    messages = column_messages(row, format, train=False)
+    require(messages[-1]["role"] != "assistant",
+            "the prompt ends with an assistant message; it must end with the user's", ValueError)
+    require(messages[-1]["content"].strip(), f"column '{format}' is empty", ValueError)
+    return row[format], with_system(messages, row, system_prompt)
+
+
+def transcript(text):
+    """hh-rlhf's "\\n\\nHuman: ... \\n\\nAssistant: ..." -> messages. Raises ValueError if it is none."""
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
+    whole = len(parts) >= 4 and not parts[0].strip() and parts[-2] == "Assistant"
+    check_value(whole, "expected a transcript that ends with '\\n\\nAssistant: ...', or messages, or a "
+                "column 'prompt' beside the strings; got", text)
+    said = zip(parts[1::2], parts[2::2])
+    return [turn(ROLES[who.lower()], text.strip(), train=False) for who, text in said]
+
+
+def side_messages(value, side, format):
+    """The value of a column 'chosen' or 'rejected' -> [turn], none of them trained as yet. ValueError."""
+    if isinstance(value, str):
+        return transcript(value) if format == "conversation_pair" else [turn("assistant", value, train=False)]
+    value = [value] if isinstance(value, dict) else value
+    check_value(isinstance(value, list), f"column '{side}' is neither a string nor messages but", value)
+    return to_messages(value, train=False)
+
+
+def to_pair(row, format, system_prompt=None):
+    """A row of any preference format -> {"prompt", "chosen", "rejected": [turn]; "margin"}. ValueError.
+    Whole conversations and transcripts are split after the messages that they share. A side may come out
+    empty: encode_pairs drops and counts such pairs."""
+    prompt = []
+    for column in PAIR_FORMATS[format][:-2]:  # none for whole conversations
+        prompt = column_messages(row, column, train=False)
+        require(prompt[-1]["content"].strip(), f"column '{column}' is empty", ValueError)
+    chosen, rejected = (side_messages(row.get(side), side, format) for side in SIDES)
+    shared, most = 0, min(len(chosen), len(rejected)) - 1  # the last message is the answer in any case
+    while shared < most and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared:
+        beginning = chosen[:shared]  # whole conversations hold the prompt themselves
+        asked = any(m in beginning for m in prompt if m["role"] == "user")
+        prompt = beginning if asked or chosen[:len(prompt)] == prompt else prompt + beginning
+    chosen, rejected = chosen[shared:], rejected[shared:]
+    for name, side in zip(SIDES, (chosen, rejected)):
+        require(side[0]["role"] == "assistant", f"'{name}' does not begin with an answer after what both "
+                "sides share: their prompts differ", ValueError)
+        for message in side:
+            message["train"] = message["role"] == "assistant"
+    require(prompt and prompt[-1]["role"] != "assistant",
+            "the prompt of chosen and rejected must end with a user message", ValueError)
+    if prompt[0]["role"] != "system":
+        prompt = with_system(prompt, row, system_prompt)
+    short, long = sorted((chosen, rejected), key=len)
+    require(len(short) == len(long) or long[:len(short)] != short,
+            "one side is the beginning of the other", ValueError)
+    margin = number_value(row.get("margin") or 0, "column 'margin' is no number:")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
+
+
+def to_scored(row, format, system_prompt=None):
+    """prompt, completion and score (a number, or several named ones) -> ({"messages"}, {name: float})."""
+    conversation = to_conversation(row, "prompt_completion", system_prompt)
+    scores = row["score"] if isinstance(row.get("score"), dict) else {"score": row.get("score")}
+    require(scores, "column 'score' holds no score", ValueError)
+    for name, value in scores.items():
+        sentence = f"the score '{name}' is not a number (expected a finite number) but"
+        scores = {**scores, name: number_value(value, sentence)}
+    return conversation, scores
+
+
+# ---- from messages to training rows ------------------------------------------------------------------------
+
+def prompt_key(messages):
+    """What hold_out splits by: the same for the same prompt in every script."""
+    return repr([m["content"] for m in messages if m["role"] != "assistant"])
+
+
+def make_row(ids, mask, **fields):
+    """A training row: input_ids int32 (T,), mask int8 (T,) with 1 = trained, trained = their number, and
+    `fields`. mask[0] is 0: nothing predicts token 0."""
+    ids = torch.tensor(ids, dtype=torch.int32)
+    mask = torch.tensor(mask, dtype=torch.int8)
+    mask[:1] = 0
+    return {"input_ids": ids, "mask": mask, "trained": int(mask.sum()), **fields}
 
 
 def truncate(ids, mask, max_length):
@@ -676,14 +1031,1116 @@ def truncate(ids, mask, max_length):
     return ids[start:start + max_length], mask[start:start + max_length]
 
 
-def pad(rows, value, side="right", dtype=torch.long):
-    """N sequences of lengths L_i -> (N, max L) filled with `value` on `side`."""
-    width = max((len(row) for row in rows), default=0)
-    out = torch.full((len(rows), width), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        out[i, at] = torch.as_tensor(row, dtype=dtype)
-    return out
+def upto_answer(part):
+    """An encoding up to the last answer's end of turn: what a template puts after it is never sampled."""
+    ids, mask = part["input_ids"], part["mask"]
+    end = len(mask) - mask[::-1].index(1)
+    return {**part, "input_ids": ids[:end], "mask": mask[:end]}
+
+
+def encode_text(tokenizer, text):
+    """Raw text plus EOS, all of it trained; BOS once, if the tokenizer adds one."""
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids = ids + [tokenizer.eos_token_id]
+    return {"input_ids": ids, "mask": [1] * len(ids), "moved": 0}
+
+
+def encode_sft(tokenizer, conversation, completion_only_loss=True):
+    """What to_conversation gives -> its encodings, as encode_conversation gives them. ValueError."""
+    if "text" in conversation:
+        return [encode_text(tokenizer, conversation["text"])]
+    return encode_conversation(tokenizer, conversation["messages"], completion_only_loss)
+
+
+def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
+    """[(converted, row, place)] -> training rows. encode(converted, row) -> [{"input_ids", "mask", "moved"}];
+    their other fields go into the rows. `counts` (a Counter) says what was split, cut, moved or dropped."""
+    rows = []
+    for parts, *_ in convert_rows(items, encode, skip_bad_rows):
+        counts["rows split into turns"] += len(parts) > 1
+        for part in parts:
+            whole, mask, moved = (part.pop(name) for name in ("input_ids", "mask", "moved"))
+            row = make_row(*truncate(whole, mask, max_length), **part)
+            if row["trained"]:
+                rows.append(row)
+            counts["cut to max_length"] += len(whole) > max_length
+            counts["spans moved to a token boundary"] += moved > 0
+            counts["without a trained token dropped"] += not row["trained"]
+    return rows
+
+
+def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
+    """[(pair, row, place)] -> [{"rows": [chosen, rejected], "prompt_ids", "margin", "row"}]. Both sides lose
+    the same tokens of the prompt's beginning, then each its completion's end. Empty and identical pairs are
+    dropped; `counts` (a Counter) says how many, and what was cut."""
+    def encode(pair, row):
+        parts = [encode_conversation(tokenizer, pair["prompt"] + pair[side]) for side in SIDES]
+        require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, so a completion of "
+                "several turns cannot be one example", ValueError)
+        sides = [upto_answer(encodings[0]) for encodings in parts]
+        return sides, encode_prompt(tokenizer, pair["prompt"])[-max_length:]
+
+    def answered(pair):
+        return all(m["content"].strip() for m in pair["chosen"] + pair["rejected"])
+
+    pairs, kept = [], [item for item in items if answered(item[0])]
+    counts["dropped: an empty completion"] += len(items) - len(kept)
+    for (sides, prompt_ids), pair, row, _ in convert_rows(kept, encode, skip_bad_rows):
+        longest = max(len(side["mask"]) for side in sides)
+        answer = min(side["mask"].index(1) for side in sides)
+        start = max(0, min(longest - max_length, answer - max_length // 2))  # as in truncate
+        part = slice(start, start + max_length)
+        chosen, rejected = (make_row(side["input_ids"][part], side["mask"][part]) for side in sides)
+        counts["cut to max_length"] += longest > max_length
+        if all(chosen[name].equal(rejected[name]) for name in ("input_ids", "mask")):
+            counts["dropped: the two sides are identical"] += 1
+        elif not chosen["trained"] or not rejected["trained"]:
+            counts["dropped: no trained token left"] += 1
+        else:
+            pairs.append({"rows": [chosen, rejected], "prompt_ids": prompt_ids, "margin": pair["margin"],
+                          "row": row})
+    return pairs
+
+
+def load_prompts(args, tokenizer):
+    """-> (training prompts, held-out prompts): dicts of prompt (as in the row), turns, prompt_ids, place, row
+    and columns, which reward functions are given."""
+    taken = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+    counts = Counter()
+
+    def encode(items):
+        columns = sorted({name for _, row, _ in items for name in row} - {"prompt", "completion"})
+        for name in columns:
+            require(name not in taken, f"the column '{name}' has the name of something else that reward "
+                    "functions are given; rename it")
+        prompts = []
+        encoded = convert_rows(items, lambda item, _: encode_prompt(tokenizer, item[1]), args.skip_bad_rows)
+        for prompt_ids, (prompt, turns), row, place in encoded:
+            if len(prompt_ids) > args.max_prompt_length:
+                counts[f"dropped: longer than --max_prompt_length {args.max_prompt_length} tokens"] += 1
+                continue
+            prompts.append({"prompt": prompt, "turns": turns, "prompt_ids": prompt_ids, "place": place,
+                            "row": row, "columns": {name: row.get(name) for name in columns}})
+        return prompts
+
+    train, held, _ = read_split(args, PROMPT_FORMATS, to_prompt, lambda item: prompt_key(item[1]))
+    train, held = encode(train), encode(held)
+    say_split(args, train, held, "prompt", counts)
+    show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
+    return train, held
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------
+
+class Reward(NamedTuple):
+    """One of --reward_funcs: a function that is called as TRL calls it, or a reward model's (load_reward)."""
+    function: Callable
+    weight: float
+    path: str | None = None  # its file, or the reward model's folder; None: built in
+    score: str | None = None  # which score of the reward model; None: it is none
+
+
+def extract_answer(text):
+    """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
+    number; without a tag the last number of the text; None if there is none.
+
+    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000".
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    text = tagged[-1].strip() if tagged else text
+    number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
+    found = re.findall(number, text)
+    if not found:
+        return text.lower() or None if tagged else None
+    minus, minus_too, whole, decimals = found[-1]
+    value = f"{whole.replace(',', '').lstrip('0') or 0}.{decimals}".rstrip("0").rstrip(".")
+    return "-" + value if (minus or minus_too) and value != "0" else value
+
+
+def text_of(completion):
+    """A completion as a reward function gets it, string or messages, as a string."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def references(n, columns, read):
+    """read(the column `answer`, or else `solution`, as a string) of each of n rows; None without either."""
+    answers, solutions = (columns.get(name) or [None] * n for name in ("answer", "solution"))
+    known = [solution if answer is None else answer for answer, solution in zip(answers, solutions)]
+    return [None if reference is None else read(str(reference)) for reference in known]
+
+
+def accuracy(prompts, completions, **columns):
+    """1 if extract_answer gives the reference's answer, 0 if not, None where the reference has none."""
+    right = references(len(completions), columns, extract_answer)
+    given = [extract_answer(text_of(completion)) for completion in completions]
+    return [None if r is None else float(g == r) for g, r in zip(given, right)]
+
+
+def format_reward(prompts, completions, **columns):
+    """1 for <think>...</think><answer>...</answer> and nothing else, 0 otherwise."""
+    shape = r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*"
+    return [float(bool(re.fullmatch(shape, text_of(c), re.DOTALL))) for c in completions]
+
+
+def levenshtein(a, b):
+    """The fewest insertions, deletions and replacements of characters that turn a into b.
+
+    One column of the usual table at a time, as the bits of two integers (Myers 1999, in the form of Hyyrö
+    2003): bit i of up, down says that row i + 1 is one more, one less than row i. Some 600 times as fast as
+    cell by cell.
+    """
+    ones, where = (1 << len(a)) - 1, {}
+    for i, letter in enumerate(a):
+        where[letter] = where.get(letter, 0) | 1 << i
+    up, down = ones, 0
+    for letter in b:
+        equal = where.get(letter, 0)
+        same = (((equal & up) + up) ^ up) | equal | down  # equal to the cell one row up, one column before
+        more = (down | ~(same | up)) << 1 | 1  # one more than in the column before, for the row below
+        up, down = ((up & same) << 1 | ~(same | more)) & ones, more & same & ones
+    return len(b) + up.bit_count() - down.bit_count()
+
+
+def edit_distance(prompts, completions, **columns):
+    """1 - levenshtein to the reference / the longer one's length, None where there is no reference."""
+    def similarity(completion, reference):
+        if reference is None:
+            return None
+        text = text_of(completion).strip()
+        return 1 - levenshtein(text, reference) / max(len(text), len(reference), 1)
+    return list(map(similarity, completions, references(len(completions), columns, str.strip)))
+
+
+STRINGS = {"schema": ("a list of keys", json.loads), "tests": ("a string or strings", lambda text: [text])}
+
+
+def strings_of(name, value):
+    """The strings that a row's `schema` or `tests` holds, [] where it is empty. ValueError if not strings."""
+    what, read = STRINGS[name]
+    with suppress(ValueError):
+        strings = read(value) if isinstance(value, str) and value else value or []
+        if isinstance(strings, list) and all(isinstance(string, str) for string in strings):
+            return strings
+    raise ValueError(f"the column '{name}' must be {what}, not {str(value)[:80]!r}")
+
+
+def json_reward(prompts, completions, schema=None, **columns):
+    """1 if the completion, less a ``` or ```json fence around it, is JSON and, where the row's `schema`
+    lists keys, is an object that has them; 0 otherwise."""
+    def fits(completion, keys):
+        text = text_of(completion).strip()
+        fenced = re.fullmatch(r"```(?:json)?\s(.*)```", text, re.DOTALL)
+        try:  # int, called on NaN and Infinity, raises ValueError: they are not JSON
+            value = json.loads(fenced[1] if fenced else text, parse_constant=int)
+        except (ValueError, RecursionError):
+            return 0.0
+        return float(not keys or isinstance(value, dict) and set(keys) <= value.keys())
+    keys = [strings_of("schema", value) for value in schema or [None] * len(completions)]
+    return list(map(fits, completions, keys))
+
+
+CODE_SECONDS = 10
+# The limits are set here and not by preexec_fn, which may deadlock where there are threads. What runs after
+# the completion is bound before it, so that patching builtins or modules does not change it. There is no
+# RLIMIT_NPROC: it counts all of the user's processes, so no number is right.
+CODE_RUNNER = """
+import contextlib, json, os, resource, signal, sys
+def main(run=exec, write=os.write, leave=os._exit, answer=os.dup(1)):
+    token, seconds, *texts = json.load(sys.stdin)
+    for fd in 0, 1:
+        os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+    signal.alarm(seconds + 1)  # in case the trainer is killed
+    for name, most in ("CPU", seconds), ("AS", 2**30), ("FSIZE", 2**24), ("CORE", 0):
+        with contextlib.suppress(ValueError, OSError):  # macOS lacks some; or it is lower already
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+    sys.modules["__main__"] = module = type(sys)("__main__")
+    try:
+        for program in [compile(text, "<completion>", "exec") for text in texts]:
+            run(program, module.__dict__)
+        write(answer, token.encode())
+    finally:
+        leave(0)  # waits for no thread
+main()
+"""
+
+
+def passes(completion, tests, stop):
+    """1 if `tests` run to their end after the completion's code, 0 if not, None if there is none but blanks.
+
+    In a process of its own: 10 s, 1 GiB, files of 16 MiB in a folder that is removed; no environment, no
+    input, no output. Its process group is killed in any case, at once if the event `stop` is set. Only a
+    random token, written after the last test, counts as passed, so ending early fails.
+    """
+    if not "".join(tests).strip():
+        return None
+    text, token, folder = text_of(completion), os.urandom(16).hex(), tempfile.mkdtemp()
+    blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
+    with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as answer:
+        programs = [blocks[-1] if blocks else text, *tests]
+        job.write(json.dumps([token, CODE_SECONDS, *programs]).encode())
+        job.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", CODE_RUNNER], stdin=job, stdout=answer, stderr=subprocess.DEVNULL,
+            env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}, cwd=folder,
+            start_new_session=True)
+        end = time.monotonic() + CODE_SECONDS
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT  # not to reap: its number might become another's
+        while not (os.waitid(os.P_PID, process.pid, look) or time.monotonic() > end or stop.wait(0.01)):
+            pass
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)  # rmtree fails on deep nesting
+        answer.seek(0)
+        return float(answer.read() == token.encode())
+
+
+def code_reward(prompts, completions, tests=None, **columns):
+    """1 if the row's `tests` pass after the completion's code (its last ``` block, or else all of it), 0 if
+    not, None where there are none.
+
+    This is no sandbox: it limits accidents, not malice. Files, the network, the token in the caller's frame,
+    an object that equals everything: all are within reach. Train in a container.
+    """
+    tests = [strings_of("tests", value) for value in tests or [None] * len(completions)]
+    at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share the cores
+    stop, pool = threading.Event(), ThreadPoolExecutor(max(1, at_once))
+    try:
+        return list(pool.map(passes, completions, tests, repeat(stop)))
+    finally:  # --reward_timeout interrupts this thread alone: the others kill what they run
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+BUILT_IN = {"accuracy": accuracy, "format": format_reward, "edit_distance": edit_distance,
+            "json": json_reward, "code": code_reward}
+NEEDS = {"accuracy": ("answer", "solution"), "edit_distance": ("answer", "solution"), "code": ("tests",)}
+
+
+def check_columns(rewards, train, held, dataset_name):
+    """UserError, before a model is loaded, if a row's columns are not what the built-in rewards read."""
+    used = [name for name, reward in rewards.items() if reward.path is None]
+    for prompt in train + held:
+        columns = prompt["columns"]
+        with explain(prompt["place"], (ValueError, SyntaxError)):
+            if "json" in used:
+                strings_of("schema", columns.get("schema"))
+            if "code" in used:
+                for test in strings_of("tests", columns.get("tests")):
+                    compile(test, "the column 'tests'", "exec")  # or no completion of this row could pass
+    for name in filter(NEEDS.get, used):
+        found = [prompt["columns"].get(column) for prompt in train for column in NEEDS[name]]
+        require(any(value is not None for value in found),
+                f"--reward_funcs {name} needs a column {' or '.join(map(repr, NEEDS[name]))}; {dataset_name} "
+                f"has {', '.join(train[0]['columns']) or 'no other column than the prompt'}")
+
+
+def load_reward(name, weight, args, device):
+    """One of --reward_funcs -> (label, Reward). UserError if its file, function or reward model is not there.
+
+    A reward model's function is given `turns` (what the policy saw), `completions` (texts) and `truncated`.
+    """
+    if name in BUILT_IN:
+        return name, Reward(BUILT_IN[name], weight)
+    path, colon, part = name.rpartition(":")
+    path, part = (path, part) if colon and not os.path.exists(name) else (name, None)
+    if os.path.isdir(path):
+        names, score_texts = load_reward_model(path, device, args.trust_remote_code)
+        require(part or len(names) == 1, f"reward '{name}': it has several scores ({', '.join(names)}): say "
+                f"which, as {name}:{names[0]}")
+        part = part or names[0]
+        require(part in names, f"reward '{name}': the model's scores are {', '.join(names)}")
+
+        def function(turns, completions, truncated):
+            answers = [turn("assistant", text) for text in completions]
+            conversations = [[*before, answer] for before, answer in zip(turns, answers)]
+            return score_texts(conversations, truncated)[:, names.index(part)].tolist()
+        parent, own = os.path.split(os.path.abspath(path))
+        run = os.path.basename(parent) if own in ("model", "merged") else own
+        return f"{run}_{part}", Reward(function, weight, path, part)
+    require(part or not name.endswith(".py"), f"reward '{name}': say which: {name}:function")
+    require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
+            "your own is file.py:function, or a reward model's folder")
+    require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
+    spec = importlib.util.spec_from_file_location("reward_file_" + os.path.basename(path)[:-3], path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward '{name}': importing {path} raised {type(error).__name__}: "
+                        f"{' '.join(str(error).split())}") from None
+    function = getattr(module, part, None)
+    require(callable(function), f"reward '{name}': {path} has no function '{part}'")
+    return part, Reward(function, weight, path)
+
+
+def load_rewards(args, device="cpu"):
+    """--reward_funcs -> {label: Reward}."""
+    rewards = {}
+    for name, weight in zip(args.reward_funcs, args.reward_weights):
+        label, reward = load_reward(name, weight, args, device)
+        require(label not in rewards, f"two rewards are called '{label}'")
+        rewards[label] = reward
+    return rewards
+
+
+def reward_sources(rewards):
+    """Fingerprints of the files and folders that rewards come from: a changed one is not resumed with."""
+    paths = sorted({reward.path for reward in rewards.values() if reward.path})
+    return [{path: fingerprint_of_file(path)} for path in paths]
+
+
+def like_prompt(text, prompt):
+    """A completion as TRL gives it to a reward function: a message where the prompt is messages."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def call_reward(function, given, timeout):
+    """Calls the function with those keyword arguments that it names, or all if it takes **kwargs.
+
+    TimeoutError in the middle of it once it has taken `timeout` seconds.
+    """
+    def stop(*_):
+        raise TimeoutError(f"no answer in {timeout:g} s (--reward_timeout)")
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    try:
+        values = function(**{k: v for k, v in given.items() if takes_all or k in parameters})
+        return asyncio.run(values) if inspect.isawaitable(values) else values
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def first_failure(function, given, places, timeout):
+    """The place of the first completion on which the function fails by itself, or else the whole batch."""
+    lists = {name for name, value in given.items() if isinstance(value, list)}
+    for i, place in enumerate(places):
+        one = {name: given[name][i:i + 1] for name in lists}
+        try:
+            call_reward(function, given | one, timeout)
+        except (Exception, SystemExit):
+            return place
+    return "the whole batch"
+
+
+def checked_values(name, function, given, places, timeout):
+    """What the function returns -> N floats, NaN for None. places (N): what an error calls a completion."""
+    try:
+        values = call_reward(function, given, timeout)
+    except (Exception, SystemExit) as error:
+        narrow = not isinstance(error, TimeoutError)
+        where = first_failure(function, given, places, timeout) if narrow else "the whole batch"
+        raise UserError(f"reward function '{name}' raised {type(error).__name__}: "
+                        f"{' '.join(str(error).split())}, on {where}") from error
+    returned = f"reward function '{name}' returned"
+    require(hasattr(values, "__iter__") and not isinstance(values, str),
+            f"{returned} {type(values).__name__}, not a list of numbers")
+    values = list(values)
+    require(len(values) == len(places), f"{returned} {len(values)} values for {len(places)} completions")
+    for value, place in zip(values, places):
+        size = math.inf  # of what is no number
+        with suppress(TypeError, ValueError, RuntimeError):
+            size = 0.0 if value is None else abs(float(value))
+        require(size < 1e30 and not isinstance(value, str), f"{returned} {value!r} for {place}; "
+                "expected a finite number, or None for not applicable")
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
+    """Calls every reward once on all completions -> (values (N, F) fp32, NaN for None; {logged name: value}).
+
+    prompts[i] is the prompt of rows[i]. UserError naming the reward and the completion on an exception, a
+    wrong length or type, or a number that is not finite; naming the reward if it takes too long.
+    """
+    logged, values = {}, []
+    texts = [row["text"] for row in rows]
+    for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts,
+                  "truncated": [row["truncated"] for row in rows]}
+    for_functions = {name: [prompt["columns"][name] for prompt in prompts] for name in prompts[0]["columns"]}
+    for_functions |= {
+        "prompts": [prompt["prompt"] for prompt in prompts],
+        "completions": [like_prompt(text, prompt["prompt"]) for text, prompt in zip(texts, prompts)],
+        "completion_ids": [row["completion_ids"] for row in rows],
+        "trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
+        "log_metric": logged.__setitem__,
+        "log_extra": lambda name, values: None}
+    places = [f"the completion {text[:80]!r} of row {prompt['place']}"
+              for text, prompt in zip(texts, prompts)]
+    for name, reward in rewards.items():
+        given = for_functions if reward.score is None else for_models
+        values.append(checked_values(name, reward.function, given, places, timeout))
+    return torch.tensor(values).T, logged
+
+
+def check_weights(names, weights):
+    """--reward_weights, or 1 for each of --reward_funcs. UserError if there are too many or few, or all 0."""
+    require(weights is None or len(weights) == len(names),
+            f"--reward_weights has {len(weights or [])} numbers for {len(names)} reward functions")
+    weights = weights or [1.0] * len(names)
+    require(any(weights), "--reward_weights are all 0: nothing would be rewarded")
+    return weights
+
+
+def try_rewards(rewards, train, held, args):
+    """Checks the rows' columns and calls every reward once; UserError before a model is loaded."""
+    check_columns(rewards, train, held, args.dataset_name)
+    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
+          args.reward_timeout)
+
+
+def mean_of(records):
+    """[{name: value}] -> {name: mean over the records that have it}."""
+    return pandas.DataFrame(records).mean().to_dict() if any(records) else {}
+
+
+def right_answers(prompts):
+    """extract_answer of each prompt's column `answer`, or else `solution`; None where it has neither."""
+    columns = {name: [prompt["columns"].get(name) for prompt in prompts] for name in ("answer", "solution")}
+    return references(len(prompts), columns, extract_answer)
+
+
+def rollout_metrics(rows, rewards, first=None):
+    """A rollout's rewards, unweighted, weighted and in sum, lengths, and repetition in its `first` rows."""
+    values = torch.stack([row["rewards_per_func"] for row in rows])  # (rows, F)
+    metrics = {"reward": torch.tensor([row["score"] for row in rows]).nanmean().item(),
+               "completions/distinct_4": distinct_n([row["completion_ids"] for row in rows[:first]]),
+               "completions/mean_length": sum(len(row["completion_ids"]) for row in rows) / len(rows),
+               "completions/clipped_ratio": sum(row["truncated"] for row in rows) / len(rows)}
+    for (name, reward), column in zip(rewards.items(), values.T):
+        known = column[~column.isnan()]
+        metrics[f"rewards/{name}/mean"] = known.mean().item()
+        metrics[f"rewards/{name}/std"] = known.std().item() if len(known) > 1 else 0.0
+        metrics[f"rewards/{name}/weighted"] = reward.weight * known.mean().item()
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def distinct_n(sequences, n=4):
+    """Different n-grams / all n-grams of token sequences, after Li 2016 (arXiv 1510.03055), who divide by the
+    tokens; 1: none comes twice."""
+    grams = [tuple(s[i:i + n]) for s in sequences for i in range(len(s) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def warn_of_drift(run, seen):
+    """Signs of over-optimisation: a rollout's figures against those of the first one, which the checkpoints
+    keep."""
+    now = {name: value for name, value in seen.items() if name.startswith("completions/")}
+    first = run.state["first"] = run.state["first"] or now
+    length, distinct = "completions/mean_length", "completions/distinct_4"
+    run.warn(length, now[length] > 2 * first[length],
+             f"completions have {now[length]:.0f} tokens, at first {first[length]:.0f}: the reward may be "
+             f"paying for length. Look at {run.samples_file}")
+    run.warn(distinct, now[distinct] < 0.5 * first[distinct],
+             f"completions repeat: {now[distinct]:.0%} of their 4-grams are different, at first "
+             f"{first[distinct]:.0%}. Look at {run.samples_file}")
+
+
+def samples_table(rows, rewards):
+    """What samples.jsonl and the printed table show of completions."""
+    return [{"prompt": row["prompt"]["prompt"], "completion": row["text"],
+             **{name: None if x.isnan() else x.item() for name, x in zip(rewards, row["rewards_per_func"])}}
+            for row in rows]
+
+
+def warn_of_flat(run, flat, what):
+    """Counts the rollouts that taught nothing, one after another, and warns at every third."""
+    run.flat_rollouts = run.flat_rollouts + 1 if flat else 0
+    run.warn("flat", flat and run.flat_rollouts % 3 == 0,
+             f"for {run.flat_rollouts} rollouts all {what}. Look at {run.samples_file}; prompts may be too "
+             "hard or too easy, or the reward always equal")
+
+
+def exact_match(rows, right):
+    """-> {"accuracy": share of the completions, of those with a right answer, that end with it}."""
+    asked = [(row["text"], answer) for row, answer in zip(rows, right) if answer is not None]
+    matches = [extract_answer(text) == answer for text, answer in asked]
+    return {"accuracy": sum(matches) / len(matches)} if matches else {}
+
+
+def pass_at_k(n, correct, k):
+    """The chance that at least one of k samples is right, if c of n are: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased; Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2.
+    """
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def vote(answers, weights=None):
+    """The answer with the largest sum of weights (default: one vote each); None never votes, ties go to the
+    earliest. Self-consistency, Wang 2022, arXiv 2203.11171. ["7", None, "8", "8"] -> "8"."""
+    totals = {}
+    for answer, weight in zip(answers, weights or [1.0] * len(answers)):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + weight
+    return max(totals, key=totals.get, default=None)
+
+
+def verify(answers, right, scores):
+    """Inference-time verification -> {"pass@k", "majority@k", "best_of@k", "weighted_vote@k": share right}.
+
+    answers: of each of N prompts the n samples' (None: no answer), right: N; scores (N, n) of a reward model,
+    or None. For k = 1, 2, 4 ... n the last three choose among the first k samples. A vote's weights are
+    softmax(scores): only differences between a reward model's scores mean anything.
+    """
+    n, metrics = len(answers[0]), {}
+    for k in sorted({2**i for i in range(n.bit_length())} - {0} | {n}):
+        correct = [group.count(truth) for group, truth in zip(answers, right)]
+        metrics[f"pass@{k}"] = sum(pass_at_k(n, c, k) for c in correct) / len(answers)
+        chosen = {"majority": [vote(group[:k]) for group in answers]}
+        if scores is not None:
+            chosen["best_of"] = [group[s[:k].argmax()] for group, s in zip(answers, scores)]
+            chosen["weighted_vote"] = [vote(group[:k], s[:k].softmax(0).tolist())
+                                       for group, s in zip(answers, scores)]
+        for name, picks in chosen.items():
+            metrics[f"{name}@{k}"] = sum(a == b for a, b in zip(picks, right)) / len(answers)
+    return metrics
+
+
+def flat(groups):
+    """N lists of rows -> one."""
+    return [row for group in groups for row in group]
+
+
+def add_demonstrations(prompts, rewards, args, tokenizer):
+    """Gives each prompt that has a column `demonstration`, a whole answer, the row of it -> the number of the
+    reward that says whether a completion is right: accuracy, else code, else the first. Without
+    --demo_threshold it does nothing -> None."""
+    if args.demo_threshold is None:
+        return None
+    longest, too_long = args.max_prompt_length + args.max_completion_length, 0
+
+    def encode(prompt):
+        answer = column_messages(prompt["row"], "demonstration", "assistant")
+        require(answer and answer[-1]["role"] == "assistant" and answer[-1]["content"].strip(),
+                "column 'demonstration' does not end with an answer", ValueError)
+        return upto_answer(encode_conversation(tokenizer, prompt["turns"] + answer)[-1])
+
+    given = [(p, p["place"]) for p in prompts if p["row"].get("demonstration") not in (None, "", [])]
+    require(given, "--demo_threshold: no prompt has a demonstration in a column 'demonstration'")
+    for part, prompt, _ in convert_rows(given, encode, args.skip_bad_rows, args.dataset_name):
+        if len(part["input_ids"]) <= longest:
+            prompt["demonstration"] = make_row(part["input_ids"], part["mask"], sampled=0.0, score=0.0,
+                                                      nll=True, note="demonstration, ")
+        too_long += len(part["input_ids"]) > longest
+    require(len(given) > too_long, f"--demo_threshold: all demonstrations are longer than {longest} tokens, "
+            "--max_prompt_length and --max_completion_length together")
+    say(f"data     {len(given) - too_long:,} of {len(prompts):,} prompts have a demonstration"
+        + (f"; {too_long:,} are too long" if too_long else ""))
+    names = list(rewards)
+    gate = next((names.index(name) for name in ("accuracy", "code") if name in names), 0)
+    say(f"data     a demonstration steps in where a group's mean of '{names[gate]}' is at most "
+        f"{args.demo_threshold:g}")
+    return gate
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+def base_and_adapter(name):
+    """A model folder or name -> (name, None); a LoRA adapter's folder -> (its base, the folder)."""
+    base, adapter, lost = name, None, f"no such model folder: {name}"
+    if os.path.exists(os.path.join(name, "adapter_config.json")):
+        with explain(f"{name}/adapter_config.json is not readable"):
+            base, adapter = PeftConfig.from_pretrained(name).base_model_name_or_path, name
+        require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
+                f"{name} holds no adapter weights")
+        lost = f"the adapter {name} was trained on {base}, which is not there"
+    require(os.path.isdir(base) or not base.startswith((".", "/", "~")), lost)
+    return base, adapter
+
+
+def trains_adapter(args):
+    """Whether LoRA is trained: asked for by --lora_r, or given as the folder of an adapter."""
+    return args.lora_r > 0 or base_and_adapter(args.model_name_or_path)[1] is not None
+
+
+def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
+    """The model, ready to train: trained weights fp32, all others frozen; LoRA and 4-bit as `args` say.
+
+    It is a policy that stops at every id of stop_token_ids or, with score_names, a reward model with one
+    output a name. `device` moves nothing: it says where a 4-bit base will be used. dropout=False sets every
+    rate to 0, since checkpointing needs train() mode.
+    """
+    base, adapter = base_and_adapter(args.model_name_or_path)
+    scores = score_names and score_config(score_names, tokenizer)
+    set_seed(args.seed)  # random weights and LoRA's A are drawn here
+    model = load_base(base, args, device, trains_adapter(args), scores)
+    check_fit(model, base, tokenizer, args, scores)
+    how = "full fine-tuning"
+    if trains_adapter(args):
+        model, how = add_adapter(model, adapter, args, scores)
+    require(scores or not isinstance(model.get_output_embeddings(), BaseTunerLayer),
+            "LoRA on the output head would not be trained: use --modules_to_save lm_head instead")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if not dropout:
+        no_dropout(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not scores:
+        model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
+    model.train()
+    trained, total = PeftModel.get_nb_trainable_parameters(model)  # it knows the size of 4-bit weights
+    say(f"model    {args.model_name_or_path} ({model.config.model_type}): {how}"
+        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} weights "
+        f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
+    return model
+
+
+def check_fit(model, base, tokenizer, args, scores):
+    """UserError unless the model can read every id and row, and a policy's logits are those of its head."""
+    embedded = model.get_input_embeddings().weight.shape[0]
+    require(len(tokenizer) <= embedded,
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {embedded} rows: "
+            f"'{base}' and its tokenizer do not belong together")
+    flags = ["max_length"] if hasattr(args, "max_length") else ["max_prompt_length", "max_completion_length"]
+    longest, limit = sum(getattr(args, flag) for flag in flags), max_positions(model)
+    require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions: "
+            f"lower --{' or --'.join(flags)}")
+    scaled = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+              if getattr(model.config, name, None) not in (None, 1)]
+    require(scores or not scaled, f"models of type {model.config.model_type} change their logits after "
+            f"the head ({', '.join(scaled)}), so their log-probs would be off: not supported")
+
+
+def max_positions(model):
+    """The longest row a model can read; 10**9 where it sets no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
+
+
+def add_adapter(model, adapter, args, scores):
+    """-> (the model with that folder's adapter, which goes on, or with a new one; what is said of it)."""
+    if adapter:
+        config = PeftConfig.from_pretrained(adapter)
+        of_scores = config.task_type == "SEQ_CLS"
+        require(of_scores == bool(scores), f"{adapter} is an adapter of "
+                f"{'a reward model' if of_scores else 'a policy'}: start from its merged/ instead")
+        require(args.lora_r in (0, config.r),
+                f"{adapter} is an adapter of rank {config.r}: leave --lora_r out")
+        with explain(f"cannot load the adapter {adapter}"):
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True), "a LoRA adapter goes on"
+    for name in args.modules_to_save or []:
+        require(any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()),
+                f"--modules_to_save {name}: the model has no module of that name")
+    config = LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
+        target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM")  # SEQ_CLS trains and saves the head too
+    with explain(f"--lora_target_modules {args.lora_target_modules}", ValueError):
+        return get_peft_model(model, config), f"LoRA r={args.lora_r}"
+
+
+def score_config(names, tokenizer):
+    """The config entries of a reward model with one score a name."""
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_token_id}
+
+
+def load_base(base, args, device="cpu", frozen=False, scores=None):
+    """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
+
+    With `scores` (a score_config) it is a reward model. A folder with a config but no weights starts from
+    random ones. If they stay frozen they are saved in output_dir/base: an adapter needs its base.
+    """
+    dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    options = {"trust_remote_code": args.trust_remote_code}
+    if args.attn_implementation:
+        options["attn_implementation"] = args.attn_implementation
+    with explain(f"cannot load a model from '{base}'"):
+        config = AutoConfig.from_pretrained(base, **options, **(scores or {}))
+        require(not hasattr(config, "vision_config"),
+                f"{base} is a vision-language model: images are not supported")
+        require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts "
+                "auxiliary loss (output_router_logits), which is not supported")
+        if os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base)):
+            say(f"model    {base} has a config but no weights: starting from random ones (seed {args.seed})")
+            model = auto.from_config(config, dtype=torch.float32, **options)
+            if not frozen:
+                return model
+            require(not args.audit, f"--audit writes nothing but its page, and {base} has no weights: "
+                    "adapters would need a base that is saved")
+            base = os.path.join(args.output_dir, "base")
+            if os.environ.get("RANK", "0") == "0":
+                model.save_pretrained(base)
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+        if args.load_in_4bit:
+            options["quantization_config"] = nf4(dtype, device)
+        model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
+                                             **options)
+        missing = [name for name in loaded["missing_keys"] if not (scores and name.startswith("score."))]
+        require(not missing, f"it holds no weights for {', '.join(sorted(missing)[:3])}: "
+                "they would be random")
+        return model
+
+
+def nf4(compute_dtype, device):
+    """NF4 with double quantisation, for weights that will be used on `device`."""
+    with explain("--load_in_4bit needs the package 'bitsandbytes' (pip install bitsandbytes)", ImportError):
+        import bitsandbytes.nn.modules
+    if torch.device(device).type == "cpu":  # an eval forward would repack the weights and spoil the gradients
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=compute_dtype)
+
+
+def use_scoring_pad_token(tokenizer):
+    """Gives the tokenizer a pad token that ends no text, and returns its id.
+
+    transformers reads a reward model's score before the last run of pad tokens: were that the EOS of a text,
+    it would read the token before it. Any other token will do; no mask is derived from it.
+    """
+    stops = stop_token_ids(tokenizer)
+    if tokenizer.pad_token_id in (None, *stops):
+        others = [tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1]
+        pad_id = next(i for i in others if i not in (None, *stops))
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    return tokenizer.pad_token_id
+
+
+def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16):
+    """A reward model's folder (full, merged or adapter) -> (names of its scores, score).
+
+    score(conversations: lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the
+    last answer; one that is truncated gets no end-of-turn token.
+    """
+    base, adapter = base_and_adapter(folder)
+    options = {"trust_remote_code": trust_remote_code}
+    with explain(f"{folder} is no reward model that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, **options)
+        if hasattr(config, "quantization_config"):  # an adapter that was trained on a 4-bit base
+            del config.quantization_config
+            options["quantization_config"] = nf4(torch.float32, device)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            base, config=config, dtype=torch.float32, output_loading_info=True, **options)
+        with_head = adapter and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
+        require(with_head or not loaded["missing_keys"], "it has no trained score head")
+        model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        model.to(device).eval()
+        if tokenizer.pad_token_id is None:
+            model.config.pad_token_id = use_scoring_pad_token(tokenizer)
+    limit, stops = max_positions(model), stop_token_ids(tokenizer)
+
+    @torch.no_grad()
+    def score(conversations, truncated=None):
+        answers = [upto_answer(encode_conversation(tokenizer, messages)[-1]) for messages in conversations]
+        rows = [answer["input_ids"][-limit:] for answer in answers]
+        for i, cut in enumerate(truncated or []):
+            if cut and rows[i][-1] in stops:
+                rows[i] = rows[i][:-1]
+        scores = torch.zeros(len(rows), config.num_labels)
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(rows), batch_size):
+            at = by_length[start:start + batch_size]
+            batch = tokenizer.pad({"input_ids": [rows[i] for i in at]}, padding_side="right",
+                                  return_attention_mask=True, return_tensors="pt").to(device)
+            scores[at] = model(**batch).logits.float().cpu()
+        return scores
+    return [config.id2label[i] for i in range(config.num_labels)], score
+
+
+def dropout_rates(model):
+    """Yields (module, attribute) of every rate above 0: dropout modules', and those of functional dropout."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            rate = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
+            if rate and isinstance(value, float) and value > 0:
+                yield module, name
+
+
+def no_dropout(model):
+    """Sets every dropout rate to 0."""
+    for module, name in list(dropout_rates(model)):
+        setattr(module, name, 0.0)
+
+
+def check_cut(model, checkpoint, args):
+    """UserError if a run with dropout is resumed with another --micro_batch_tokens."""
+    then = checkpoint["args"]["micro_batch_tokens"]
+    require(then == args.micro_batch_tokens or not any(dropout_rates(model)), "the model has dropout, whose "
+            f"draws depend on the cut: give --micro_batch_tokens {then}, as the checkpoint's run did")
+
+
+def make_reference(model, args, device):
+    """The frozen reference policy -> (model to call, context to call it in); says how it is made.
+
+    LoRA on a plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that
+    adapter. Full fine-tuning: a frozen copy of the model. Call it before the first update.
+    """
+    adapter = base_and_adapter(args.model_name_or_path)[1]
+    if not isinstance(model, PeftModel):
+        say("reference a frozen copy of the model")
+        return copy.deepcopy(model).requires_grad_(False).to(device), nullcontext
+    if adapter is None:
+        say("reference the base model, adapters off")
+        return model, model.disable_adapter
+    model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
+    model.set_adapter("default")
+    no_dropout(model)  # the new layers came with the adapter's own rate
+    model.train()
+
+    @contextmanager
+    def use_reference():
+        model.set_adapter("reference", inference_mode=True)
+        try:
+            yield
+        finally:
+            model.set_adapter("default")
+    say("reference a frozen copy of the adapter")
+    return model, use_reference
+
+
+# ---- saving ------------------------------------------------------------------------------------------------
+
+def finish(args, accelerator, model, tokenizer):
+    """Writes model/ (and merged/ with --merge) and says where."""
+    named = model.state_dict(keep_vars=True)
+    values = {id(value): whole(value).detach() for value in named.values()}  # tied weights stay one tensor
+    state = {name: values[id(value)] for name, value in named.items()}
+    if accelerator.is_main_process:
+        folder = os.path.join(args.output_dir, "model")
+        save_model(model, tokenizer, folder, state)
+        say(f"saved    {folder}")
+        if args.merge:
+            merge_adapter(args, model, tokenizer, folder, accelerator.device)
+    accelerator.wait_for_everyone()
+
+
+def save_model(model, tokenizer, folder, state=None):
+    """An adapter or full weights, with tokenizer, template and generation config."""
+    model.config.use_cache = True
+    options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    with written_whole(folder) as unfinished:
+        model.save_pretrained(unfinished, state_dict=state, **options)
+        # a reward model generates nothing: its config tells the names of its scores, beside an adapter too
+        config = model.generation_config if model.can_generate() else model.config
+        config.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+
+def merge_adapter(args, model, tokenizer, adapter, device):
+    """Merges the trained model's adapter, saved as `adapter`, into its base and writes merged/.
+
+    A 4-bit base is dequantised first: merging into its original weights, or in 4 bits, is some ten times less
+    exact. It prints how far the logits moved.
+    """
+    scores = None if model.can_generate() else score_config(list(model.config.id2label.values()), tokenizer)
+    base = load_base(base_and_adapter(adapter)[0], args, device, True, scores).to(device)
+    ids = torch.arange(64, device=device).view(8, 8) % len(tokenizer)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(base, adapter).eval()
+        before = adapted(ids).logits.float()
+        if args.load_in_4bit:
+            base = adapted.unload().dequantize(dtype=torch.bfloat16 if args.bf16 else torch.float32)
+            adapted = PeftModel.from_pretrained(base, adapter)
+        merged = adapted.merge_and_unload().eval()
+        after = merged(ids).logits.float()
+    if not scores:
+        merged.generation_config = model.generation_config
+    folder = os.path.join(args.output_dir, "merged")
+    save_model(merged, tokenizer, folder)
+    say(f"merged   {folder}: logits moved by at most {(after - before).abs().max():.2g} "
+        f"(their spread is {before.std():.2g})")
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+def make_accelerator(args):
+    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it.
+
+    Buffers are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation
+    stays 1, whatever the launcher says: a script divides by the whole step's denominator itself.
+    Every process loads the weights, or what is copied before sharding (a reference) would be empty on some.
+    """
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    require(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "false",
+            "DeepSpeed is not supported: use FSDP (fsdp_version: 2) in the accelerate config")
+    if args.bf16 is None:
+        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+        cpu = cpu or not torch.accelerator.is_available()
+        args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
+                              project_dir=args.output_dir,
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator.gradient_accumulation_steps = 1
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    require(not sharded or accelerator.is_fsdp2, "FSDP 1 is not supported: set fsdp_version: 2")
+    require(not sharded or args.optim == "adamw_torch", f"--optim {args.optim} cannot be sharded by FSDP")
+    return accelerator
+
+
+@contextmanager
+def unsharded(module):
+    """Inside, an FSDP module has its weights whole on every process, and a forward without gradients waits
+    for no other process; without FSDP nothing changes. `module` must have run its first forward."""
+    units = [m for m in module.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not module, recurse=False)
+            unit.reshard()
+
+
+def whole(value):
+    """A tensor that FSDP has sharded, gathered from all processes on the CPU; anything else as it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def like(value, parameter):
+    """A whole tensor, sharded as the parameter is if it has its shape."""
+    if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+# Arguments that may differ when a run is resumed: none of them changes the resulting weights (but for
+# micro_batch_tokens where there is dropout: check_cut).
+MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
+              "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
+              "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step"}
+OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
+
+
+def open_run(args):
+    """Checks args.output_dir and finds where to go on. -> the checkpoint's state or None.
+
+    It removes nothing: Run.start does when data and model have been found good. UserError if the folder holds
+    a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that
+    changes the mathematics differs from the checkpoint's.
+    """
+    require(trains_adapter(args) or not args.load_in_4bit,
+            "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
+    require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
+    require(args.audit or not args.audit_step, "--audit_step is the step to show: add --audit FILE.html")
+    if args.audit:  # output_dir is only read, where there is something to resume
+        folder = os.path.dirname(args.audit) or "."
+        require(args.audit.endswith(".html") and os.access(folder, os.W_OK),
+                f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
+    else:
+        with explain(f"--output_dir {args.output_dir}", OSError):
+            os.makedirs(args.output_dir, exist_ok=True)
+        require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
+    path, checkpoint = find_checkpoint(args)
+    if checkpoint is None:
+        check_free(args)
+        return None
+    then = checkpoint["args"]
+    for name, value in sorted(asdict(args).items()):
+        require(name in MAY_CHANGE or then.get(name) == value,
+                f"{path} was written with --{name} {then.get(name)} and this run has {value}: "
+                "that would change the result; give the old value, or start a new --output_dir")
+    say(f"resume   from {path}, step {checkpoint['step']}")
+    return checkpoint
+
+
+def check_free(args):
+    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs."""
+    if args.audit:  # replaces nothing
+        return
+    used = [name for name in OUTPUTS if os.path.exists(os.path.join(args.output_dir, name))]
+    # asked to go on, but killed before its first checkpoint: such a run has no model/ yet
+    started = args.resume_from_checkpoint and not {"model", "merged"}.intersection(used)
+    require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
+            "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
+    require(not used or args.overwrite_output_dir or started,
+            f"{args.output_dir} already holds a run: choose another --output_dir, or add "
+            "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
+    given = [(name, getattr(args, name, None)) for name in (
+        "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset")]
+    given += [("reward_funcs", name) for name in getattr(args, "reward_funcs", [])]
+    given += [("model_name_or_path", base_and_adapter(args.model_name_or_path)[0])]
+    for name, value in given:
+        for path in (value, value.rpartition(":")[0]) if value else ():  # folder:score, file.py:function
+            inside = os.path.relpath(os.path.realpath(path or "."), os.path.realpath(args.output_dir))
+            require(inside.split(os.sep)[0] not in OUTPUTS, f"--{name} {value} lies inside the run that "
+                    "would be replaced; choose another --output_dir")
+
+
+def find_checkpoint(args):
+    """-> (folder, state) to resume from; of "latest" the newest that is whole; or two Nones."""
+    wanted, folder = args.resume_from_checkpoint, os.path.join(args.output_dir, "checkpoints")
+    if wanted is None:
+        return None, None
+    if wanted != "latest":
+        require(os.path.isdir(wanted), f"--resume_from_checkpoint {wanted}: no such folder (or say 'latest')")
+        with explain(f"--resume_from_checkpoint {wanted}"):
+            return wanted, load_checkpoint(wanted)
+    for path in reversed(steps_in(folder)):
+        try:
+            return path, load_checkpoint(path)
+        except Exception as error:
+            say(f"resume   passing over {path}: {reason_of(error)}")
+    say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
+    return None, None
+
+
+def steps_in(folder):
+    """The checkpoints of a folder, oldest first."""
+    return [os.path.join(folder, n) for n in sorted(glob.glob("step-" + "[0-9]" * 8, root_dir=folder))]
+
+
+@contextmanager
+def written_whole(folder):
+    """Yields an empty folder that replaces `folder` once complete; UserError, and no change, if not."""
+    unfinished = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with explain(f"could not write {folder} (the checkpoints before it are whole)"):
+            os.makedirs(unfinished)
+            yield unfinished
+            for name in [*os.listdir(unfinished), "."]:  # on the disk before its name says so
+                handle = os.open(os.path.join(unfinished, name), os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def load_checkpoint(folder):
+    """-> the state that Run.save wrote. Raises an exception if it is not there or damaged."""
+    path = os.path.join(folder, "state.pt")
+    with zipfile.ZipFile(path) as file:  # torch.load alone does not look at the checksums
+        require(file.testzip() is None, "damaged: its checksums do not fit", ValueError)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def mapped(function, value):
+    """The function applied to all that a dict of dicts holds: bitsandbytes nests its 8-bit moments."""
+    if isinstance(value, dict):
+        return {key: mapped(function, inner) for key, inner in value.items()}
+    return function(value)
+
+
+@torch.no_grad()
+def restore(module, optimizer, state):
+    """Puts saved weights and moments back in place. UserError if a weight's name or shape is another."""
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            saved = state["weights"].get(name)
+            require(saved is not None and saved.shape == p.shape, f"the checkpoint has no weight {name} of "
+                    f"shape {tuple(p.shape)}: it was written by another model")
+            p.copy_(like(saved, p))
+    if optimizer is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {place: mapped(partial(like, parameter=parameters[place]), values)
+                   for place, values in state["optimizer"].items()}
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def fingerprint_of_file(path):
@@ -700,182 +2157,364 @@ def fingerprint_of_file(path):
     return digest.hexdigest()[:16]
 
 
-def fingerprint(examples):
-    """A digest of all that the examples hold, so that no run is resumed with other data or templates."""
+def fingerprint(rows):
+    """A digest of all that the rows hold, but for their places, so that no run goes on with other data."""
     def plain(value):
+        if isinstance(value, dict):
+            return [(name, plain(v)) for name, v in sorted(value.items())]
         if isinstance(value, list):
             return [plain(v) for v in value]
         return value.numpy().tobytes() if torch.is_tensor(value) else value
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr([(name, plain(value)) for name, value in sorted(example.items())]).encode())
+    for row in rows:
+        digest.update(repr(plain({**row, "place": None})).encode())
     return digest.hexdigest()[:16]
 
 
-# ---- preferences and scores --------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
-PAIR_FORMATS = {"sharegpt_pair": ("conversations", "chosen", "rejected"),
-                "alpaca_pair": ("instruction", "chosen", "rejected"),
-                "prompt_pair": ("prompt", "chosen", "rejected"), "conversation_pair": ("chosen", "rejected")}
-SCORE_FORMATS = {"prompt_completion_score": ("prompt", "completion", "score")}
+class Run:
+    """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once.
 
-
-def transcript(text):
-    """hh-rlhf's "\\n\\nHuman: ... \\n\\nAssistant: ..." -> messages. Raises ValueError if it is none."""
-    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
-    if len(parts) < 4 or parts[0].strip() or parts[-2] != "Assistant":
-        raise ValueError("expected a transcript that ends with '\\n\\nAssistant: ...', or messages, or a "
-                         f"column 'prompt' beside the strings; got {_short(text)}")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [turn(roles[who], said.strip(), train=False) for who, said in zip(parts[1::2], parts[2::2])]
-
-
-def to_pair(row, format, system_prompt=None):
-    """A row of any preference format -> {"prompt", "chosen", "rejected"}, lists of messages, and "margin".
-
-    Full conversations and transcripts are split after the messages that they share. A side may come
-    out empty: encode_pairs drops and counts such pairs. Raises ValueError with the reason.
+    .state is what a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's
+    fingerprint and what the script names; .kept are tensors that go into it too.
     """
-    columns = {"alpaca_pair": "instruction", "sharegpt_pair": "conversations", "prompt_pair": "prompt"}
-    column = columns.get(format)
-    prompt = column_messages(row, column, train=False) if column else []
-    expect(not prompt or prompt[-1]["content"].strip(), f"column '{column}' is empty")
-    sides = []
-    for name in ("chosen", "rejected"):
-        value = row.get(name)
-        if isinstance(value, str):
-            value = transcript(value) if format == "conversation_pair" else [turn("assistant", value)]
-        elif isinstance(value, (dict, list)):
-            value = to_messages(value if isinstance(value, list) else [value])
-        else:
-            raise ValueError(f"column '{name}' is neither a string nor messages but {_short(value)}")
-        sides.append(value)
-    said = [[(m["role"], m["content"]) for m in side] for side in sides]
-    shared = len(os.path.commonprefix(said))
-    shared = min(shared, *(len(side) - 1 for side in sides))  # identical sides: the last turn is the answer
-    if shared:
-        beginning = sides[0][:shared]  # full conversations hold the prompt themselves
-        known = [(m["role"], m["content"]) for m in prompt]
-        full = said[0][:len(known)] == known or any(m in beginning for m in prompt if m["role"] == "user")
-        prompt = beginning if full else prompt + beginning
-        sides = [side[shared:] for side in sides]
-    for name, side in zip(("chosen", "rejected"), sides):
-        if side[0]["role"] != "assistant":
-            raise ValueError(f"'{name}' does not begin with an answer after what both sides share: their "
-                             "prompts differ")
-    if not prompt or prompt[-1]["role"] == "assistant":
-        raise ValueError("the prompt of chosen and rejected must end with a user message")
-    if prompt[0]["role"] != "system":
-        prompt = with_system(prompt, row, system_prompt)
-    short, long = sorted(([(m["role"], m["content"]) for m in side] for side in sides), key=len)
-    expect(len(short) == len(long) or long[:len(short)] != short, "one side is the beginning of the other")
-    margin = row.get("margin")
-    try:
-        margin = 0.0 if margin in (None, "") else float(margin)
-    except (TypeError, ValueError):
-        margin = math.nan
-    expect(abs(margin) < 1e30, f"column 'margin' is no number: {_short(row.get('margin'))}")
-    prompt = [{**m, "train": False} for m in prompt]
-    chosen, rejected = ([{**m, "train": m["role"] == "assistant"} for m in side] for side in sides)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
 
+    def __init__(self, args, **state):
+        self.args, self.accelerator = args, make_accelerator(args)
+        self.device = self.accelerator.device
+        self.place = self.accelerator.process_index, self.accelerator.num_processes
+        args.resolve(trains_adapter(args), self.accelerator.is_fsdp2)
+        self.checkpoint = open_run(args)  # until start: what to go on from, or None
+        self.state = {"step": 0, "num_tokens": 0, "data": None} | state
+        if self.checkpoint:
+            self.state = {name: self.checkpoint[name] for name in self.state}
+        self.tokenizer = load_tokenizer(args)
+        self.kept, self.warned, self.last, self.total_steps, self.audit_step = {}, set(), self.step, 0, None
+        self.flat_rollouts = 0
+        self.signal, self.stop = 0, False  # what reached this process; what all agreed on in Sums.reduce
+        self.writes = self.accelerator.is_main_process and not args.audit  # an audit writes nothing here
+        self.track = args.log_with and not args.audit
+        self.samples_file = os.path.join(args.output_dir, "samples.jsonl")
 
-def upto_answer(example):
-    """(ids, mask) up to the last answer's end of turn: what a template puts after it is never sampled."""
-    ids, mask = example["input_ids"], example["completion_mask"]
-    end = len(mask) - mask[::-1].index(1)
-    return ids[:end], mask[:end]
+    @property
+    def step(self):
+        """Updates made so far."""
+        return self.state["step"]
 
+    def check_data(self, rows):
+        """Keeps the fingerprint of all that training depends on; UserError if the checkpoint has another."""
+        data = fingerprint(rows)
+        require(self.state["data"] in (None, data), "the checkpoint was written with other training data or "
+                "rewards (or another chat template or tokenizer): give the same, or a new --output_dir")
+        self.state["data"] = data
 
-def prompt_key(messages):
-    """What hold_out splits by: the same for the same prompt in every script."""
-    return repr([m["content"] for m in messages if m["role"] != "assistant"])
+    def prepare(self, module, optimizer):
+        """accelerate's prepare -> (wrapped module, optimizer); what is saved is `module`.
 
+        Under FSDP2 the forward runs under autocast, as accelerate does elsewhere: FSDP's own bf16 would round
+        what comes out. One forward is made at once, which FSDP needs before `unsharded`.
+        """
+        sharded = self.accelerator.is_fsdp2
+        if sharded:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        self.module = module
+        module, self.optimizer = self.accelerator.prepare(module, optimizer)
+        if sharded:
+            module.forward = self.accelerator.autocast()(module.forward)
+            nothing = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            with torch.no_grad():
+                module(nothing, nothing)
+        return module, self.optimizer
 
-def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
-    """[(pair, row, place)] -> [{"chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask": tensors;
-    "prompt_ids", "margin", "row"}].
+    def start(self, total_steps, what):
+        """Now the folder is the run's: restores the checkpoint, or removes what an earlier run left."""
+        args, self.total_steps = self.args, total_steps
+        if args.audit:
+            self.audit_step = args.audit_step or self.step + 1
+            require(self.step < self.audit_step <= total_steps,
+                    f"--audit: there is no step {self.audit_step}, since this command starts after step "
+                    f"{self.step} and ends with step {total_steps}; see --audit_step")
+        if self.checkpoint:
+            check_cut(self.module, self.checkpoint, args)
+            restore(self.module, self.optimizer, self.checkpoint)
+            self.checkpoint = None
+        for path in (os.path.join(args.output_dir, name) for name in OUTPUTS if self.writes):
+            if self.step == 0:
+                shutil.rmtree(path, ignore_errors=True)
+                with suppress(FileNotFoundError):
+                    os.remove(path)
+            elif path.endswith(".jsonl"):
+                cut_back(path, self.step)
+        if self.writes:
+            with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
+                json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
+        if self.track:
+            self.accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
+        if self.step == total_steps > 0:
+            say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
+        self.bar = tqdm(total=total_steps, initial=self.step, unit="step", dynamic_ncols=True,
+                        disable=not (self.writes and sys.stderr.isatty()))
+        self.begun, self.first, self.tokens = time.time(), self.step, 0
+        self.catch_signals()
+        say(f"train    {what}; learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
+            f"{self.place[1]} process(es) on {self.device}")
 
-    Both sides lose the same tokens of the prompt's beginning, then each its completion's end. Empty and
-    identical pairs are dropped; `counts` (a Counter) says how many, and what was cut.
-    """
-    examples = []
-    for pair, row, place in items:
-        if not all(m["content"].strip() for side in ("chosen", "rejected") for m in pair[side]):
-            counts["dropped: an empty completion"] += 1
-            continue
+    def catch_signals(self):
+        """Ctrl-C and SIGTERM are noted: the loop saves a checkpoint and stops. A second one ends at once."""
+        def note(number, frame):
+            self.signal = number
+            say("stopping after this step (ppo, grpo: this rollout), with a checkpoint (once more: at once)",
+                file=sys.stderr)
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
+
+    def micro_batches(self, groups, fields=(), module=None, micro_batch_tokens=None):
+        """The rows of one step as padded micro-batches (pad_rows), longest first. `groups` are rows, or lists
+        of rows that stay together, as pairs do: then all chosen rows come first.
+
+        The gradients of `module`, where one is trained, are synchronised in the last alone. A micro-batch has
+        .rows, .places (of its groups in the step) and .last too. Every process gets equally many: a missing
+        one has no rows, and tensors of rows whose mask and fields are 0.
+        """
+        groups = [group if isinstance(group, list) else [group] for group in groups]
+        lengths = [len(group) * max(len(row["input_ids"]) for row in group) for group in groups]
+        batches = cut(lengths, micro_batch_tokens or self.args.micro_batch_tokens, *self.place)
+        nothing = [[{"input_ids": [0, 0], "mask": [0, 0]}] * (len(groups[0]) if groups else 1)]
+        for number, places in enumerate(batches):
+            sides = zip(*([groups[i] for i in places] or nothing))
+            rows = [row for side in sides for row in side]
+            mb = pad_rows(rows, fields, self.device)
+            mb.rows, mb.places, mb.last = rows if places else [], places, number == len(batches) - 1
+            with nullcontext() if mb.last or module is None else self.accelerator.no_sync(module):
+                yield mb
+
+    @torch.no_grad()
+    def over_rows(self, groups, of, fields=(), micro_batch_tokens=None):
+        """of(mb), tensors with B first, for micro-batches of all groups and without gradients -> a list of
+        tuples, one a group, in order, on the CPU, the same on every process."""
+        mine = []
+        for mb in self.micro_batches(groups, fields, None, micro_batch_tokens):
+            with self.accelerator.autocast():
+                outputs = of(mb)
+            mine += zip(mb.places, zip(*(x.cpu() for x in outputs)))
+        return [outputs for _, outputs in sorted(gather_object(mine), key=lambda pair: pair[0])]
+
+    def together(self, function):
+        """function() on every process -> the list of its results. A UserError on one is raised on all: the
+        others would wait for it for ever."""
         try:
-            sides = [encode_conversation(tokenizer, pair["prompt"] + pair[side])
-                     for side in ("chosen", "rejected")]
-            if any(len(parts) > 1 for parts in sides):
-                raise ValueError("the chat template rewrites earlier turns, so a completion of several turns "
-                                 "cannot be one example")
-            prompt_ids = encode_prompt(tokenizer, pair["prompt"])[-max_length:]
-        except ValueError as error:
-            require(skip_bad_rows, f"{place}: {error}; mend it or add --skip_bad_rows")
-            counts["skipped in tokenizing"] += 1
-            continue
-        sides = [upto_answer(parts[0]) for parts in sides]
-        prompt = min(mask.index(1) for _, mask in sides)
-        longest = max(len(ids) for ids, _ in sides)
-        keep = max(max_length - (longest - prompt), min(prompt, max_length // 2))
-        cut = max(prompt - keep, 0) if longest > max_length else 0
-        counts["cut to max_length"] += longest > max_length
-        sides = [(ids[cut:cut + max_length], mask[cut:cut + max_length]) for ids, mask in sides]
-        if sides[0] == sides[1] or not all(any(mask[1:]) for _, mask in sides):
-            counts["dropped: the two sides are identical"] += sides[0] == sides[1]
-            counts["dropped: no trained token left"] += sides[0] != sides[1]
-            continue
-        example = {"prompt_ids": prompt_ids, "margin": pair["margin"], "row": row}
-        for name, (ids, mask) in zip(("chosen", "rejected"), sides):
-            example[f"{name}_ids"] = torch.tensor(ids, dtype=torch.int32)
-            example[f"{name}_mask"] = torch.tensor(mask, dtype=torch.int8)
-        examples.append(example)
-    return examples
+            mine = function()
+        except UserError as error:
+            mine = error
+        results = gather_object([mine])
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
+        return results
+
+    def annotate(self, rows, module, names, temperature):
+        """Gives rows what module(input_ids, mask, temperature) returns, cut to (T,), under these names."""
+        outputs = self.over_rows(rows, lambda mb: module(mb.input_ids, mb.mask, temperature))
+        for row, values in zip(rows, outputs):
+            row |= {name: x[:len(row["input_ids"])] for name, x in zip(names, values)}
+
+    def sums(self):
+        """What a step adds up: see Sums."""
+        return Sums(self)
+
+    def write(self, name, record):
+        """One line of metrics.jsonl or samples.jsonl."""
+        if self.writes:
+            with open(os.path.join(self.args.output_dir, name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def samples(self, kind, rows):
+        """rows {column: value} to samples.jsonl, of this step (evaluation) or the next one (rollout)."""
+        for row in rows:
+            self.write("samples.jsonl", {"step": self.step + (kind == "rollout"), "kind": kind, **row})
+
+    def log(self, metrics):
+        """Metrics of this step to metrics.jsonl and the tracker."""
+        self.write("metrics.jsonl", {"step": self.step, **metrics})
+        evaluation = any(name.startswith("eval/") for name in metrics)
+        if self.track and (evaluation or self.step % self.args.logging_steps == 0):
+            self.accelerator.log(metrics, step=self.step)
+
+    def report(self, metrics, table=(), keep=False):
+        """Logs and prints an evaluation and the first rows of its table; keep: all go to samples.jsonl."""
+        self.log(metrics)
+        self.samples("evaluation", table if keep else ())
+        figures = (f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
+        say(f"eval     step {self.step}: " + "  ".join(figures))
+        show_table(list(table)[:3])
+
+    def done(self, metrics, tokens, shown):
+        """An update of so many tokens is made: logs its metrics and prints those that are `shown`."""
+        self.state["step"], self.state["num_tokens"] = self.step + 1, self.state["num_tokens"] + tokens
+        self.log(metrics | {"num_tokens": self.state["num_tokens"]})
+        self.tokens += tokens
+        seconds = max(time.time() - self.begun, 1e-9)
+        figures = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+        figures += f"  {self.tokens / seconds:,.0f} tok/s"
+        self.bar.set_postfix_str(figures, refresh=False)
+        self.bar.update(1)
+        if self.bar.disable and (self.step % self.args.logging_steps == 0 or self.step == self.total_steps):
+            left = seconds / max(self.step - self.first, 1) * (self.total_steps - self.step)
+            say(f"step {self.step}/{self.total_steps}  {figures}  {left:.0f} s left")
+
+    def check_finite(self, loss, grad_norm, where, remedy="Try a lower --learning_rate"):
+        """UserError unless both are finite: before the update, so that no checkpoint is spoilt."""
+        require(math.isfinite(loss) and math.isfinite(grad_norm),
+                f"step {self.step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on {where}; "
+                f"this update was not made, and the checkpoints are whole. {remedy}")
+
+    def check_first_update(self, metrics):
+        """What must hold before a rollout's first update. UserError where the policy does not start at its
+        reference; a warning where what the sampler and the trainer say of a token differs."""
+        difference, kl = metrics.get("sampling/logprob_difference"), metrics.get("kl")
+        if difference is None:  # no token is trained
+            return
+        self.warn("sampler", difference > (0.1 if self.args.bf16 else 1e-3), f"sampler and trainer differ by "
+                  f"{difference:.2g} in a token's log-prob: what is learned is not what was sampled")
+        if self.step == 0:
+            require(abs(kl or 0.0) < (0.05 if self.args.bf16 else 1e-4),
+                    f"the policy starts {kl or 0:.2g} nats a token from its reference, not at it: "
+                    "try --bf16 False or --attn_implementation eager")
+            start = "" if kl is None else f", kl {kl:.1g}"
+            say(f"check    first update: sampler and trainer agree on log-probs to {difference:.1g}, "
+                f"ratio is 1 to within {metrics['ratio/deviation']:.1g}{start}")
+
+    def warn(self, name, sign, sentence):
+        """Says the sentence when the sign is seen, and again only after it was gone."""
+        if sign and name not in self.warned:
+            say(f"warning  {sentence}")
+        self.warned = self.warned | {name} if sign else self.warned - {name}
+
+    def warn_of_kl(self, kl, remedy):
+        """Warns where the policy is further than --kl_warn from its reference, in nats a completion."""
+        self.warn("kl", kl > self.args.kl_warn, f"the policy is {kl:.3g} nats a completion from its "
+                  f"reference (--kl_warn {self.args.kl_warn:g}): {remedy}")
+
+    def watch_loss(self, loss, advice=""):
+        """Warns when the evaluation loss, kept in state["eval_losses"], has risen three times in a row."""
+        losses = self.state["eval_losses"] = [*self.state["eval_losses"][-3:], loss]
+        self.warn("eval loss", len(losses) == 4 and losses == sorted(set(losses)),
+                  f"the evaluation loss has risen three times in a row, from {losses[0]:.4f}: the model "
+                  f"overfits. Take {advice}fewer epochs or a lower --learning_rate")
+
+    def due(self, every):
+        """Whether a multiple of `every`, or the end, lies among the steps since save_or_leave was called."""
+        return self.step // every > self.last // every or self.step == self.total_steps
+
+    def save(self, name=None):
+        """Writes checkpoints/step-N (or checkpoints/<name>); then removes the oldest beyond save_total_limit.
+        Every process calls it; the first one writes. UserError if a weight is not finite."""
+        if self.args.audit:
+            return
+        folder = os.path.join(self.args.output_dir, "checkpoints")
+        weights = {name: whole(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        state = {**self.state, "weights": weights, "kept": self.kept, "args": asdict(self.args),
+                 "optimizer": mapped(whole, self.optimizer.state_dict()["state"])}
+        require(all(weight.sum().isfinite() for weight in weights.values()),
+                f"step {self.step}: the weights are no longer finite and are not saved; the checkpoints are "
+                "whole. Try a lower --learning_rate")
+        if self.accelerator.is_main_process:
+            with written_whole(os.path.join(folder, name or f"step-{self.step:08d}")) as unfinished:
+                torch.save(state, os.path.join(unfinished, "state.pt"))
+            for old in steps_in(folder)[:-self.args.save_total_limit]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_or_leave(self):
+        """The end of a step (ppo, grpo: of a rollout), the only place where a run can be cut."""
+        if self.due(self.args.save_steps) or self.stop:
+            self.save()
+        if self.stop:
+            then = (", before the page was written" if self.args.audit else
+                    "; to go on: the same command with --resume_from_checkpoint latest")
+            say(f"stopped at step {self.step}{then}", file=sys.stderr)
+            sys.exit(128 + (self.signal or signal.SIGTERM))
+        self.last = self.step
+
+    def finish(self, model):
+        """Closes the log; writes model/ (and merged/ with --merge) if anything was trained."""
+        self.bar.close()
+        if self.track:
+            self.accelerator.end_training()
+        if self.total_steps:
+            finish(self.args, self.accelerator, model, self.tokenizer)
 
 
-def to_scored(row, format, system_prompt=None):
-    """prompt, completion and score (a number, or several named ones) -> ({"messages"}, {name: float})."""
-    conversation = to_conversation(row, "prompt_completion", system_prompt)
-    scores = row["score"] if isinstance(row.get("score"), dict) else {"score": row.get("score")}
-    for name, value in scores.items():
-        try:
-            scores = {**scores, name: float(value)}
-        except (TypeError, ValueError):
-            raise ValueError(f"the score '{name}' is not a number but {_short(value)}") from None
-        if isinstance(value, bool) or not abs(scores[name]) < 1e30:
-            raise ValueError(f"the score '{name}' is {_short(value)}; expected a finite number")
-    if not scores:
-        raise ValueError("column 'score' holds no score")
-    return conversation, scores
+def cut_back(path, step):
+    """Keeps the lines up to `step`: what a killed run wrote after its last checkpoint is written again."""
+    if not os.path.exists(path):
+        return
+    with (open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept,
+          suppress(ValueError)):  # half a line: the run was killed while writing it
+        for line in file:
+            if json.loads(line)["step"] > step:
+                break
+            kept.write(line)
+    os.replace(path + ".tmp", path)
 
 
-# ---- showing things to a person ----------------------------------------------------------------------------
+class Sums:
+    """What a step adds up over its micro-batches. One add() feeds metrics and page: they cannot differ."""
 
-def show_example(tokenizer, ids, mask, title="first example", limit=600):
-    """One example, trained tokens marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
-    terminal = sys.stdout.isatty()
-    opening, closing = ("\033[32m", "\033[0m") if terminal else ("[[", "]]")
-    text, count = "", sum(map(int, mask))
-    for trained, part in groupby(zip(ids, mask), key=lambda token: int(token[1])):
-        piece = tokenizer.decode([int(i) for i, _ in part], clean_up_tokenization_spaces=False)
-        if len(piece) > limit:
-            piece = piece[:limit // 2] + " ... " + piece[-limit // 2:]
-        text += opening + piece + closing if trained else piece
-    where = f", {count} trained, in {'green' if terminal else '[[ ]]'}" if count else ""
-    say(f"{title}: {len(ids)} tokens{where}")
-    say("  " + text.replace("\n", "\n  "))
+    def __init__(self, run):
+        self.run, self.named, self.shown, self.page = run, {}, {}, []
+        self.due = run.audit_step == run.step + 1
+
+    def add(self, mb, parts, shown=None, mask=None, page=None):
+        """One micro-batch. parts {name: tensor of any shape} are summed; "loss" (B, T): what each token adds
+        to the step's loss. shown {name: (B, T)}: averaged over the tokens of mask (B, T), else of mb.mask.
+
+        The page shows these and what is in mb; or `page()` -> {"share": (B, T), "mask": (B, T), "columns":
+        {name: (B, T) or (B, 1)}, "constants": (B,) what a row adds at no token} where a loss is no sum over
+        tokens.
+        """
+        mask = mb.mask if mask is None else mask
+        means = {"trained_tokens": mask, **shown} if shown else {}
+        for name, x in means.items():
+            parts = parts | {name: torch.where(mask.bool(), x, 0.0)}
+        for name, x in parts.items():
+            self.named[name] = self.named.get(name, 0.0) + x.detach().double().sum()
+        self.shown |= shown or {}
+        if self.due:
+            columns = {name: x for name, x in (shown or {}).items() if re.match("clip_ratio/|[^/]+$", name)}
+            own = {"share": parts["loss"], "mask": mb.mask, "columns": vars(mb) | columns}
+            self.page += page_rows(mb, **(page() if page else own))
+
+    def reduce(self):
+        """-> {name: sum, or mean over the trained tokens}, of all processes; no means without such tokens."""
+        run = self.run
+        stop = torch.tensor(float(run.signal), dtype=torch.float64, device=run.device)
+        *values, stop = run.accelerator.reduce(torch.stack([*self.named.values(), stop]), "sum").tolist()
+        run.stop = run.stop or stop > 0  # a signal may have reached one process alone
+        total = dict(zip(self.named, values))
+        tokens = total.get("trained_tokens")
+        for name in self.shown:
+            mean = total.pop(name) / max(tokens, 1)
+            total |= {name: mean} if tokens else {}
+        return total | ({"trained_tokens": int(tokens)} if self.shown else {})
+
+    def write_page(self, loss, about):
+        """Whether this step is the audited one; then its page is written, and nothing is to be learned."""
+        if self.due:
+            write_page(self.run, gather_object(self.page), loss, about)
+        return self.due
 
 
-def show_table(rows):
-    """[{column: value}] as a table; long texts are cut."""
-    def cut(value):
-        text = " ".join(value.split()) if isinstance(value, str) else ""
-        return text[:27] + " ... " + text[-27:] if len(text) > 60 else text or value
-    if rows:
-        table = pandas.DataFrame(rows).map(cut).to_string(index=False, max_colwidth=60)
-        say("  " + table.replace("\n", "\n  "))
+# ---- the audit page ----------------------------------------------------------------------------------------
 
+PAGE_ROWS = 64  # rows that are shown in full; of the others the sum is stated
+HEADINGS = {"logprobs": "log-prob", "old_logprobs": "old log-prob", "ref_logprobs": "ref. log-prob",
+            "sampled_logprobs": "sampled log-prob", "nll_weight": "NLL weight",
+            "token_rewards": "reward", "values": "old value", "new_values": "value", "returns": "return",
+            "advantages": "advantage"}
 
 AUDIT_PAGE = string.Template(r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$name, step $step</title>
@@ -947,752 +2586,93 @@ addEventListener('keydown', e => {
 """)
 
 
-def token_texts(tokenizer, ids):
-    """Each token's own text; joined they are the whole. A character whose bytes are spread over several
-    tokens belongs to the last of them; the others are empty."""
-    def decode(start, end):
-        return tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-    texts, before, start = [], 0, 0  # decoded with what comes before: alone, a token may lose its space
-    for end in range(1, len(ids) + 1):
-        text = decode(before, end)[len(decode(before, start)):]
-        half = text.endswith("\ufffd") and end - start < 4 and end < len(ids)
-        texts.append("" if half else text)
-        before, start = (before, start) if half else (start, end)
-    return texts
+
+def page_rows(mb, share, mask, columns, constants=None):
+    """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})].
+
+    share (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of
+    other shapes are left out; constants (B,): what a row adds at no token.
+    """
+    kept = {"mask": mask}
+    if "clip_ratio/low_mean" in columns:  # -1, 0 or 1: an arrow
+        columns = columns | {"clipped": columns["clip_ratio/high_mean"].float()
+                             - columns["clip_ratio/low_mean"].float()}
+    for name, x in columns.items():
+        per_row = torch.is_tensor(x) and x.ndim == 2 and x.shape[1] in (1, mask.shape[1])
+        if per_row and name not in ("input_ids", "mask") and not name.startswith("clip_ratio/"):
+            kept[HEADINGS.get(name, name.replace("_", " "))] = x
+    kept["share"] = share
+    kept = {name: x.detach().cpu().double().expand(mask.shape) for name, x in kept.items()}
+    rows, places = [], [*mb.places] * (len(mb.rows) // max(1, len(mb.places)))
+    for b, (row, place) in enumerate(zip(mb.rows, places)):
+        ids = [int(i) for i in row["input_ids"]]
+        rows.append((row.get("number", place), row.get("note", ""), ids,
+                     0.0 if constants is None else constants[b].item(),
+                     {name: x[b, :len(ids)].clone() for name, x in kept.items()}))
+    return rows
 
 
-def audit_row(title, note, texts, columns, greatest):
-    """One row of the page: its tokens as text (T,), and a table of {name: (T-1,) numbers} -> HTML."""
+def page_row(title, note, texts, columns, greatest):
+    """One row of the page: its tokens as text (T,), and a table of {heading: (T,) numbers} -> HTML."""
     def symbols(text, kinds):  # control characters and white space as something to see
         return re.sub(kinds, lambda c: {"\n": "⏎", " ": "␣"}.get(c[0], chr(0x2400 + ord(c[0]))), text)
+
+    def cell(name, value, trained):
+        if name == "clipped":
+            return ("", "▲ above", "▼ below")[int(value)]
+        shown = trained or name in ("mask", "share")
+        return f"{value + 0.0:.{9 if name == 'share' else 6}g}" if shown else ""
     spans, lines = [], ["".join(f"<th>{html.escape(name)}" for name in ("#", "token", *columns))]
     for t, text in enumerate(texts):
-        seen = {name: values[t - 1] if t else 0 for name, values in columns.items()}
-        share, clipped = seen["share"], int(seen.get("clipped", 0))
-        kind = "t up" if share > 0 else "t dn" if share < 0 else "t" if seen["mask"] else ""
-        mark = ("", "▲", "▼")[clipped] + symbols("".join(re.findall("[\n\t]", text)), "[\n\t]")
-        mark += "" if text else "◌"
-        spans.append("<span" + (f' class="{kind}"' if kind else "") + (f' data-m="{mark}"' if mark else "")
-                     + (f' style="--s:{math.sqrt(abs(share) / greatest):.2f}"' if share else "")
-                     + ">" + html.escape(symbols(text, "[\0-\x08\x0b-\x1f]")) + "</span>")
-        cells = [("", "▲ above", "▼ below")[clipped] if name == "clipped" else
-                 f"{value + 0.0:.{9 if name == 'share' else 6}g}" if seen["mask"] or name in ("mask", "share")
-                 else "" for name, value in seen.items()]
-        lines.append("".join(f"<td>{cell}" for cell in (t, html.escape(symbols(text, "[\0- ]")), *cells)))
+        seen = {name: values[t] for name, values in columns.items()}
+        share, trained = seen["share"], seen["mask"]
+        kind = "t up" if share > 0 else "t dn" if share < 0 else "t" if trained else ""
+        mark = ("", "▲", "▼")[int(seen.get("clipped", 0))]
+        mark += symbols("".join(re.findall("[\n\t]", text)), "[\n\t]") + ("" if text else "◌")
+        attributes = f' class="{kind}"' if kind else ""
+        attributes += f' data-m="{mark}"' if mark else ""
+        attributes += f' style="--s:{math.sqrt(abs(share) / greatest):.2f}"' if share else ""
+        spans.append(f"<span{attributes}>" + html.escape(symbols(text, "[\0-\x08\x0b-\x1f]")) + "</span>")
+        cells = [t, html.escape(symbols(text, "[\0- ]"))]
+        cells += [cell(name, value, trained) for name, value in seen.items()]
+        lines.append("".join(f"<td>{text}" for text in cells))
     return (f'<article><h2>{title} <small>{html.escape(note)}</small></h2><p class="tokens" role="group" '
             f'aria-label="tokens of {title}">{"".join(spans)}</p><details><summary>all figures, as a table'
             f'</summary><div class="scroll"><table><thead><tr>{lines[0]}<tbody><tr>'
             + "\n<tr>".join(lines[1:]) + "</table></div></details></article>\n")
 
 
-class Audit:
-    """--audit FILE.html: what the loss sees of every token of one step, as a page, instead of a training run.
-
-    The loop adds the very tensors that it sums into its loss: the page cannot differ from what trains.
+def write_page(run, rows, loss, about):
+    """--audit FILE.html: `rows` of page_rows as one page that loads nothing and has its tables without
+    JavaScript too; `about` says how the shares are made. UserError if they do not add up to the step's loss.
     """
+    args, rows = run.args, sorted(rows, key=lambda row: row[0])
+    parts = [constant + columns["share"].sum().item() for *_, constant, columns in rows]
+    total = math.fsum(parts)
+    require(abs(total - loss) <= 1e-6 * max(1, abs(loss)), f"--audit: the tokens' shares add up to "
+            f"{total} and the loss of step {run.audit_step} is {loss}; the page was not written")
+    module, body = sys.modules[type(args).__module__], ""
+    formula = re.search(r"Objective\s+(.*?)\nShapes", module.__doc__ or "", re.DOTALL)
+    greatest = max((abs(x) for *_, columns in rows[:PAGE_ROWS] for x in columns["share"].tolist()), default=0)
+    for (number, note, ids, constant, columns), part in zip(rows[:PAGE_ROWS], parts):
+        note += f"adds {part:.6g} to the loss"
+        note += f", of which {constant:.9g} at no token" if constant else ""
+        body += page_row(f"row {number + 1}", note, token_texts(run.tokenizer, ids),
+                         {name: x.tolist() for name, x in columns.items()}, greatest or 1)
+    if rows[PAGE_ROWS:]:
+        body += (f"<p>{len(rows) - PAGE_ROWS} more rows add "
+                 f'<span id="rest">{math.fsum(parts[PAGE_ROWS:]):.9g}</span>.</p>')
+    page = AUDIT_PAGE.substitute(
+        name=os.path.basename(module.__file__), step=run.audit_step, loss=f"{loss:.9g}", rows=body,
+        formula=html.escape(re.sub("\n +", "\n", formula[1] if formula else "")),
+        clipped="<span>▲ ratio clipped above</span><span>▼ below</span>" * ("ratio" in rows[0][4]),
+        about=html.escape(about),
+        arguments=html.escape(json.dumps(asdict(args), indent=1, ensure_ascii=False)))
+    if run.accelerator.is_main_process:
+        with (explain(f"--audit {args.audit}", OSError),
+              open(args.audit, "w", encoding="utf-8", newline="\n") as file):
+            file.write(page)
+    say(f"audit    wrote {args.audit}: {len(rows)} rows of step {run.audit_step}, loss {loss:.6g}; "
+        "nothing was trained or saved")
 
-    ROWS = 64  # rows shown in full; of the others the sum is stated
 
-    def __init__(self, accelerator, args, tokenizer, start_step, total_steps):
-        self.accelerator, self.args, self.tokenizer, self.rows = accelerator, args, tokenizer, []
-        self.step = args.audit_step or start_step + 1
-        require(not args.audit or start_step < self.step <= total_steps,
-                f"--audit: there is no step {self.step}, since this command starts after step {start_step} "
-                f"and ends with step {total_steps}; see --audit_step")
-
-    def due(self, step):
-        """Whether update `step` (0, 1, ...) is the one to be shown."""
-        return bool(self.args.audit) and step + 1 == self.step
-
-    def add(self, numbers, ids, loss_mask, share, columns, notes=None, constants=None):
-        """A micro-batch of B rows. numbers: their places in the step, [] for an idle process; ids: their
-        tokens; share (B, T-1): what a token adds to the step's loss; columns {name: (B, T-1)}; constants
-        (B,): what a row adds that belongs to no token."""
-        columns = {name: x.detach().cpu().double().expand(loss_mask.shape)
-                   for name, x in {"mask": loss_mask, **columns, "share": share}.items()}
-        constants = [0.0] * len(ids) if constants is None else constants.tolist()
-        for b, number in enumerate(numbers):
-            row = [int(i) for i in ids[b]]
-            self.rows.append((number, notes[b] if notes else "", row, constants[b],
-                              {name: x[b, :len(row) - 1].clone() for name, x in columns.items()}))
-
-    def write(self, loss, about):
-        """Writes the page, `about` on it: how the shares are made. UserError if they do not add up to the
-        loss that the step reports."""
-        rows = sorted(gather_object(self.rows), key=lambda row: row[0])
-        parts = [constant + columns["share"].sum().item() for *_, constant, columns in rows]
-        total = math.fsum(parts)
-        require(abs(total - loss) <= 1e-6 * max(1, abs(loss)), f"--audit: the tokens' shares add up to "
-                f"{total} and the loss of step {self.step} is {loss}; the page was not written")
-        if self.accelerator.is_main_process:
-            with (explain(f"--audit {self.args.audit}", OSError),
-                  open(self.args.audit, "w", encoding="utf-8", newline="\n") as file):
-                file.write(self.page(rows, parts, loss, about))
-        say(f"audit    wrote {self.args.audit}: {len(rows)} rows of step {self.step}, loss {loss:.6g}; "
-            "nothing was trained or saved")
-
-    def page(self, rows, parts, loss, about):
-        """-> the HTML: one file that loads nothing, and has its tables without JavaScript too."""
-        module, rest = sys.modules[type(self.args).__module__], parts[self.ROWS:]
-        formula = re.search(r"Objective\s+(.*?)\nShapes", module.__doc__ or "", re.DOTALL)
-        greatest = max((abs(x) for row in rows[:self.ROWS] for x in row[4]["share"].tolist()), default=0) or 1
-        body = [audit_row(f"row {number + 1}", f"{note}adds {part:.6g} to the loss"
-                          + (f", of which {constant:.9g} at no token" if constant else ""),
-                          token_texts(self.tokenizer, ids), {k: x.tolist() for k, x in columns.items()},
-                          greatest)
-                for (number, note, ids, constant, columns), part in zip(rows[:self.ROWS], parts)]
-        if rest:
-            body.append(f'<p>{len(rest)} more rows add <span id="rest">{math.fsum(rest):.9g}</span>.</p>')
-        return AUDIT_PAGE.substitute(
-            name=os.path.basename(module.__file__), step=self.step, loss=f"{loss:.9g}", rows="".join(body),
-            formula=html.escape(re.sub("\n +", "\n", formula[1] if formula else "")),
-            clipped="<span>▲ ratio clipped above</span><span>▼ below</span>" * ("ratio" in rows[0][4]),
-            about=html.escape(about), arguments=html.escape(
-                json.dumps(asdict(self.args), indent=1, ensure_ascii=False)))
-
-
-def watch_loss(losses, loss, advice):
-    """The last four evaluation losses, now with `loss`; warns when each is above the one before."""
-    losses = [*losses[-3:], loss]
-    if len(losses) == 4 and all(a < b for a, b in zip(losses, losses[1:])):
-        say(f"warning  the evaluation loss has risen three times in a row, from {losses[0]:.4f}: the model "
-            f"overfits. Take {advice}fewer epochs or a lower --learning_rate")
-    return losses
-
-
-def check_tracker(log_with):
-    """accelerate would go on unlogged when the package is missing; this raises UserError."""
-    require(log_with is None or importlib.util.find_spec(log_with),
-            f"--log_with {log_with} needs the package '{log_with}': pip install {log_with}")
-
-
-class RunLog:
-    """metrics.jsonl, samples.jsonl, trackers and progress lines of a run; only the first process writes."""
-
-    def __init__(self, accelerator, args, total_steps, start_step):
-        self.accelerator, self.args, self.total, self.start = accelerator, args, total_steps, start_step
-        self.main = accelerator.is_main_process and not args.audit  # an audit leaves every run as it is
-        self.since, self.tokens, self.track = time.time(), 0, args.log_with and not args.audit
-        if self.main:
-            for path in (os.path.join(args.output_dir, name) for name in OUTPUTS):
-                if start_step == 0:  # a new run: what an earlier one left goes only now
-                    shutil.rmtree(path, ignore_errors=True)
-                    with suppress(FileNotFoundError):
-                        os.remove(path)
-                elif path.endswith(".jsonl"):
-                    _cut_back(path, start_step)
-            with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
-                json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
-        if start_step == total_steps > 0:
-            say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
-        if self.track:
-            accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
-        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
-                        disable=not (self.main and sys.stderr.isatty()))
-
-    def write(self, name, record):
-        if self.main:
-            with open(os.path.join(self.args.output_dir, name), "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-    def metrics(self, step, values):
-        self.write("metrics.jsonl", {"step": step, **values})
-        if self.track and (step % self.args.logging_steps == 0
-                                   or any(k.startswith("eval/") for k in values)):
-            self.accelerator.log(values, step=step)
-
-    def progress(self, step, tokens, shown):
-        """One step done, `tokens` of it processed; `shown` are the figures worth a glance."""
-        self.tokens += tokens
-        seconds = max(time.time() - self.since, 1e-9)
-        figures = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-        figures += f"  {self.tokens / seconds:,.0f} tok/s"
-        self.bar.set_postfix_str(figures, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and (step % self.args.logging_steps == 0 or step == self.total):
-            left = seconds / max(step - self.start, 1) * (self.total - step)
-            say(f"step {step}/{self.total}  {figures}  {left:.0f} s left")
-
-    def close(self):
-        self.bar.close()
-        if self.track:
-            self.accelerator.end_training()
-
-
-def _cut_back(path, step):
-    """Keeps the lines up to `step`: what a killed run wrote after its last checkpoint is written again."""
-    if not os.path.exists(path):
-        return
-    with (open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept,
-          suppress(ValueError)):  # half a line: the run was killed while writing it
-        for line in file:
-            if json.loads(line)["step"] > step:
-                break
-            kept.write(line)
-    os.replace(path + ".tmp", path)
-
-
-# ---- models ------------------------------------------------------------------------------------------------
-
-def base_and_adapter(name):
-    """A model folder or name -> (name, None); a LoRA adapter's folder -> (its base, the folder)."""
-    if not os.path.exists(os.path.join(name, "adapter_config.json")):
-        require(not name.startswith((".", "/", "~")) or os.path.isdir(name), f"no such model folder: {name}")
-        return name, None
-    with explain(f"{name}/adapter_config.json is not readable"):
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    require(any(n.startswith("adapter_model.") for n in os.listdir(name)), f"{name} holds no adapter weights")
-    require(not base.startswith((".", "/", "~")) or os.path.isdir(base),
-            f"the adapter {name} was trained on {base}, which is not there")
-    return base, name
-
-
-def trains_adapter(args):
-    """Whether LoRA is trained: asked for by --lora_r, or given as the folder of an adapter."""
-    return args.lora_r > 0 or base_and_adapter(args.model_name_or_path)[1] is not None
-
-
-def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
-    """The model, ready to train: trained weights fp32, all else frozen; LoRA and 4-bit as the arguments say.
-    `device` moves nothing: it says where a 4-bit base will be used.
-
-    A policy, whose generation config stops at every id of stop_token_ids; or, with score_names, a reward
-    model with one output a name. dropout=False turns every rate off, functional ones included; the model
-    stays in train() mode, where checkpointing works.
-    """
-    base, adapter = base_and_adapter(args.model_name_or_path)
-    lora = trains_adapter(args)
-    set_seed(args.seed)  # random weights and LoRA's A are drawn here
-    model = load_base(base, args, device, lora, score_names and score_config(score_names, tokenizer))
-    rows = model.get_input_embeddings().weight.shape[0]
-    require(len(tokenizer) <= rows, f"the tokenizer has {len(tokenizer)} tokens and the model's embedding "
-            f"{rows} rows: '{base}' and its tokenizer do not belong together")
-    limit = max_positions(model)
-    longest = vars(args).get("max_length") or args.max_prompt_length + args.max_completion_length
-    shorter = ("--max_length" if vars(args).get("max_length")
-               else "--max_prompt_length or --max_completion_length")
-    require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions: "
-            f"lower {shorter}")
-    scaled = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
-              if getattr(model.config, name, None) not in (None, 1, 1.0)]
-    require(score_names or not scaled, f"models of type {model.config.model_type} change their logits after "
-            f"the head ({', '.join(scaled)}), so their log-probs would be off: not supported")
-    if adapter:
-        rank, task = (getattr(PeftConfig.from_pretrained(adapter), name) for name in ("r", "task_type"))
-        require((task == "SEQ_CLS") == bool(score_names), f"{adapter} is an adapter of "
-                f"{'a reward model' if task == 'SEQ_CLS' else 'a policy'}: start from its merged/ instead")
-        require(args.lora_r in (0, rank), f"{adapter} is an adapter of rank {rank}: leave --lora_r out")
-        with explain(f"cannot load the adapter {adapter}"):
-            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    elif lora:
-        for name in args.modules_to_save or []:
-            require(any(f".{n}".endswith(f".{name}") for n, _ in model.named_modules()),
-                    f"--modules_to_save {name}: the model has no module of that name")
-        config = LoraConfig(
-            r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
-            target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
-            task_type="SEQ_CLS" if score_names else "CAUSAL_LM")  # SEQ_CLS trains and saves the head too
-        with explain(f"--lora_target_modules {args.lora_target_modules}", ValueError):
-            model = get_peft_model(model, config)
-    require(score_names or not isinstance(model.get_output_embeddings(), BaseTunerLayer),
-            "LoRA on the output head would not be trained: use --modules_to_save lm_head instead")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
-    if not dropout:
-        no_dropout(model)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not score_names:
-        model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
-    model.train()
-    kind = "a LoRA adapter goes on" if adapter else f"LoRA r={args.lora_r}" if lora else "full fine-tuning"
-    count, total = (model.get_nb_trainable_parameters() if isinstance(model, PeftModel)  # knows 4-bit weights
-                    else (sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())))
-    say(f"model    {args.model_name_or_path} ({model.config.model_type}): {kind}"
-        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {count:,} of {total:,} weights "
-        f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
-    return model
-
-
-def max_positions(model):
-    """The longest row a model can read; 10**9 where it sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or 10**9
-
-
-def score_config(names, tokenizer):
-    """The config entries of a reward model with one score a name."""
-    return {"num_labels": len(names), "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_token_id}
-
-
-def load_base(base, args, device="cpu", frozen=False, scores=None):
-    """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
-    With `scores` (a score_config) a reward model.
-
-    A folder with a config but no weights starts from random weights, drawn from args.seed, and says so; if
-    they stay frozen they are saved in output_dir/base: an adapter is worth nothing without its base.
-    """
-    dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
-    options = {"trust_remote_code": args.trust_remote_code}
-    with explain(f"cannot load a model from '{base}'"):
-        auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        config = AutoConfig.from_pretrained(base, **options, **(scores or {}))
-        require(not hasattr(config, "vision_config"),
-                f"{base} is a vision-language model: images are not supported")
-        require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts "
-                "auxiliary loss (output_router_logits), which is not supported")
-        if args.attn_implementation:
-            options["attn_implementation"] = args.attn_implementation
-        if os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base)):
-            say(f"model    {base} has a config but no weights: starting from random ones (seed {args.seed})")
-            model = auto.from_config(config, dtype=torch.float32, **options)
-            if not frozen:
-                return model
-            require(not args.audit, f"--audit writes nothing but its page, and {base} has no weights: "
-                    "adapters would need a base that is saved")
-            base = os.path.join(args.output_dir, "base")
-            if os.environ.get("RANK", "0") == "0":
-                model.save_pretrained(base)
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()
-        if args.load_in_4bit:
-            options["quantization_config"] = _nf4(dtype, torch.device(device).type)
-        model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
-                                             **options)
-        missing = [name for name in loaded["missing_keys"] if not (scores and name.startswith("score."))]
-        require(not missing, f"it holds no weights for {', '.join(sorted(missing)[:3])}: "
-                "they would be random")
-        return model
-
-
-def use_scoring_pad_token(tokenizer):
-    """Gives the tokenizer a pad token that ends no text, and returns its id.
-
-    transformers reads a reward model's score before the last run of pad tokens: were that the EOS of a text,
-    it would read the token before it. Any other token will do; no mask is derived from it.
-    """
-    stops = stop_token_ids(tokenizer)
-    if tokenizer.pad_token_id in (None, *stops):
-        others = [t for t in (tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1)
-                  if t is not None and t not in stops]
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
-    return tokenizer.pad_token_id
-
-
-def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16):
-    """A reward model's folder (full, merged or adapter) -> (names of its scores, score).
-
-    score(conversations: lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the
-    last answer; one that is truncated gets no end-of-turn token.
-    """
-    base, adapter = base_and_adapter(folder)
-    with explain(f"{folder} is no reward model that can be loaded"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        names, options = [config.id2label[i] for i in range(config.num_labels)], {}
-        if hasattr(config, "quantization_config"):  # an adapter that was trained on a 4-bit base
-            del config.quantization_config
-            options["quantization_config"] = _nf4(torch.float32, torch.device(device).type)
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            base, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code,
-            output_loading_info=True, **options)
-        trained = not loaded["missing_keys"] or (
-            adapter is not None and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS")
-        require(trained, "it has no trained score head")
-        model = PeftModel.from_pretrained(model, adapter) if adapter else model
-        model = (model if options else model.to(device)).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer.template_kwargs = tokenizer.init_kwargs.get("template_kwargs") or {}
-        if tokenizer.pad_token_id is None:
-            model.config.pad_token_id = use_scoring_pad_token(tokenizer)
-    limit, stops = max_positions(model), stop_token_ids(tokenizer)
-
-    @torch.no_grad()
-    def score(conversations, truncated=None):
-        rows = [upto_answer(encode_conversation(tokenizer, messages)[-1])[0][-limit:]
-                for messages in conversations]
-        rows = [row[:-1] if cut and row[-1] in stops else row
-                for row, cut in zip(rows, truncated or [False] * len(rows))]
-        scores = torch.zeros(len(rows), len(names))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for at in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-            input_ids = pad([rows[i] for i in at], tokenizer.pad_token_id).to(device)
-            mask = pad([[1] * len(rows[i]) for i in at], 0).to(device)
-            scores[at] = model(input_ids=input_ids, attention_mask=mask).logits.float().cpu()
-        return scores
-    return names, score
-
-
-def _nf4(compute_dtype, device_type):
-    """NF4 with double quantisation."""
-    with explain("--load_in_4bit needs the package 'bitsandbytes' (pip install bitsandbytes)", ImportError):
-        import bitsandbytes.nn.modules
-    if device_type == "cpu":  # an eval forward would repack the weights and spoil the gradients
-        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=compute_dtype)
-
-
-def dropout_rates(model):
-    """Yields (module, attribute) of every rate above 0: modules', and the floats that layers pass to
-    functional dropout."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            rate = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
-            if rate and isinstance(value, float) and value > 0:
-                yield module, name
-
-
-def no_dropout(model):
-    """Sets every dropout rate to 0."""
-    for module, name in list(dropout_rates(model)):
-        setattr(module, name, 0.0)
-
-
-def check_cut(model, checkpoint, args):
-    """UserError if a run with dropout is resumed with another --micro_batch_tokens."""
-    then = checkpoint[1]["args"]["micro_batch_tokens"]
-    require(then == args.micro_batch_tokens or not any(dropout_rates(model)), "the model has dropout, whose "
-            f"draws depend on the cut: give --micro_batch_tokens {then}, as the checkpoint's run did")
-
-
-def make_reference(model, adapter=None):
-    """The frozen reference policy -> (module to call, context to call it in, how it is made).
-
-    LoRA on a plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that
-    adapter. Full fine-tuning: a frozen copy of the model. Call it before the first update.
-    """
-    if not isinstance(model, PeftModel):
-        return copy.deepcopy(model).requires_grad_(False), nullcontext, "a frozen copy of the model"
-    if adapter is None:
-        return model, model.disable_adapter, "the base model, adapters off"
-    model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
-    model.set_adapter("default")
-    no_dropout(model)  # the new layers came with the adapter's own rate
-    model.train()
-
-    @contextmanager
-    def use_reference():
-        model.set_adapter("reference", inference_mode=True)
-        try:
-            yield
-        finally:
-            model.set_adapter("default")
-    return model, use_reference, "a frozen copy of the adapter"
-
-
-@contextmanager
-def unsharded(module):
-    """Inside, an FSDP module has its weights whole on every process, and a forward without gradients waits
-    for no other process; without FSDP nothing changes. `module` must have run its first forward."""
-    units = [m for m in module.modules() if isinstance(m, FSDPModule)]
-    for unit in units:
-        unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(unit is not module, recurse=False)
-            unit.reshard()
-
-
-def whole(value):
-    """A tensor that FSDP has sharded, gathered from all processes on the CPU; anything else as it is."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
-
-
-def like(value, parameter):
-    """A whole tensor, sharded as the parameter is if it has its shape."""
-    if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
-        value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
-
-
-# ---- checkpoints and saving --------------------------------------------------------------------------------
-
-# Arguments that may differ when a run is resumed: none of them changes the resulting weights (but for
-# micro_batch_tokens where there is dropout: check_cut).
-MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
-              "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
-              "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step"}
-OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
-
-
-def open_run(args):
-    """Checks args.output_dir and finds where to go on. -> the loaded checkpoint (tensors, state) or None.
-
-    Removes nothing: RunLog does when data and model have been found good. UserError if the folder holds a run
-    and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that changes
-    the mathematics differs from the checkpoint's.
-    """
-    require(trains_adapter(args) or not args.load_in_4bit,
-            "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
-    require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
-    require(args.audit or not args.audit_step, "--audit_step is the step to show: add --audit FILE.html")
-    if args.audit:  # output_dir is only read, where there is something to resume
-        folder = os.path.dirname(args.audit) or "."
-        require(args.audit.endswith(".html") and os.access(folder, os.W_OK),
-                f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
-    else:
-        with explain(f"--output_dir {args.output_dir}", OSError):
-            os.makedirs(args.output_dir, exist_ok=True)
-        require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
-    if args.resume_from_checkpoint is None:
-        _check_free(args)
-        return None
-    path, checkpoint = _find_checkpoint(args)
-    if checkpoint is None:
-        _check_free(args, started=True)
-        return None
-    now, then = asdict(args), checkpoint[1]["args"]
-    for name in sorted(now):
-        if name not in MAY_CHANGE:
-            require(name in then and then[name] == now[name],
-                    f"{path} was written with --{name} {then.get(name)} and this run has {now[name]}: "
-                    "that would change the result; give the old value, or start a new --output_dir")
-    say(f"resume   from {path}, step {checkpoint[1]['step']}")
-    return checkpoint
-
-
-def _check_free(args, started=False):
-    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs.
-
-    `started`: to be resumed, but killed before its first checkpoint; such a run has no model/ yet.
-    """
-    if args.audit:  # replaces nothing
-        return
-    used = [n for n in OUTPUTS if os.path.exists(os.path.join(args.output_dir, n))]
-    started = started and not {"model", "merged"}.intersection(used)
-    require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
-            "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
-    require(not used or args.overwrite_output_dir or started,
-            f"{args.output_dir} already holds a run: choose another --output_dir, or add "
-            "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
-    given = [(name, getattr(args, name, None)) for name in (
-        "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset")]
-    given += [("reward_funcs", name) for name in getattr(args, "reward_funcs", [])]
-    given += [("model_name_or_path", base_and_adapter(args.model_name_or_path)[0])]
-    for name, value in given:
-        for path in (value, value.rpartition(":")[0]) if value else ():  # folder:score, file.py:function
-            inside = os.path.relpath(os.path.realpath(path or "."), os.path.realpath(args.output_dir))
-            require(inside.split(os.sep)[0] not in OUTPUTS, f"--{name} {value} lies inside the run that "
-                    "would be replaced; choose another --output_dir")
-
-
-def _find_checkpoint(args):
-    """-> (folder, (tensors, state)) to resume from; of "latest" the newest that is whole, or two Nones."""
-    wanted = args.resume_from_checkpoint
-    if wanted != "latest":
-        require(os.path.isdir(wanted), f"--resume_from_checkpoint {wanted}: no such folder (or say 'latest')")
-        with explain(f"--resume_from_checkpoint {wanted}"):
-            return wanted, load_checkpoint(wanted)
-    folder = os.path.join(args.output_dir, "checkpoints")
-    for path in reversed(_steps(folder)):
-        try:
-            return path, load_checkpoint(path)
-        except Exception as error:
-            say(f"resume   passing over {path}: {reason_of(error)}")
-    say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
-    return None, None
-
-
-def _steps(folder):
-    """The checkpoints of a folder, oldest first."""
-    return [os.path.join(folder, n) for n in sorted(glob.glob("step-" + "[0-9]" * 8, root_dir=folder))]
-
-
-@contextmanager
-def written_whole(folder):
-    """Yields an empty folder that replaces `folder` once complete; UserError, and no change, if not."""
-    partial = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with explain(f"could not write {folder} (the checkpoints before it are whole)"):
-            os.makedirs(partial)
-            yield partial
-            for name in [*os.listdir(partial), "."]:  # on the disk before its name says so
-                handle = os.open(os.path.join(partial, name), os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def save_checkpoint(accelerator, args, state, model, optimizer, name=None, extra=None):
-    """Writes checkpoints/step-N (or checkpoints/<name>); then removes the oldest beyond save_total_limit.
-    Every process calls it; the first one writes.
-
-    tensors.safetensors holds the trained weights, the optimizer's moments and `extra` tensors; state.json the
-    scalars, the arguments and the SHA-256 of the tensors' file.
-    """
-    if args.audit:
-        return
-    folder = os.path.join(args.output_dir, "checkpoints")
-    tensors, scalars = trained_state(model, optimizer)
-    require(all(t.sum().isfinite() for t in tensors.values()), f"step {state['step']}: the weights are no "
-            "longer finite and are not saved; the checkpoints are whole. Try a lower --learning_rate")
-    if accelerator.is_main_process:
-        _write_checkpoint(args, state, tensors | (extra or {}), scalars, folder, name)
-    accelerator.wait_for_everyone()
-
-
-def _write_checkpoint(args, state, tensors, scalars, folder, name):
-    kept, seen = {}, set()
-    for key, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        place = value.untyped_storage().data_ptr()
-        kept[key] = value.clone() if place in seen else value  # bitsandbytes shares tables; a file may not
-        seen.add(place)
-    with written_whole(os.path.join(folder, name or f"step-{state['step']:08d}")) as partial:
-        path = os.path.join(partial, "tensors.safetensors")
-        save_file(kept, path)
-        with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
-            json.dump({**state, "optimizer": scalars, "args": asdict(args), "sha256": _sha256(path)}, file)
-    for old in _steps(folder)[:-args.save_total_limit]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def load_checkpoint(folder):
-    """-> (tensors, state). Raises ValueError, KeyError or OSError if anything is missing or damaged."""
-    with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
-        state = json.load(file)
-    path = os.path.join(folder, "tensors.safetensors")
-    expect(_sha256(path) == state["sha256"], "damaged: the tensors differ from their checksum")
-    return load_file(path), state
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def trained_state(module, optimizer):
-    """The trained weights and the optimizer's state, whole, as ({name: tensor}, {name: JSON value})."""
-    tensors = {f"model.{name}": whole(p) for name, p in module.named_parameters() if p.requires_grad}
-    scalars = {}
-
-    def keep(name, value):
-        if isinstance(value, dict):  # bitsandbytes nests the tensors of its 8-bit moments
-            for key, inner in value.items():
-                keep(f"{name}.{key}", inner)
-        else:
-            (tensors if torch.is_tensor(value) else scalars)[name] = whole(value)
-    for index, values in optimizer.state_dict()["state"].items():
-        keep(f"optimizer.{index}", values)
-    return tensors, scalars
-
-
-def check_data(checkpoint, data):
-    """The fingerprint `data`; UserError if the checkpoint was written with another."""
-    require(checkpoint is None or checkpoint[1]["data"] == data, "the checkpoint was written with other "
-            "training data or rewards (or another chat template or tokenizer): give the same, or a new "
-            "--output_dir")
-    return data
-
-
-def restore(model, optimizer, checkpoint):
-    """The inverse of trained_state, in place. UserError if a weight's name or shape is another."""
-    tensors, state = checkpoint
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                saved = tensors.get(f"model.{name}")
-                require(saved is not None and saved.shape == p.shape,
-                        f"the checkpoint has no weight {name} of shape {tuple(p.shape)}: "
-                        "it was written by another model")
-                p.copy_(like(saved, p))
-    if optimizer is not None:
-        per_parameter, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
-        for name, value in {**tensors, **state["optimizer"]}.items():
-            if name.startswith("optimizer."):
-                _, index, *keys, last = name.split(".")
-                values = per_parameter.setdefault(int(index), {})
-                for key in keys:
-                    values = values.setdefault(key, {})
-                values[last] = like(value, parameters[int(index)])
-        optimizer.load_state_dict({"state": per_parameter,
-                                   "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def finish(args, accelerator, model, tokenizer):
-    """Writes model/ (and merged/ with --merge) and says where."""
-    named = model.state_dict(keep_vars=True)
-    values = {id(value): whole(value).detach() for value in named.values()}  # tied weights stay one tensor
-    state = {name: values[id(value)] for name, value in named.items()}
-    if accelerator.is_main_process:
-        folder = os.path.join(args.output_dir, "model")
-        save_model(model, tokenizer, folder, state)
-        say(f"saved    {folder}")
-        if args.merge:
-            merge_adapter(args, tokenizer, os.path.join(args.output_dir, "merged"), folder,
-                          accelerator.device)
-    accelerator.wait_for_everyone()
-
-
-def save_model(model, tokenizer, folder, state=None):
-    """An adapter or full weights, with tokenizer, template and generation config."""
-    model.config.use_cache = True
-    options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
-    with written_whole(folder) as partial:
-        model.save_pretrained(partial, state_dict=state, **options)
-        if model.can_generate():
-            model.generation_config.save_pretrained(partial)
-        else:  # a reward model: an adapter's folder too tells the names of its scores
-            model.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-
-
-def merge_adapter(args, tokenizer, folder, adapter, device):
-    """Merges the adapter into its base, saves plain weights to `folder`, prints how far the logits moved.
-
-    A 4-bit base is dequantised first: merging into its original weights, or in 4 bits, is some ten times less
-    exact.
-    """
-    is_reward_model = os.path.exists(os.path.join(adapter, "config.json"))
-    names = (AutoConfig.from_pretrained(adapter, trust_remote_code=args.trust_remote_code).id2label.values()
-             if is_reward_model else [])
-
-    def load():
-        model = load_base(base_and_adapter(adapter)[0], args, device, True,
-                          score_config(list(names), tokenizer) if is_reward_model else None)
-        return model if args.load_in_4bit else model.to(device)
-
-    ids = torch.arange(64, device=device).view(8, 8) % len(tokenizer)
-    with torch.no_grad():
-        before = PeftModel.from_pretrained(load(), adapter).eval()(ids).logits.float()
-        model = load()
-        if args.load_in_4bit:
-            model = model.dequantize(dtype=torch.bfloat16 if args.bf16 else torch.float32)
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
-        after = merged(ids).logits.float()
-    if not is_reward_model:
-        merged.generation_config = transformers.GenerationConfig.from_pretrained(adapter)
-    save_model(merged, tokenizer, folder)
-    say(f"merged   {folder}: logits moved by at most {(after - before).abs().max():.2g} "
-        f"(their spread is {before.std():.2g})")
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM set .signal: the loop saves a checkpoint and stops. A second one ends at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._catch)
-
-    def _catch(self, number, frame):
-        self.signal = number
-        say("stopping after this step (ppo, grpo: this rollout), with a checkpoint (once more: at once)",
-            file=sys.stderr)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-
-    def leave(self, args, step):
-        say(f"stopped at step {step}, before the page was written" if args.audit else
-            f"stopped at step {step}; to go on: the same command with --resume_from_checkpoint latest",
-            file=sys.stderr)
-        sys.exit(128 + (self.signal or signal.SIGTERM))

@@ -67,7 +67,7 @@ def fresh_accelerate(monkeypatch):
     from accelerate.state import AcceleratorState, GradientState
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    monkeypatch.setattr(common.Interrupt, "__init__", lambda self: setattr(self, "signal", 0))
+    monkeypatch.setattr(common.Run, "catch_signals", lambda self: None)
 
 
 @pytest.fixture

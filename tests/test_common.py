@@ -1,19 +1,27 @@
-"""common.py, arguments and data: every format under every kind of template, to the last token; files."""
+"""common.py, arguments and data: every format under every kind of template, to the last token; files; --help."""
 
+import inspect
 import json
 import os
-from dataclasses import dataclass, field
+import re
+import sys
+from dataclasses import dataclass, fields
 from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
-from transformers.hf_argparser import HfArg
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 import common
+import dpo
+import grpo
+import ppo
+import reward_model
+import sft
+from common import arg
 
 # ---- templates and tokenizers ------------------------------------------------------------------------------
 
@@ -57,7 +65,7 @@ def make_tokenizer(template, specials=(), eos="<|end|>", bos=None, adds_bos=Fals
         t.post_processor = processors.Sequence(steps)
     fast = PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos, pad_token=pad, bos_token=bos,
                                    clean_up_tokenization_spaces=False)
-    fast.chat_template, fast.template_kwargs = template, kwargs
+    fast.chat_template, fast.init_kwargs["template_kwargs"] = template, kwargs
     return fast
 
 
@@ -84,7 +92,7 @@ TEMPLATES = {
 def marked(tokenizer, example):
     """The decoded ids with the trained stretches in [[ ]]."""
     text = ""
-    for trained, at in groupby(range(len(example["input_ids"])), key=lambda i: example["completion_mask"][i]):
+    for trained, at in groupby(range(len(example["input_ids"])), key=lambda i: example["mask"][i]):
         piece = tokenizer.decode([example["input_ids"][i] for i in at])
         text += f"[[{piece}]]" if trained else piece
     return text
@@ -201,7 +209,7 @@ def test_a_thinking_template_gives_one_example_a_turn():
     assert encode(t, turns) == [second]
     turns[1]["train"], turns[3]["train"] = True, False
     assert encode(t, turns) == [first]
-    t.template_kwargs = {"enable_thinking": False}  # the empty block is now part of the prompt
+    t.init_kwargs["template_kwargs"] = {"enable_thinking": False}  # the empty block is now part of the prompt
     assert encode(t, chat("a", "b")) == [f"{user}a{end}{assistant}<think>\n\n</think>\n\n[[b<|im_end|>]]\n"]
 
 
@@ -273,8 +281,8 @@ def test_load_tokenizer(tmp_path, capsys):
         "User:\na\n\nAssistant:\n[[b<|end|>]]\n\nUser:\nc\n\nAssistant:\n[[d<|end|>]]\n\n"]
     (tmp_path / "t.jinja").write_text(BARE)
     args.chat_template_path, args.chat_template_kwargs = str(tmp_path / "t.jinja"), '{"a": 1}'
-    assert (common.load_tokenizer(args).chat_template, common.load_tokenizer(args).template_kwargs) == (BARE,
-                                                            {"a": 1})
+    got = common.load_tokenizer(args)
+    assert (got.chat_template, got.init_kwargs["template_kwargs"]) == (BARE, {"a": 1})
     for name, value, sentence in (("chat_template_kwargs", "[1]", "must be a JSON object"),
                                   ("chat_template_path", "no", "cannot read"),
                                   ("model_name_or_path", str(tmp_path / "no"), "no such model folder")):
@@ -282,7 +290,7 @@ def test_load_tokenizer(tmp_path, capsys):
             common.load_tokenizer(SimpleNamespace(**{**vars(args), name: value}))
 
 
-# ---- cutting, padding, splitting ---------------------------------------------------------------------------
+# ---- cutting and padding -----------------------------------------------------------------------------------
 
 def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end():
     ids, mask = list(range(10)), [0] * 6 + [1] * 4
@@ -298,6 +306,109 @@ def test_pad():
     assert common.pad([torch.tensor([0.5])], 0.0, dtype=torch.float32).tolist() == [[0.5]] and common.pad([],
                                                             0).shape == (0, 0)
 
+
+def test_pad_rows_by_hand():
+    """One number a token: 0 where the mask is 0, and in the row that lacks the field though it is the longest."""
+    long, short = common.make_row([1] * 5, [0, 1, 1, 1, 1]), common.make_row([2] * 3, [0, 1, 1], x=torch.ones(3))
+    mb = common.pad_rows([long, short], ["x"], "cpu")
+    assert mb.input_ids.tolist() == [[1] * 5, [2, 2, 2, 0, 0]] and mb.input_ids.dtype == torch.long
+    assert mb.mask.tolist() == [[0, 1, 1, 1, 1], [0, 1, 1, 0, 0]] and mb.mask.dtype == torch.float32
+    assert mb.x.tolist() == [[0] * 5, [0, 1, 1, 0, 0]] and mb.x.dtype == torch.float32
+
+
+def test_pad_rows_takes_a_number_of_the_whole_row():
+    """(B, 1) where no row has a number a token; beside rows that do, it is the number of each trained token."""
+    rows = [common.make_row([1] * 4, [0, 0, 1, 1], x=2.5, y=torch.arange(4.)), common.make_row([1, 1], [0, 1], y=7)]
+    mb = common.pad_rows(rows, ["x", "y", "z"], "cpu")
+    assert mb.x.tolist() == [[2.5], [0]] and mb.z.tolist() == [[0], [0]]
+    assert mb.y.tolist() == [[0, 0, 2, 3], [0, 7, 0, 0]]
+
+
+def test_make_row_never_trains_on_token_0():
+    row = common.make_row([5, 6, 7], [1, 0, 1], note="n")
+    assert row["mask"].tolist() == [0, 0, 1] and row["trained"] == 1 and row["note"] == "n"
+    assert (row["input_ids"].dtype, row["mask"].dtype) == (torch.int32, torch.int8)
+
+
+def test_upto_answer_ends_with_the_end_of_turn_and_keeps_the_rest(tokenizer):
+    part = {"input_ids": [1, 2, 3, 4, 5, 6], "mask": [0, 1, 0, 1, 0, 0], "moved": 1}
+    assert common.upto_answer(part) == {"input_ids": [1, 2, 3, 4], "mask": [0, 1, 0, 1], "moved": 1}
+    assert part["mask"] == [0, 1, 0, 1, 0, 0]
+    chatml = TEMPLATES["chatml"][0]
+    (part,) = common.encode_conversation(chatml, chat("a", "b"))
+    assert marked(chatml, part).endswith("[[b<|im_end|>]]\n")
+    assert marked(chatml, common.upto_answer(part)).endswith("[[b<|im_end|>]]")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+@pytest.mark.parametrize("limit", [1, 64, 1000, 10**9])
+@pytest.mark.parametrize("lengths", [[9], [3, 50, 3, 8, 8, 1], [(i * 37) % 61 + 1 for i in range(83)]], ids=len)
+def test_cut_keeps_every_row_once_and_the_limit(lengths, limit, processes):
+    shares = [common.cut(lengths, limit, i, processes) for i in range(processes)]
+    assert len(set(map(len, shares))) == 1, "every process waits for as many"
+    assert sorted(i for share in shares for places in share for i in places) == list(range(len(lengths)))
+    for share in shares:
+        for places in share:
+            assert len(places) * max((lengths[i] for i in places), default=0) <= limit or len(places) == 1
+        dealt = [lengths[i] for places in share for i in places]
+        assert dealt == sorted(dealt, reverse=True), "a step that does not fit is to fail at its beginning"
+        full = [places for places in share if places]
+        assert share == full + [[]] * (len(share) - len(full))
+        for places, after in zip(full, full[1:]):  # none is cut before the limit
+            assert (len(places) + 1) * lengths[places[0]] > limit and lengths[after[0]] <= lengths[places[-1]]
+    rows = [sum(map(len, share)) for share in shares]
+    assert max(rows) - min(rows) <= 1
+
+
+def test_cut_of_nothing_is_one_empty_micro_batch():
+    assert [common.cut([], 64, i, 2) for i in range(2)] == [[[]], [[]]]
+
+
+def test_shuffled_takes_every_row_once_an_epoch_in_another_order():
+    rows = list(range(10))
+    epochs = [[common.shuffled(rows, 4 * e + n, 3, 0) for n in range(4)] for e in range(2)]
+    assert [list(map(len, epoch)) for epoch in epochs] == [[3, 3, 3, 1]] * 2
+    orders = [sum(epoch, []) for epoch in epochs] + [sum((common.shuffled(rows, n, 3, 1) for n in range(4)), [])]
+    assert all(sorted(order) == rows for order in orders) and len(set(map(tuple, orders))) == 3
+    assert common.shuffled(rows, 5, 3, 0) == epochs[1][1]
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------
+
+def greedy_by_hand(model, ids, stop_ids, most):
+    """Token by token, each time from the beginning, without cache, padding or other rows."""
+    completion = []
+    while len(completion) < most and not (completion and completion[-1] in stop_ids):
+        completion.append(model(torch.tensor([ids + completion])).logits[0, -1].argmax().item())
+    return completion
+
+
+@torch.no_grad()
+def test_complete_greedily_stops_at_the_models_last_position():
+    """gpt2 has a learned embedding of each position: one step further would be an index error."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=320, n_positions=12, n_embd=32, n_layer=1,
+                                                        n_head=2, bos_token_id=None, eos_token_id=260)).eval()
+    prompts = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8]]
+    assert common.max_positions(model) == 12
+    completions = common.complete_greedily(model, prompts, [319], 50)
+    assert completions == [greedy_by_hand(model, prompt, [319], 4) for prompt in prompts]
+    assert list(map(len, completions)) == [4, 4]
+    assert list(map(len, common.complete_greedily(model, prompts, [319], 2))) == [2, 2]
+    assert common.complete_greedily(model, [[1] * 12], [319], 50) == [greedy_by_hand(model, [1] * 12, [319], 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_complete_greedily_ends_each_row_at_its_own_stop_token(kind):
+    model, prompts = tiny_model(kind).eval(), [[7], [10, 20, 30, 40, 50], [3, 9]]
+    free = [greedy_by_hand(model, prompt, [], 12) for prompt in prompts]
+    for stop_ids in ([-1], [free[0][2]], [free[1][0], free[2][5]]):
+        want = [greedy_by_hand(model, prompt, stop_ids, 12) for prompt in prompts]
+        assert common.complete_greedily(model, prompts, stop_ids, 12) == want
+
+
+# ---- splitting ---------------------------------------------------------------------------------------------
 
 def test_hold_out_goes_by_prompt_and_not_by_order():
     items = [(f"prompt {i % 300}", i) for i in range(1000)]
@@ -320,17 +431,20 @@ def test_hold_out_takes_at_most_200_rows_and_never_most_of_the_data(groups, frac
 def test_fingerprint_tells_any_change():
     def example(ids, mask):
         return {"input_ids": torch.tensor(ids, dtype=torch.int32),
-                "completion_mask": torch.tensor(mask, dtype=torch.int8)}
+                "mask": torch.tensor(mask, dtype=torch.int8)}
     base = [example([1], [1]), example([1], [1])]
     others = [base[:1], [example([1, 1], [1, 1])], [example([2], [1]), base[1]], [example([1], [0]), base[1]],
               [{**base[0], "score": 1}, base[1]]]
     digests = [common.fingerprint(x) for x in [base, *others]]
     assert len(set(digests)) == len(digests) and common.fingerprint(base) == digests[0]
+    moved = [{**e, "place": f"elsewhere.jsonl:{i}"} for i, e in enumerate(base)]  # the same rows, in another file
+    here = [{**e, "place": f"here.jsonl:{i}"} for i, e in enumerate(base)]
+    assert common.fingerprint(moved) == common.fingerprint(here)
 
 
 def test_show_example_and_show_table(capsys, tokenizer):
     (e,) = common.encode_conversation(tokenizer, chat("q" * 2000, "a\nb"))
-    common.show_example(tokenizer, e["input_ids"], torch.tensor(e["completion_mask"]))
+    common.show_example(tokenizer, e["input_ids"], torch.tensor(e["mask"]))
     out = capsys.readouterr().out
     assert "2007 tokens, 4 trained, in [[ ]]" in out and "q ... q" in out
     assert "[[a\n  b<|end|>]]" in out and len(out) < 800
@@ -487,15 +601,14 @@ def test_find_format_names_what_it_found_and_what_it_knows():
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 @dataclass
-class Args:
-    model_name_or_path: str | None = HfArg(default=None, help="")
-    learning_rate: float | None = HfArg(default=None, help="", aliases=["--lr"])
-    batch_size: int = HfArg(default=4, help="")
-    merge: bool = HfArg(default=False, help="")
-    checkpointing: bool = HfArg(default=True, help="")
-    modules: list[str] | None = HfArg(default=None, help="")
-    weights: list[float] = field(default_factory=list)
-    chat_template_kwargs: str | None = HfArg(default=None, help="")
+class Args(common.Args):
+    dataset_name: str | None = arg("data.jsonl", "")
+    learning_rate: float | None = arg(None, "", ["--lr"])
+    batch_size: int = arg(4, "")
+    num_train_epochs: float = arg(1.0, "")
+    checkpointing: bool = arg(True, "")
+    modules: list[str] | None = arg(None, "")
+    weights: list[float] = arg([], "")
 
 
 def parse(tmp_path, values, *argv):
@@ -508,11 +621,13 @@ def test_flags_go_on_top_of_the_file(tmp_path):
                             "modules": ["a", "b"], "weights": [1, 0.5],
                             "learning_rate": 1e-3, "chat_template_kwargs": {"a": True}}, "--batch_size", "2",
                             "--merge", "False", "--lr=2e-4")
-    assert args == Args(os.path.relpath(tmp_path / "m"), 2e-4, 2, False, True, ["a", "b"], [1.0, 0.5],
-                        '{"a": true}')
+    assert args == Args(model_name_or_path=os.path.relpath(tmp_path / "m"), learning_rate=2e-4, batch_size=2,
+                        merge=False, modules=["a", "b"], weights=[1.0, 0.5],
+                        chat_template_kwargs='{"a": true}')
     args = parse(tmp_path, {"checkpointing": False, "modules": ["a"], "learning_rate": None}, "--merge",
                  "--modules", "c", "d", "--batch-size", "3", "--model_name_or_path=~/m")
-    assert args == Args(os.path.expanduser("~/m"), None, 3, True, False, ["c", "d"])
+    assert args == Args(model_name_or_path=os.path.expanduser("~/m"), batch_size=3, merge=True,
+                        checkpointing=False, modules=["c", "d"])
 
 
 @pytest.mark.parametrize("values, argv, sentence", [
@@ -535,7 +650,6 @@ def test_arguments_that_are_refused(tmp_path, values, argv, sentence):
 
 
 def test_without_a_model_the_small_example_beside_the_script_is_needed(tmp_path, monkeypatch):
-    import sys
     monkeypatch.setattr(sys.modules[__name__], "__file__", str(tmp_path / "script.py"))
     with pytest.raises(common.UserError,
                        match="no model given and no tests/tiny beside the script: add --model_name_or_path"):
@@ -546,7 +660,6 @@ def test_without_a_model_the_small_example_beside_the_script_is_needed(tmp_path,
 
 
 def test_the_small_example_does_not_replace_a_run_of_another_model(tmp_path):
-    import dpo
     out = ["--output_dir", str(tmp_path)]
     (tmp_path / "args.json").write_text('{"model_name_or_path": "mine"}')
     with pytest.raises(common.UserError, match="holds a run of mine, which the small example would replace"):
@@ -561,10 +674,145 @@ def test_template_kwargs_come_back_with_a_saved_tokenizer(tmp_path):
     tokenizer = common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs='{"enable_thinking": false}'))
     tokenizer.save_pretrained(tmp_path)
     given["model_name_or_path"] = str(tmp_path)
-    assert common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs=None)).template_kwargs == {"enable_thinking": False}
-    assert common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs="{}")).template_kwargs == {}
+
+    def load(kwargs):
+        loaded = common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs=kwargs))
+        return loaded.init_kwargs["template_kwargs"]
+    assert load(None) == {"enable_thinking": False}
+    assert load("{}") == {}
 
 
 def test_a_role_that_is_no_string_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="message 0 has the unknown role"):
         common.to_messages([{"role": ["user"], "content": "a"}])
+
+
+@dataclass
+class Limited(common.Args):
+    dataset_name: str | None = arg("data.jsonl", "a file")
+    num_train_epochs: float = arg(1.0, "passes")
+    positive: float | None = arg(None, "a number", above=0)
+    natural: int = arg(0, "a number", least=0)
+    pair: int = arg(2, "a number", least=2)
+    share: float = arg(0.5, "a number", least=0, below=1)
+    closed: float = arg(0.5, "a number", least=0, most=1)
+    opened: float = arg(0.5, "a number", above=0, below=1)
+    half: float = arg(0.5, "a number", above=0, most=1)
+    free: float = arg(0.0, "a number")
+    numbers: list[float] | None = arg(None, "some numbers")
+    names: list[str] = arg(["a"], "some names")
+
+
+@pytest.mark.parametrize("name, good, bad, must", [
+    ("positive", ["1e-9", "1e9"], ["0", "-1e-9"], "be positive"),
+    ("natural", ["0", "7"], ["-1"], "not be negative"),
+    ("pair", ["2", "3"], ["1", "-5"], "be at least 2"),
+    ("share", ["0", "0.999"], ["1", "-0.001", "1.5"], "lie in [0, 1)"),
+    ("closed", ["0", "1"], ["1.001", "-0.001"], "lie in [0, 1]"),
+    ("opened", ["0.001", "0.999"], ["0", "1"], "lie in (0, 1)"),
+    ("half", ["0.001", "1"], ["0", "1.001"], "lie in (0, 1]"),
+    ("free", ["-3", "1e300"], [], "")])
+def test_the_limits_of_a_number_and_what_is_said_beyond_them(name, good, bad, must):
+    for value in good:
+        args = common.parse_args(Limited, ["--model_name_or_path", "m", f"--{name}={value}"])
+        assert getattr(args, name) == float(value)
+    number = dict((flag.name, int if flag.type is int else float) for flag in fields(Limited))[name]
+    for value in bad:
+        with pytest.raises(common.UserError) as error:
+            common.parse_args(Limited, ["--model_name_or_path", "m", f"--{name}={value}"])
+        assert str(error.value) == f"--{name} must {must}, not {number(value)}"
+    for value in ("nan", "inf", "-inf") if number is float else ():
+        with pytest.raises(common.UserError, match=f"^--{name} is {value}$"):
+            common.parse_args(Limited, ["--model_name_or_path", "m", f"--{name}={value}"])
+
+
+def test_limits_hold_for_lists_files_and_what_is_not_given(tmp_path):
+    typed = ["--model_name_or_path", "m"]
+    assert common.parse_args(Limited, typed).positive is None
+    with pytest.raises(common.UserError, match="^--numbers is nan$"):
+        common.parse_args(Limited, [*typed, "--numbers", "1", "nan"])
+    (tmp_path / "a.json").write_text('{"pair": 1}')
+    with pytest.raises(common.UserError, match="^--pair must be at least 2, not 1$"):
+        common.parse_args(Limited, [str(tmp_path / "a.json"), *typed])
+    assert common.parse_args(Limited, [str(tmp_path / "a.json"), *typed, "--pair", "3"]).pair == 3
+    one, other = (common.parse_args(Limited, typed) for _ in range(2))
+    one.names.append("b")
+    assert other.names == ["a"], "two runs must not share a default"
+
+
+# ---- --help ------------------------------------------------------------------------------------------------
+
+GROUPS = {  # in the order of the script's file; output last
+    sft: ["model", "data", "optimization", "evaluation", "output"],
+    dpo: ["model", "data", "objective", "optimization", "evaluation", "output"],
+    reward_model: ["model", "data", "objective", "optimization", "evaluation", "output"],
+    ppo: ["model", "data", "rewards", "rollout", "objective", "optimization", "evaluation", "output"],
+    grpo: ["model", "data", "rewards", "rollout", "objective", "optimization", "evaluation", "output"]}
+
+
+def help_of(script, capsys):
+    """-> (what --help prints, {group: [flag]}, {flag: its text}, what stands before the first group)."""
+    with pytest.raises(SystemExit) as leave:
+        common.parse_args(script.Args, ["--help"])
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    flags = text[:text.index("\n\nMetrics")]
+    head, *parts = re.split(r"^(\w+):\n", flags, flags=re.M)
+    groups = {name: re.findall(r"^  --(\S+)", part, re.M) for name, part in zip(parts[::2], parts[1::2])}
+    assert len(groups) == len(parts) // 2, "no group comes twice"
+    texts = {name: " ".join(what.split()) for name, what
+             in re.findall(r"^  --(\S+)(.*(?:\n {36}.*)*)", "".join(parts[1::2]), re.M)}
+    return text, groups, texts, head
+
+
+@pytest.mark.parametrize("script", GROUPS, ids=lambda s: s.__name__)
+def test_help_has_every_flag_once_in_the_files_groups(script, capsys):
+    text, groups, _, head = help_of(script, capsys)
+    listed = [name for names in groups.values() for name in names]
+    assert sorted(listed) == sorted(flag.name for flag in fields(script.Args)), "every flag, none twice"
+    assert list(groups) == GROUPS[script]
+    for names in groups.values():  # in a group: common.py's flags, then the script's, as their files have them
+        own = set(re.findall(r"^    (\w+): ", inspect.getsource(script.Args), re.M))
+        orders = [re.findall(r"^    (\w+): .*= arg\(", inspect.getsource(c), re.M) for c in (common.Args, script.Args)]
+        assert names == [n for n in orders[0] if n in names and n not in own] + [n for n in orders[1] if n in names]
+    assert head.startswith(f"{script.__name__}.py - ") and f"usage: python {script.__name__}.py " in head
+    assert max(map(len, text.splitlines())) <= 110
+
+
+@pytest.mark.parametrize("script", GROUPS, ids=lambda s: s.__name__)
+def test_help_spells_a_flag_one_way_and_tells_its_default(script, capsys):
+    text, _, texts, head = help_of(script, capsys)
+    flags = text[len(head):text.index("\n\nMetrics")]
+    known = {flag.name for flag in fields(script.Args)}
+    assert set(re.findall(r"--([\w-]+)", flags)) == known, "no --no_x, --batch-size or --report_to"
+    for flag in fields(script.Args):
+        default = flag.default_factory() if callable(flag.default_factory) else flag.default
+        shown = " ".join(default) if isinstance(default, list) else str(default)
+        assert texts[flag.name].endswith(f" [{shown}]") or default is None or default is False, flag.name
+        assert len(texts[flag.name].split("[")[0].split()) >= 2, f"--{flag.name} is not explained"
+    assert "TEXT ..." in texts["lora_target_modules"] and texts["lora_r"].startswith("N ")
+    assert texts["gradient_checkpointing"].startswith("True|False ")
+    assert texts["lr_scheduler_type"].startswith("cosine|linear|constant ")
+
+
+@pytest.mark.parametrize("script", GROUPS, ids=lambda s: s.__name__)
+def test_help_ends_with_the_metrics_of_the_docstring(script, capsys):
+    text, *_ = help_of(script, capsys)
+    block = script.__doc__[script.__doc__.index("\nMetrics"):script.__doc__.index("\n\nRun ")]
+    assert text.rstrip("\n").endswith("\n" + block) and text.endswith("\n")
+    names = [line.split()[0].rstrip(",") for line in block.strip().splitlines()[1:]]
+    assert {"loss", "grad_norm", "num_tokens"} <= set(names) and len(names) == len(set(names))
+
+
+def test_a_script_that_lists_no_metrics_has_a_help_too(capsys):
+    with pytest.raises(SystemExit):
+        common.parse_args(Limited, ["--help"])
+    out = capsys.readouterr().out
+    assert "--closed X" in out and "[0.5]" in out and "usage: python test_common.py" in out
+
+
+@pytest.mark.parametrize("flag", ["--kl_gain", "--sft_fraction", "--demo_column"])
+@pytest.mark.parametrize("script", [ppo, grpo], ids=lambda s: s.__name__)
+def test_flags_that_are_gone_are_unknown(script, flag):
+    with pytest.raises(common.UserError, match=f"^unknown argument {flag}"):
+        common.parse_args(script.Args, ["--model_name_or_path", "m", "--dataset_name", "d", flag, "1"])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,23 +22,54 @@ def close(a, b, tolerance=1e-6):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+def figures(w, l, ref_w, ref_l, **flags):
+    """pair_figures of completions of one token each: log-probs (N,) of policy and reference, weight 1."""
+    both = torch.cat([w, l])[:, None]
+    mb = SimpleNamespace(logprobs=both, ref_sum=torch.cat([ref_w, ref_l])[:, None], mask=torch.ones_like(both),
+                         weight=torch.ones_like(both))
+    return dpo.pair_figures(mb, SimpleNamespace(**{"loss_type": "sigmoid", "label_smoothing": 0.0, "sft_coef": 0.0, **flags}))
+
+
 def test_losses_by_hand():
     """Log-ratios 2 and -1 (margin 3), and 0 and 0, beta 0.1."""
     four = tensor([-3.0, -5.0]), tensor([-7.0, -2.0]), tensor([-5.0, -5.0]), tensor([-6.0, -2.0])
-    losses, chosen, rejected = dpo.dpo_loss(*four, beta=0.1)
-    close(losses, tensor([math.log(1 + math.exp(-0.3)), LN2]))
-    close(chosen, tensor([0.2, 0.0])), close(rejected, tensor([-0.1, 0.0]))
-    close(dpo.dpo_loss(*four, beta=0.1, loss_type="ipo")[0], tensor([4.0, 25.0]))
-    close(dpo.dpo_loss(*four, beta=0.1, loss_type="hinge")[0], tensor([0.7, 1.0]))
-    smooth = dpo.dpo_loss(*four, beta=0.1, label_smoothing=0.2)[0]
+    losses = dpo.dpo_loss(*four, beta=0.1)
+    seen = figures(*four, beta=0.1)
+    close(losses, tensor([math.log(1 + math.exp(-0.3)), LN2])), close(seen["loss"], losses)
+    close(seen["rewards/chosen"], tensor([0.2, 0.0])), close(seen["rewards/rejected"], tensor([-0.1, 0.0]))
+    close(dpo.dpo_loss(*four, beta=0.1, loss_type="ipo"), tensor([4.0, 25.0]))
+    close(dpo.dpo_loss(*four, beta=0.1, loss_type="hinge"), tensor([0.7, 1.0]))
+    smooth = dpo.dpo_loss(*four, beta=0.1, label_smoothing=0.2)
     close(smooth, tensor([0.8 * math.log(1 + math.exp(-0.3)) + 0.2 * math.log(1 + math.exp(0.3)), LN2]))
+
+
+def test_the_arguments_reach_the_loss():
+    """pair_figures gives dpo_loss all of --beta, --loss_type and --label_smoothing; the rewards are beta x log-ratios of sums."""
+    four = tensor([-3.0, -5.0]), tensor([-7.0, -2.0]), tensor([-5.0, -5.0]), tensor([-6.0, -2.0])
+    for flags in ({"loss_type": "ipo"}, {"loss_type": "hinge"}, {"label_smoothing": 0.2}):
+        seen = figures(*four, beta=0.3, sft_coef=0.5, **flags)
+        close(seen["dpo_loss"], dpo.dpo_loss(*four, beta=0.3, **flags)), close(seen["nll_loss"], -four[0])
+        close(seen["loss"], seen["dpo_loss"] + 0.5 * seen["nll_loss"]), close(seen["rewards/margins"], tensor([0.9, 0.0]))
+
+
+def test_only_ipo_divides_by_lengths():
+    """Completions of 2 and 4 tokens, log-ratios 2 and -4 in sum, 1 and -1 in mean; weight 1/4."""
+    mask = tensor([[0.0, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    mb = SimpleNamespace(logprobs=-mask, mask=mask, ref_sum=tensor([[-4.0], [0.0]]), weight=tensor([[0.25], [0.25]]))
+    for loss_type, loss in ("ipo", (2 - 5) ** 2), ("hinge", 1 - 0.6), ("sigmoid", math.log(1 + math.exp(-0.6))):
+        args = SimpleNamespace(beta=0.1, loss_type=loss_type, label_smoothing=0.0, sft_coef=1.0)
+        seen = {name: 4 * x.item() for name, x in dpo.pair_figures(mb, args).items()}
+        assert seen["dpo_loss"] == pytest.approx(loss) and seen["loss"] == pytest.approx(loss + 1)
+        assert seen["rewards/chosen"] == pytest.approx(0.2) and seen["rewards/rejected"] == pytest.approx(-0.4)
+        assert seen["logps/chosen"] == -2 and seen["logps/rejected"] == -4 and seen["rewards/accuracies"] == 1
 
 
 def test_the_gradient_is_the_papers():
     """Section 4: - beta sigmoid(reward_l - reward_w), on the chosen log-prob, and its opposite on the rejected."""
     w, l = tensor([-1.0, -4.0], requires_grad=True), tensor([-2.0, -1.0], requires_grad=True)
-    losses, chosen, rejected = dpo.dpo_loss(w, l, tensor([-2.0, -2.0]), tensor([-2.0, -2.0]), beta=0.5)
-    losses.sum().backward()
+    seen = figures(w, l, tensor([-2.0, -2.0]), tensor([-2.0, -2.0]), beta=0.5)
+    seen["loss"].sum().backward()
+    chosen, rejected = seen["rewards/chosen"], seen["rewards/rejected"]
     want = -0.5 * torch.sigmoid(rejected - chosen)
     close(w.grad, want), close(l.grad, -want)
     assert not chosen.requires_grad
@@ -90,7 +122,9 @@ def test_logprobs_equal_plain_transformers_one_row_at_a_time(kind, tokenizer):
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in (("1+1", "2", "the answer is eleven"), ("say hi", "hi there, you", "no"))]
     items = [(common.to_pair(row, "prompt_pair"), row, "here") for row in rows]
     pairs = common.encode_pairs(items, tokenizer, 512, dpo.Counter())
-    sums, lengths, _ = dpo.pair_logprobs(dpo.Policy(model), pairs, "cpu")
+    mb = common.pad_rows([pair["rows"][side] for side in (0, 1) for pair in pairs], (), "cpu")
+    sums = dpo.Policy(model)(mb.input_ids, mb.mask)[0].sum(-1).view(2, -1)
+    lengths = mb.mask.sum(-1).view(2, -1)
     for i, row in enumerate(rows):
         for side, name in enumerate(("chosen", "rejected")):
             prompt = tokenizer(f"<|user|>{row['prompt']}<|end|><|assistant|>")["input_ids"]
@@ -101,7 +135,7 @@ def test_logprobs_equal_plain_transformers_one_row_at_a_time(kind, tokenizer):
 
 def test_the_step_equals_the_formula_with_plain_transformers(monkeypatch, tmp_path):
     got, metrics = gradient(monkeypatch, tmp_path / "out", "--beta", 0.7, "--sft_coef", 0.3, "--batch_size", 1000, "--dataset_name",
-                            write_pairs(tmp_path, 4))
+                            write_pairs(tmp_path, 4, {"prompt": "say hi", "chosen": "hi there, you", "rejected": "no"}))
     args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json")])
     tokenizer = common.load_tokenizer(args)
     model, loss = common.load_model(args, tokenizer), 0.0
@@ -112,15 +146,16 @@ def test_the_step_equals_the_formula_with_plain_transformers(monkeypatch, tmp_pa
             lp = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)[len(prompt) - 1:]
             lps.append((lp.sum(), len(lp)))
         (w, n), (l, _) = lps
-        loss = loss + (torch.log(1 + torch.exp(-0.7 * ((w - w.detach()) - (l - l.detach())))) - 0.3 * w / n) / 4
+        loss = loss + (torch.log(1 + torch.exp(-0.7 * ((w - w.detach()) - (l - l.detach())))) - 0.3 * w / n) / 5
     loss.backward()
     want = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5) and (got - want).norm() / want.norm() < 1e-5
 
 
-def write_pairs(folder, n):
+def write_pairs(folder, n, *more):
+    """The first n pairs of the example, whose sides begin alike, and more, whose sides need not."""
     with open(os.path.join(TINY, "preferences.jsonl")) as file:
-        (folder / "pairs.jsonl").write_text("".join(file.readlines()[:n]))
+        (folder / "pairs.jsonl").write_text("".join([*file.readlines()[:n], *(json.dumps(row) + "\n" for row in more)]))
     return folder / "pairs.jsonl"
 
 
@@ -169,7 +204,7 @@ def test_files_of_other_projects_are_read_as_they_are(name, row, tmp_path, token
             dpo.load_pairs(args, common.load_tokenizer(args))
         return
     (pair,), _ = dpo.load_pairs(args, common.load_tokenizer(args))
-    assert [tokenizer.decode(pair[f"{side}_ids"]) for side in ("chosen", "rejected")] == [f"<|user|>q<|end|><|assistant|>{x}<|end|>" for x in "ab"]
+    assert [tokenizer.decode(row["input_ids"]) for row in pair["rows"]] == [f"<|user|>q<|end|><|assistant|>{x}<|end|>" for x in "ab"]
 
 
 @pytest.mark.parametrize("row, format", [
@@ -205,7 +240,7 @@ def test_identical_and_empty_pairs_are_dropped_and_counted_and_both_sides_keep_t
     counts = dpo.Counter()
     (pair,) = common.encode_pairs([(common.to_pair(r, "prompt_pair"), r, "here") for r in rows], tokenizer, 40, counts)
     assert counts["dropped: the two sides are identical"] == 1 and counts["dropped: an empty completion"] == 1 and counts["cut to max_length"] == 1
-    texts = [tokenizer.decode(pair[f"{s}_ids"][pair[f"{s}_mask"] == m]) for s in ("chosen", "rejected") for m in (0, 1)]
+    texts = [tokenizer.decode(row["input_ids"][row["mask"] == m]) for row in pair["rows"] for m in (0, 1)]
     prompt = "q" * 18 + "<|end|><|assistant|>"  # half of max_length; a cut completion has no end of turn
     assert texts == [prompt, "a" * 20, prompt, "b<|end|>"]
 

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, in_child, tiny_model
-from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 import common
@@ -82,6 +81,8 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--reward_funcs", "hangs.py:f", "--reward_timeout", "0.2"], "'f' raised TimeoutError: no answer in 0.2 s (--reward_timeout), on the whole batch"),
     (ppo, ["--reward_funcs", "hangs.py:g", "--reward_timeout", "0.2"], "'g' raised TimeoutError: no answer in 0.2 s"),
     (sft, ["--resume_from_checkpoint", "another"], "was written with --"),
+    (sft, ["--resume_from_checkpoint", "damaged"], "--resume_from_checkpoint damaged: damaged: its checksums do not fit"),
+    (sft, ["--resume_from_checkpoint", "empty"], "--resume_from_checkpoint empty: No such file"),
     (grpo, ["--reward_funcs", "late.py:f", "--batch_size", "2", "--eval_fraction", "0"], "raised ZeroDivisionError"),
     (dpo, ["--label_smoothing", "0.1", "--loss_type", "ipo"], "defined for --loss_type sigmoid alone"), (dpo, ["--beta", "0"], "--beta must be positive"),
     (dpo, ["--label_smoothing", "0.7"], "--label_smoothing must lie in"), (dpo, ["--dataset_name", "ok.jsonl"], "no known format"),
@@ -90,14 +91,17 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (reward_model, ["--dataset_name", "named.jsonl", "--eval_fraction", "0"], "named.jsonl:2: the scores are ['y'], those of the first row ['x']"),
     (reward_model, ["--eval_dataset_name", "oks.jsonl"], "no such file"), (reward_model, ["--lora_dropout", "-1"], "--lora_dropout must lie in"),
     (grpo, ["--reward_funcs", "empty"], "empty is no reward model that can be loaded"),
-    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target needs --kl_coef above 0"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "--kl_gain in (0, 5)"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
+    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target needs --kl_coef above 0"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "unknown argument --kl_gain"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
     (ppo, ["--sft_coef", "0.1"], "--sft_dataset and --sft_coef belong together"), (ppo, ["--sft_dataset", "ok.jsonl"], "belong together"),
     (ppo, ["--sft_dataset", "role.jsonl", "--sft_coef", "0.1"], "role.jsonl:1: message 1 has the unknown role"),
     (ppo, ["--value_clip", "-1"], "--value_clip must not be negative"), (ppo, ["--num_minibatches", "9"], "--num_minibatches 9 is more than"),
     (ppo, ["--reward_funcs", "empty"], "empty is no reward model"), (ppo, ["--score_clip", "0"], "--score_clip must be positive"),
     (ppo, ["--sft_dataset", "", "--sft_coef", "0.1"], "belong together"), (grpo, ["--reward_weights", "0"], "--reward_weights are all 0"),
-    (ppo, ["--sft_dataset", "ok.jsonl", "--sft_coef", "0.1", "--sft_fraction", "1e9"], "--sft_fraction must lie in"),
+    (ppo, ["--sft_dataset", "ok.jsonl", "--sft_coef", "0.1", "--sft_fraction", "1e9"], "unknown argument --sft_fraction"),
+    (grpo, ["--demo_threshold", "0", "--demo_column", "answer"], "unknown argument --demo_column"),
+    (grpo, ["--demo_threshold", "0", "--dataset_name", "ok.jsonl"], "no prompt has a demonstration in a column 'demonstration'"),
     (ppo, ["--dataset_name", "ok.jsonl", "--num_minibatches", "4", "--batch_size", "8", "--eval_fraction", "0"], "is more than the 3 completions of a rollout"),
+    (sft, ["--num_train_epochs", "0", "--max_steps", "0"], "nothing to do: give --max_steps"), (ppo, ["--num_train_epochs", "-1"], "must not be negative"),
     (sft, ["--num_train_epochs", "1e300"], "would never end"), (sft, ["--model_name_or_path", "./headless"], "holds no weights for lm_head.weight"),
     (ppo, ["--beta", "0.1"], "the weight of the KL term is --kl_coef"),
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
@@ -119,9 +123,12 @@ def folder(tmp_path_factory):
     (path / "foreign" / "model").mkdir(parents=True)
     (path / "foreign" / "model" / "precious").write_text("keep me")
     (path / "another").mkdir()
-    save_file({"model.x": torch.zeros(1)}, path / "another" / "tensors.safetensors")
-    (path / "another" / "state.json").write_text(json.dumps({
-        "step": 1, "args": {}, "sha256": common._sha256(path / "another" / "tensors.safetensors")}))
+    torch.save({"step": 1, "args": {}}, path / "another" / "state.pt")
+    (path / "damaged").mkdir()
+    torch.save({"step": 1, "args": {}, "weights": {"x": torch.zeros(1000)}}, path / "damaged" / "state.pt")
+    with open(path / "damaged" / "state.pt", "r+b") as file:  # one byte of the weights
+        file.seek(os.path.getsize(path / "damaged" / "state.pt") // 2)
+        file.write(b"!")
     tiny_model("llama").save_pretrained(path / "wide")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "headless")
     tiny_model("llama").save_pretrained(path / "headless", state_dict={
@@ -217,7 +224,8 @@ def test_no_pickle_is_loaded_and_nothing_is_evaluated():
         with open(os.path.join(ROOT, name)) as file:
             source = file.read()
         for word in ("torch.load(", "pickle.load", " eval(", "exec("):
-            assert word not in source.replace("spec.loader.exec_module(", ""), f"{name} has {word}"
+            allowed = ("spec.loader.exec_module(", 'torch.load(path, map_location="cpu", weights_only=True)')
+            assert word not in source.replace(allowed[0], "").replace(allowed[1], ""), f"{name} has {word}"
 
 
 def test_trackers_through_accelerate(tmp_path):
@@ -240,7 +248,7 @@ class Payload:
         return (open, (self.path, "w"))
 
 
-@pytest.mark.parametrize("kind", ["model", "adapter", "reward"])
+@pytest.mark.parametrize("kind", ["model", "adapter", "reward", "checkpoint"])
 def test_no_pickle_is_loaded(kind, tmp_path):
     """Weights in a pickle that runs code: refused in a sentence, and the code has not run."""
     import shutil
@@ -252,13 +260,27 @@ def test_no_pickle_is_loaded(kind, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": CHECKPOINT, "r": 4,
                                                                 "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}))
         torch.save({"x": Payload(trap)}, folder / "adapter_model.bin")
+    elif kind == "checkpoint":
+        folder.mkdir()
+        torch.save({"step": 1, "args": {}, "x": Payload(trap)}, folder / "state.pt")
     else:
         shutil.copytree(CHECKPOINT, folder)
         os.remove(folder / "model.safetensors")
         torch.save({"x": Payload(trap)}, folder / "pytorch_model.bin")
+    flag = {"reward": "--reward_funcs", "checkpoint": "--resume_from_checkpoint"}.get(kind, "--model_name_or_path")
     with pytest.raises(common.UserError):
-        grpo.main(common.parse_args(grpo.Args, [*flags, "--reward_funcs" if kind == "reward" else "--model_name_or_path", str(folder)]))
+        grpo.main(common.parse_args(grpo.Args, [*flags, flag, str(folder)]))
     assert not trap.exists()
+
+
+def test_a_latest_checkpoint_that_runs_code_is_passed_over(tmp_path, capsys):
+    for path, state in (("step-00000001", {"step": 1}), ("step-00000002", {"step": 2, "x": Payload(tmp_path / "executed")})):
+        (tmp_path / "checkpoints" / path).mkdir(parents=True)
+        torch.save(state, tmp_path / "checkpoints" / path / "state.pt")
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
+    path, state = common.find_checkpoint(args)
+    assert path.endswith("step-00000001") and state == {"step": 1} and not (tmp_path / "executed").exists()
+    assert "passing over" in capsys.readouterr().out
 
 
 def test_code_that_comes_with_a_model_runs_only_if_asked(tmp_path):
@@ -317,7 +339,7 @@ def test_models_without_pad_template_or_eos(script, lacks, tmp_path, monkeypatch
 def test_what_fsdp_cannot_do_is_refused(monkeypatch):
     from types import SimpleNamespace
     from accelerate.utils import DistributedType
-    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False, device="cpu", process_index=0, num_processes=1)
     monkeypatch.setattr(common, "Accelerator", lambda **options: fake)
     args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json"), "--lora_r", "4", "--precompute_ref_log_probs", "False"])
     with pytest.raises(common.UserError, match="set fsdp_version: 2"):

@@ -1,22 +1,28 @@
-"""README.md: every command parses, every script has its row, every line count is true."""
+"""README.md: every command parses, every script has its row, every line count is true. What a run logs, its
+script explains."""
 
+import inspect
 import json
 import os
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT, TINY, run
 
 import common
 
+sys.path.append(os.path.join(ROOT, "tests", "figures"))
 with open(os.path.join(ROOT, "README.md")) as file:
     README = file.read()
 BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if re.search(r"\b\w+\.py\b", line)]
+COMMANDS = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()
+            if re.search(r"\b\w+\.py\b", line)]
+SCRIPTS = r"\b(sft|dpo|reward_model|ppo|grpo)\.py"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"\b(sft|dpo|reward_model|ppo|grpo)\.py", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(SCRIPTS, c)])
 def test_commands_parse(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.split("&&")[-1], comments=True)
@@ -33,31 +39,65 @@ def test_there_are_commands_for_every_script():
     assert all(any(script in c for c in COMMANDS) for script in scripts)
 
 
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`(?:\w+=\w+ )*python (tests/[\w/]+\.py)", README))))
+def test_programs_that_the_text_names_are_there(path):
+    assert os.path.isfile(os.path.join(ROOT, path))
+
+
 @pytest.mark.parametrize("name", [n for n in sorted(os.listdir(ROOT)) if n.endswith(".py")])
 def test_line_counts_are_true(name):
-    stated = re.search(rf"\[`{re.escape(name)}`\]\({re.escape(name)}\).*\| (\d+) \|", README)
+    stated = re.search(rf"\[`{re.escape(name)}`\]\({re.escape(name)}\).*\| ([\d,]+) \|", README)
     with open(os.path.join(ROOT, name)) as file:
         lines = len(file.readlines())
-    assert stated and abs(int(stated.group(1)) - lines) <= 20, f"{name} has {lines} lines"
+    assert stated and abs(int(stated.group(1).replace(",", "")) - lines) <= 20, f"{name} has {lines} lines"
+
+
+def glossary(script):
+    """The names that the Metrics block of a script's docstring explains, /std and the like written out."""
+    block = re.search(r"^Metrics.*?(?=\n\n|\Z)", inspect.getdoc(script), re.DOTALL | re.MULTILINE)[0]
+    names = set()
+    for line in block.splitlines()[1:]:
+        first, *others = re.split(", | or ", line.split("  ")[0].removesuffix(" and the like"))
+        stem = first.rsplit("/", 1)[0]
+        names |= {first} | {stem + name if name.startswith("/") else name for name in others}
+    return names
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("sft", []), ("sft", ["--adversarial", "fgm"]), ("dpo", ["--max_completion_length", 8]), ("reward_model", []), ("grpo", ["--kl_coef", 0.1, "--num_generations", 2]),
+    ("sft", []),
+    ("sft", ["--adversarial", "fgm"]),
+    ("dpo", ["--max_completion_length", 8]),
+    ("reward_model", []),
+    ("reward_model", ["--dataset_name", "scored.jsonl", "--eval_fraction", 0.1]),
+    ("grpo", ["--kl_coef", 0.1, "--num_generations", 2]),
     ("grpo", ["--eval_samples", 2, "--best_fraction", 0.5, "--drop_flat_groups", "--temperature", 1.5]),
-    ("ppo", ["--sft_dataset", os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.1])])
-def test_the_glossary_names_every_metric(name, flags, tmp_path):
-    metrics = run(__import__(name), tmp_path, "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0.001, *flags)
+    ("grpo", ["--dataset_name", "shown.jsonl", "--demo_threshold", 1, "--num_generations", 2]),
+    ("ppo", ["--sft_dataset", os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.1, "--kl_target", 1])])
+def test_the_glossary_names_every_metric(name, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scored = [{"prompt": f"{i}+1", "completion": str(i), "score": {"right": 0.5 + i, "short": i % 3}}
+              for i in range(40)]
+    shown = [{"prompt": f"{i}+1", "answer": str(i + 1), "demonstration": f"It is {i + 1}"} for i in range(40)]
+    for file, rows in (("scored", scored), ("shown", shown)):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = __import__(name)
+    metrics = run(script, tmp_path / "out", "--max_steps", 1, "--batch_size", 2,
+                  "--eval_fraction", 0.001, *flags)
+    known, unknown = glossary(script), set()
     for key in {key for line in metrics for key in line} - {"step"}:
-        key = re.sub(r"@\d+(/low|/high)?$", "@k", re.sub(r"rewards/\w+/", "rewards/<name>/", key))
-        known = f"`{key}`" in README or (key.startswith("eval/") and f"`{key[5:]}`" in README)
-        assert known, f"the README's glossary lacks {key}"
+        key = re.sub(r"rewards/\w+/", "rewards/<name>/", re.sub(r"@\d+$", "@k", key))
+        key = re.sub(r"correlation/\w+$", "correlation/<name>", key)
+        if not {key, key.removeprefix("eval/")} & known:
+            unknown.add(key)
+    assert not unknown, f"the Metrics of {name}.py lack {', '.join(sorted(unknown))}"
 
 
 def test_the_fsdp_config_is_one_that_accelerate_reads(tmp_path):
     from accelerate.commands.config.config_args import load_config_from_file
     (tmp_path / "fsdp.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
     config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
-    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2 and config.num_processes == 8
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    assert config.num_processes == 8
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -69,9 +109,10 @@ def test_the_curves_are_there_and_small(theme):
 def test_curves_are_drawn_from_metrics(tmp_path):
     pytest.importorskip("matplotlib")
     import curves
-    lines = {"sft": [{"step": 0, "eval/accuracy": 0.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval/accuracy": 0.4}],
-             "ppo": [{"step": 0, "eval/accuracy": 0.4}, {"step": 1, "reward": 0.5, "kl": 0.0}, {"step": 2, "reward": 0.6, "kl": 0.01},
-                     {"step": 2, "eval/accuracy": 0.8}]}
+    lines = {"sft": [{"step": 0, "eval/accuracy": 0.0}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5},
+                     {"step": 2, "eval/accuracy": 0.4}],
+             "ppo": [{"step": 0, "eval/accuracy": 0.4}, {"step": 1, "reward": 0.5, "kl": 0.0},
+                     {"step": 2, "reward": 0.6, "kl": 0.01}, {"step": 2, "eval/accuracy": 0.8}]}
     for name, metrics in lines.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,45 @@ def test_pairwise_loss_by_hand():
 
 def test_pointwise_loss_by_hand():
     close(reward_model.pointwise_loss(tensor([[1.0, 2.0], [0.0, 0.0]]), tensor([[0.0, 4.0], [0.0, 0.0]])), tensor([2.5, 0.0]))
+
+
+def classifier(score_names, seed=0):
+    args = common.parse_args(reward_model.Args, [os.path.join(TINY, "reward_model.json"), "--seed", str(seed)])
+    return common.load_model(args, common.load_tokenizer(args), score_names=score_names)
+
+
+@pytest.mark.parametrize("names", [["score"], ["a", "b"]], ids=str)
+def test_a_row_is_scored_at_its_mask_and_without_one_every_parameter_takes_part(names):
+    """Rows of lengths 3 and 6; then a mask of zeros, as a process has that has no rows left."""
+    scorer = reward_model.Scorer(classifier(names))
+    input_ids, mask = tensor([[5, 6, 7, 0, 0, 0], [5, 6, 7, 8, 9, 10]]), torch.zeros(2, 6)
+    mask[0, 2] = mask[1, 5] = 1
+    plain = [scorer.model(input_ids=row[None], attention_mask=torch.ones(1, len(row))).logits[0] for row in (input_ids[0, :3], input_ids[1])]
+    close(scorer(input_ids, mask), torch.stack(plain), 1e-5)
+    nothing = scorer(input_ids, torch.zeros(2, 6))
+    assert nothing.shape == (0, len(names))
+    nothing.sum().backward()
+    gradients = [p.grad for p in scorer.parameters() if p.requires_grad]
+    assert len(gradients) > 10 and all(g is not None and not g.any() for g in gradients)
+
+
+def test_losses_and_scores_of_a_micro_batch_by_hand():
+    """Chosen 2 and 3, then rejected 1 and 5, margins 1 and 0; then the same four as given scores; then no rows."""
+    args = common.parse_args(reward_model.Args, [os.path.join(TINY, "reward_model.json"), "--center_rewards_coefficient", "0.01"])
+    given = lambda *scores: lambda input_ids, mask: tensor(scores).view(len(mask) if mask.any() else 0, -1)
+    mb = SimpleNamespace(input_ids=None, mask=torch.ones(4, 1), rows=[{"margin": 1.0}, {"margin": 0.0}] * 2)
+    losses, scores = reward_model.score_and_loss(given(2.0, 3.0, 1.0, 5.0), mb, None, args)
+    close(losses, tensor([LN2 + 0.09, math.log(1 + math.exp(2)) + 0.64]))
+    close(scores, tensor([[2.0, 1.0], [3.0, 5.0]]))
+    mb = SimpleNamespace(input_ids=None, mask=torch.ones(2, 1), rows=[{"targets": [0.0, 4.0]}, {"targets": [1.0, 5.0]}])
+    losses, scores = reward_model.score_and_loss(given(2.0, 3.0, 1.0, 5.0), mb, ["a", "b"], args)
+    close(losses, tensor([2.5, 0.0]))
+    close(scores, tensor([[2.0, 3.0], [1.0, 5.0]]))
+    mb = SimpleNamespace(input_ids=None, mask=torch.zeros(2, 2), rows=[])
+    for names, width in ((None, 1), (["a", "b"], 2)):
+        losses, scores = reward_model.score_and_loss(lambda *_: torch.zeros(0, width), mb, names, args)
+        assert losses.shape == (0,) and scores.shape == (0, 2)
+        assert reward_model.at_last_token(losses.repeat(2), mb.mask).tolist() == [[0, 0], [0, 0]]
 
 
 def test_calibration_error_by_hand():
@@ -106,7 +146,7 @@ def test_saved_models_give_the_same_scores_in_plain_transformers_and_peft(flags,
         close(plain(**batch, position_ids=position_ids).logits.detach(), ours, 1e-4)
     if flags:
         adapter_names, adapter_scores, _ = texts_and_scores(str(tmp_path / "out" / "model"), saved)
-        four = {"quantization_config": common._nf4(torch.float32, "cpu")} if "--load_in_4bit" in flags else {}
+        four = {"quantization_config": common.nf4(torch.float32, "cpu")} if "--load_in_4bit" in flags else {}
         base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=saved.pad_token_id, **four)
         loaded = PeftModel.from_pretrained(base, tmp_path / "out" / "model")
         batch = saved.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
@@ -121,18 +161,45 @@ def test_named_scores_are_in_the_config_and_serve_as_rewards(tmp_path):
     folder = str(tmp_path / "out" / "model")
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.id2label == {0: "right", 1: "short"}
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", "accuracy", f"{folder}:short"])
-    rewards = grpo.load_rewards(args)
+    rewards = common.load_rewards(args)
     asked = [common.turn("user", "1+1")]
-    rows = [{"prompt": "1+1", "turns": asked, "columns": {"answer": "2"}, "place": "here"}] * 2
+    prompts = [{"prompt": "1+1", "turns": asked, "columns": {"answer": "2"}, "place": "here"}] * 2
     short, long = "<answer>2</answer>", "<think>1+1+0=2</think><answer>2</answer>"
-    records = [{"text": t, "completion_ids": [1], "truncated": False} for t in (short, long)]
-    values, _ = grpo.score(rewards, rows, records, 0, 1)
+    rows = [{"text": t, "completion_ids": [1], "truncated": False} for t in (short, long)]
+    values, _ = common.score(rewards, prompts, rows, 0, 1)
     _, score = common.load_reward_model(folder)
     direct = score([[*asked, common.turn("assistant", c)] for c in (short, long)])
     close(values[:, 1], direct[:, 1], 1e-5)
     assert list(rewards)[1].endswith("short")
     with pytest.raises(common.UserError, match="several scores .right, short.: say which"):
-        grpo.load_rewards(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", folder]))
+        common.load_rewards(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", folder]))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_figures_are_those_of_the_saved_model(named, tmp_path):
+    """All rows in one step are those of the evaluation too: its figures before it, and after it those that plain transformers gives."""
+    if named:
+        flags = ["--dataset_name", scored_file(tmp_path, True), "--eval_dataset_name", scored_file(tmp_path, True), "--batch_size", 300]
+    else:
+        pairs = [{"prompt": "say hi" * i, "chosen": "hi there " * (i + 1), "rejected": f"{i * 7919}", "margin": i / 4} for i in range(1, 9)]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+        flags = ["--dataset_name", tmp_path / "pairs.jsonl", "--eval_dataset_name", tmp_path / "pairs.jsonl", "--center_rewards_coefficient", 0.1]
+    first, step, last = run(reward_model, tmp_path / "out", "--max_steps", 1, *flags)
+    for name in ("loss", "score_mean") if named else ("loss", "score_mean", "accuracy", "margin"):
+        assert step[name] == pytest.approx(first[f"eval/{name}"], rel=1e-5, abs=1e-6), name
+    assert step["trained_rows" if named else "trained_pairs"] == (300 if named else 8)
+    _, score = common.load_reward_model(str(tmp_path / "out" / "model"))
+    conversation = lambda prompt, answer: [common.turn("user", prompt), common.turn("assistant", answer)]
+    if named:
+        rows = [json.loads(line) for line in open(tmp_path / "scored.jsonl")]
+        scores, given = score([conversation(row["prompt"], row["completion"]) for row in rows]), tensor([list(row["score"].values()) for row in rows])
+        want = {"loss": (scores - given).square().mean(), "correlation/short": torch.corrcoef(torch.stack([scores[:, 1], given[:, 1]]))[0, 1]}
+    else:
+        w, l = (score([conversation(pair["prompt"], pair[side]) for pair in pairs])[:, 0] for side in ("chosen", "rejected"))
+        scores, margin = torch.stack([w, l]), tensor([pair["margin"] for pair in pairs])
+        want = {"loss": (0.1 * (w + l) ** 2 - torch.sigmoid(w - l - margin).log()).mean(), "margin": (w - l).mean(), "accuracy": (w > l).float().mean()}
+    for name, value in {**want, "score_mean": scores.mean(), "score_std": scores.std(correction=0)}.items():
+        assert last[f"eval/{name}"] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
 def test_a_model_without_a_trained_head_is_no_reward(tmp_path):

@@ -12,12 +12,18 @@ import common
 import sft
 
 
+def new_run(folder, *flags):
+    """A common.Run as main makes it."""
+    args = [os.path.join(TINY, "sft.json"), "--output_dir", folder, *flags]
+    return common.Run(common.parse_args(sft.Args, list(map(str, args))), best_loss=math.inf, eval_losses=[])
+
+
 def test_sft_loss_by_hand():
-    logprobs = tensor([[-0.5, -1.0, -2.0]], requires_grad=True)
-    loss = sft.sft_loss(logprobs, tensor([[1, 0, 1]]))
-    assert loss.tolist() == [[0.5, 0.0, 2.0]]
+    logprobs = tensor([[0.0, -0.5, -1.0, -2.0]], requires_grad=True)
+    loss = sft.sft_loss(logprobs, tensor([[0, 1, 0, 1]]))
+    assert loss.tolist() == [[0.0, 0.5, 0.0, 2.0]]
     loss.sum().backward()
-    assert logprobs.grad.tolist() == [[-1, 0, -1]]
+    assert logprobs.grad.tolist() == [[0, -1, 0, -1]]
 
 
 def test_a_masked_infinity_gives_neither_loss_nor_gradient():
@@ -34,10 +40,11 @@ def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
     """Values and gradients of a padded batch against log_softmax + gather on each row alone."""
     model, g = tiny_model(kind), torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 320, (n,), generator=g) for n in (5, 17, 9)]
-    masks = [torch.randint(0, 2, (n,), generator=g) for n in (5, 17, 9)]
+    masks = [torch.randint(0, 2, (n,), generator=g).index_fill(0, tensor([0]), 0) for n in (5, 17, 9)]
     policy = sft.Policy(model)
-    logprobs, entropy, hits = policy(common.pad(rows, 0), common.pad(masks, 0)[:, 1:], temperature)
-    (logprobs * torch.arange(16)).sum().backward()
+    logprobs, entropy, hits = policy(common.pad(rows, 0), common.pad(masks, 0), temperature)
+    assert logprobs[:, 0].eq(0).all() and entropy[:, 0].eq(0).all() and hits[:, 0].eq(0).all()
+    (logprobs * (torch.arange(17) - 1)).sum().backward()
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     total = 0.0
@@ -45,10 +52,10 @@ def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
         lp = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
         own = lp.gather(-1, ids[1:, None]).squeeze(-1) * mask[1:]
         n = len(own)
-        torch.testing.assert_close(logprobs[i, :n], own, rtol=1e-5, atol=1e-5)
-        assert logprobs[i, n:].eq(0).all() and logprobs[i, :n][mask[1:] == 0].eq(0).all()
-        torch.testing.assert_close(entropy[i, :n], -(lp.exp() * lp).sum(-1) * mask[1:], rtol=1e-5, atol=1e-5)
-        assert torch.equal(hits[i, :n], (lp.argmax(-1) == ids[1:]) * mask[1:].float())
+        torch.testing.assert_close(logprobs[i, 1:n + 1], own, rtol=1e-5, atol=1e-5)
+        assert logprobs[i, n + 1:].eq(0).all() and logprobs[i, :n + 1][mask == 0].eq(0).all()
+        torch.testing.assert_close(entropy[i, 1:n + 1], -(lp.exp() * lp).sum(-1) * mask[1:], rtol=1e-5, atol=1e-5)
+        assert torch.equal(hits[i, 1:n + 1], (lp.argmax(-1) == ids[1:]) * mask[1:].float())
         total = total + (own * torch.arange(n)).sum()
     total.backward()
     for a, p in zip(got, model.parameters()):
@@ -59,14 +66,14 @@ def test_chunks_change_nothing(monkeypatch):
     h, w, b = torch.randn(10, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.randn(20, requires_grad=True)
     y, outputs = torch.randint(0, 20, (10,)), []
     for chunk, rows in ((2**25, [10]), (60, [3, 3, 2, 2]), (20, [1] * 10)):  # 200 logits in all
-        monkeypatch.setattr(sft.ChunkedLogprobs, "CHUNK", chunk)
-        assert [len(c) for c in sft.ChunkedLogprobs.chunks(h, w)] == rows
-        values = sft.ChunkedLogprobs.apply(h, w, b, y, 0.7)
+        monkeypatch.setattr(sft.TokenLogprobs, "CHUNK", chunk)
+        values = sft.TokenLogprobs.apply(h, w, b, y, 0.7)
+        assert [len(c) for c in values[0].grad_fn.chunks] == rows
         outputs.append([*values, *torch.autograd.grad(values[0], [h, w, b], torch.arange(10.0))])
     for whole, *cut in zip(*outputs):
         for part in cut:
             torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-5)
-    values = sft.ChunkedLogprobs.apply(h, w, b, y, 0.7)
+    values = sft.TokenLogprobs.apply(h, w, b, y, 0.7)
     values[0].sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # the kept chunk is used up: no second backward
         values[0].sum().backward()
@@ -77,17 +84,16 @@ def test_log_probs_over_a_large_vocabulary_are_good_to_six_digits():
     h, w = torch.randn(4, 8), torch.randn(150_000, 8) * 2
     y = torch.randint(0, 150_000, (4,))
     want = (h.double() @ w.double().T).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-    assert (sft.ChunkedLogprobs.apply(h, w, None, y, 1.0)[0] - want).abs().max() < 5e-6
+    assert (sft.TokenLogprobs.apply(h, w, None, y, 1.0)[0] - want).abs().max() < 5e-6
 
 
 def test_an_empty_batch_touches_every_parameter():
     model = tiny_model("llama")
-    sft.Policy(model)(tensor([[1, 2, 3]]), torch.zeros(1, 2))[0].sum().backward()
+    sft.Policy(model)(tensor([[1, 2, 3]]), torch.zeros(1, 3))[0].sum().backward()
     assert all(p.grad is not None and p.grad.eq(0).all() for p in model.parameters())
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_refused():
-    from accelerate import Accelerator
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
     from transformers import AutoModelForCausalLM, GraniteConfig
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(GraniteConfig(vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
@@ -95,7 +101,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused():
     with torch.no_grad():
         model.lm_head.weight.mul_(50)
     with pytest.raises(common.UserError, match="granite change their logits after the head"):
-        sft.check_head(sft.Policy(model), model, torch.arange(20)[None], Accelerator())
+        sft.check_head(sft.Policy(model), model, {"input_ids": torch.arange(20)}, new_run(tmp_path))
 
 
 # ---- perturbed embeddings ----------------------------------------------------------------------------------------------
@@ -115,23 +121,43 @@ def test_neftune_by_hand():
                                tensor([[[0.25, -2.5], [1, 0.5]], [[0.5 / 2**0.5, -5 / 2**0.5], [0, 0]]]))
 
 
-def examples(*lengths):
+def rows_of(*lengths):
     g = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(0, 320, (n,), generator=g), "completion_mask": torch.ones(n)} for n in lengths]
+    return [common.make_row(torch.randint(0, 320, (n,), generator=g).tolist(), [1] * n) for n in lengths]
+
+
+def micro_batch(rows):
+    mb = common.pad_rows(rows, (), "cpu")
+    mb.rows, mb.places = rows, range(len(rows))
+    return mb
 
 
 def test_neftune_noise_belongs_to_the_row_and_shrinks_with_its_length():
     args = type("A", (), {"adversarial": "neftune", "neftune_noise_alpha": 5.0, "seed": 0})
-    model, rows = tiny_model("llama"), examples(4, 64)
-    noise, mask = sft.starting_delta(args, model, rows, [(7, 0), (7, 1)], "cpu")
+    model, rows = tiny_model("llama"), rows_of(4, 64)
+    noise, mask = sft.starting_delta(model, micro_batch(rows), args, 7), sft.real_tokens(micro_batch(rows))
     assert noise.shape == (2, 64, 64) and mask.sum(-1).tolist() == [4, 64] and noise[0, 4:].eq(0).all()
     for row, n in ((noise[0, :4], 4), (noise[1], 64)):
         bound = 5 / (n * 64)**0.5
         assert 0.97 * bound < row.max() <= bound and -bound <= row.min() < -0.97 * bound and row.mean().abs() < 0.1 * bound
         assert row.norm() == pytest.approx(5 / 3**0.5, rel=0.05)
-    alone, _ = sft.starting_delta(args, model, rows[:1], [(7, 0)], "cpu")
-    other, _ = sft.starting_delta(args, model, rows[:1], [(8, 0)], "cpu")
+    alone = sft.starting_delta(model, micro_batch(rows[:1]), args, 7)
+    other = sft.starting_delta(model, micro_batch(rows[:1]), args, 8)
     assert alone[0].equal(noise[0, :4]) and not other.equal(alone)
+
+
+@pytest.mark.parametrize("attack", ["fgm", "neftune"])
+def test_a_process_without_rows_adds_nothing_under_attack(attack, tmp_path):
+    """Its tensors are of a row without real tokens: neither NaN nor noise, but the same passes as elsewhere."""
+    run, model = new_run(tmp_path, "--adversarial", attack), tiny_model("llama")
+    run.place = 1, 2  # one row for two processes: the second has none
+    mb, = run.micro_batches(rows_of(5))
+    assert mb.rows == [] and mb.last
+    delta = sft.starting_delta(model, mb, run.args, 0)
+    assert delta.shape == (1, 2, 64) and delta.eq(0).all() and sft.real_tokens(mb).eq(0).all()
+    logprobs, hits, embeddings = sft.forward(sft.Policy(model), model, mb, delta)
+    assert logprobs.eq(0).all() and hits.eq(0).all()
+    assert sft.fgm_delta(torch.ones_like(embeddings), embeddings, sft.real_tokens(mb), 0.1).eq(0).all()
 
 
 @pytest.mark.parametrize("attack", ["fgm", "neftune"])
@@ -175,16 +201,21 @@ def test_the_perturbed_gradient_is_that_of_plain_transformers(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("attack", ["fgm", "neftune"])
-def test_evaluation_under_attack_repeats_and_touches_no_gradient(attack):
-    from accelerate import Accelerator
-    model, rows = tiny_model("llama-tied"), examples(5, 30, 12)
-    policy, losses = sft.Policy(model), []
-    for cut in ({"micro_batch_tokens": 1000, "gradient_checkpointing": False}, {"micro_batch_tokens": 1000, "gradient_checkpointing": True}) * 2:
-        args = type("A", (), {"adversarial": attack, "adversarial_epsilon": 1.0, "neftune_noise_alpha": 30.0, "seed": 0, **cut})
-        losses.append(sft.evaluate_attack(policy, model, rows, args, Accelerator())["eval/loss_under_attack"])
+def test_evaluation_under_attack_repeats_and_touches_no_gradient(attack, tmp_path):
+    model, rows = tiny_model("llama-tied"), rows_of(5, 30, 12)
+    policy, losses, widths = sft.Policy(model), [], []
+    policy.register_forward_pre_hook(lambda module, inputs: widths.append(len(inputs[0])))
+    for checkpointing in (False, True) * 2:
+        run = new_run(tmp_path, "--adversarial", attack, "--adversarial_epsilon", 1.0, "--neftune_noise_alpha", 30.0,
+                      "--micro_batch_tokens", 1000, "--gradient_checkpointing", checkpointing)
+        metrics, table = sft.evaluate(policy, model, rows, run.args, run)
+        losses.append(metrics["eval/loss_under_attack"])
+        assert set(widths) == {1 if checkpointing else 3} and table == [] and run.args.micro_batch_tokens == 1000
+        widths.clear()
     assert losses[:2] == losses[2:] and losses[0] == pytest.approx(losses[1], rel=1e-5)
-    input_ids, loss_mask = sft.collate(rows, "cpu")
-    clean = sft.sft_loss(policy(input_ids, loss_mask)[0], loss_mask).sum().item() / loss_mask.sum().item()
+    mb = micro_batch(rows)
+    clean = sft.sft_loss(policy(mb.input_ids, mb.mask)[0], mb.mask).sum().item() / mb.mask.sum().item()
+    assert metrics["eval/loss"] == pytest.approx(clean, rel=1e-5)
     assert losses[0] > 1.02 * clean or attack == "neftune" and abs(losses[0] - clean) > 0.1
     assert all(p.grad is None for p in model.parameters())
     assert model.training and not model.get_input_embeddings()._forward_hooks
@@ -244,18 +275,18 @@ def test_the_step_is_tokens_over_tokens_with_plain_transformers(monkeypatch, tmp
 def test_micro_batches_keep_every_row_once_and_the_limit():
     lengths = torch.randint(1, 60, (37,), generator=torch.Generator().manual_seed(0)).tolist()
     for processes in (1, 2, 5):
-        parts = [sft.micro_batches(lengths, 128, p, processes) for p in range(processes)]
+        parts = [common.cut(lengths, 128, p, processes) for p in range(processes)]
         assert sorted(i for part in parts for batch in part for i in batch) == list(range(37))
         assert all(len(b) * max(lengths[i] for i in b) <= 128 for part in parts for b in part)
-    assert sft.micro_batches([500], 128) == [[0]] and sft.micro_batches([3], 128, 1, 2) == [[]]
+    assert common.cut([500], 128) == [[0]] and common.cut([3], 128, 1, 2) == [[]]
 
 
 def test_every_row_is_seen_once_an_epoch_and_the_short_last_step_counts_its_own_tokens(monkeypatch, tmp_path):
     import json
     rows = [{"prompt": str(i), "completion": "x" * (i % 7 + 1), "answer": None} for i in range(10)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    seen, collate = [], sft.collate
-    monkeypatch.setattr(sft, "collate", lambda rows, device: seen.extend(tuple(r["input_ids"].tolist()) for r in rows) or collate(rows, device))
+    seen, pad_rows = [], common.pad_rows
+    monkeypatch.setattr(common, "pad_rows", lambda rows, *rest: seen.extend(tuple(r["input_ids"].tolist()) for r in rows) or pad_rows(rows, *rest))
     metrics = run(sft, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0, "--batch_size", 4, "--max_steps", -1,
                   "--num_train_epochs", 2)
     assert len(metrics) == 6 and len(set(seen)) == 10
@@ -394,8 +425,8 @@ SAYS = lambda who, text, **more: {"role": who, "content": text, **more}
     ("alpaca.json", {"instruction": "a", "input": "b", "output": "c", "system": "be", "history": [["d", "e"], ["f", "g"]]}, "e<|end|>g<|end|>c"),
     ("sharegpt.json", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "", "tools": ""}, "b"),
     ("llamafactory_openai.json", {"messages": [SAYS("system", "be"), SAYS("user", "a"), SAYS("assistant", "b")]}, "b"),
-    ("pretraining.json", {"text": "abc"}, "abc"),
-    ("trl_language_modeling.jsonl", {"text": "abc"}, "abc"), ("trl_conversation.jsonl", {"messages": [SAYS("user", "a"), SAYS("assistant", "b")]}, "b"),
+    ("pretraining.json", {"text": "abc"}, "bc"),  # nothing predicts token 0
+    ("trl_language_modeling.jsonl", {"text": "abc"}, "bc"), ("trl_conversation.jsonl", {"messages": [SAYS("user", "a"), SAYS("assistant", "b")]}, "b"),
     ("trl_standard.jsonl", {"prompt": "a", "completion": " b"}, " b"),
     ("trl_conversational.jsonl", {"prompt": [SAYS("user", "a")], "completion": [SAYS("assistant", "b")]}, "b"),
 ], ids=lambda x: x if isinstance(x, str) else "")
@@ -403,8 +434,8 @@ def test_files_of_other_projects_are_read_as_they_are(name, row, trained, tmp_pa
     import json
     (tmp_path / name).write_text(json.dumps([row], indent=2) if name.endswith(".json") else json.dumps(row) + "\n")
     args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--dataset_name", f"{tmp_path}/{name}", "--eval_fraction", "0"])
-    (example,), _ = sft.load_examples(args, common.load_tokenizer(args))
-    assert tokenizer.decode(example["input_ids"][example["completion_mask"].bool()]) == trained + "<|end|>"
+    (example,), _ = sft.load_rows(args, common.load_tokenizer(args))
+    assert tokenizer.decode(example["input_ids"][example["mask"].bool()]) == trained + "<|end|>"
 
 
 def test_gsm8k_like_rows_learn(tmp_path):
@@ -418,24 +449,24 @@ def test_gsm8k_like_rows_learn(tmp_path):
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_an_answer_is_asked_for_once_a_conversation_whatever_the_template_rewrites(held_out, tokenizer):
+def test_an_answer_is_asked_for_once_a_conversation_whatever_the_template_rewrites(held_out, tmp_path, tokenizer):
     """A template that drops the reasoning of earlier turns splits the conversation; the prompt's earlier answer is then not whole."""
-    from collections import Counter
+    import json
     tokenizer.chat_template = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] if loop.last or m['role'] == 'user' else "
                                "m['content'].split('</think>')[-1] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    messages = [common.turn(who, text, train=who == "assistant") for who, text in (
-        ("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "<think>e</think>7"))]
-    items, args = [({"messages": messages}, {"answer": "7"}, "f:1")], common.parse_args(sft.Args, [os.path.join(TINY, "sft.json")])
-    examples = sft.encode_rows(items, args, tokenizer, Counter(), held_out)
+    messages = [SAYS(who, text) for who, text in (("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "<think>e</think>7"))]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": messages, "answer": "7"}) + "\n")
+    args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"),
+                                        "--dataset_name", f"{tmp_path}/d.jsonl", "--eval_dataset_name", f"{tmp_path}/d.jsonl"])
+    examples = sft.load_rows(args, tokenizer)[held_out]
     assert len(examples) == 2 and ["answer" in e for e in examples] == [False, held_out]
     if held_out:
         assert tokenizer.decode(examples[1]["prompt_ids"]) == "<|user|>a<|end|><|assistant|>c<|end|><|user|>d<|end|><|assistant|>"
 
 
-def test_evaluation_generates_no_further_than_the_positions_reach(tokenizer):
+def test_evaluation_generates_no_further_than_the_positions_reach(tmp_path):
     """gpt2 looks its positions up in a table of 512."""
-    from types import SimpleNamespace
-    model, accelerator = tiny_model("gpt2").eval(), common.make_accelerator(common.parse_args(sft.Args, [os.path.join(TINY, "sft.json")]))
-    args = SimpleNamespace(max_completion_length=50)
+    model, run = tiny_model("gpt2").eval(), new_run(tmp_path, "--max_completion_length", 50)
     for length in (500, 512):
-        assert len(sft.generate(model, [{"prompt_ids": [65] * length}], args, accelerator, tokenizer, [260])) == 1
+        share, table = common.answer_greedily(run, model, [{"prompt_ids": [65] * length, "answer": "7"}])
+        assert share in (0, 1) and len(table) == 1

@@ -1,0 +1,302 @@
+"""The rewards of common.py: built-in ones by hand, TRL's calling convention, what is refused, what code may not do."""
+
+import asyncio
+import json
+import math
+import os
+import random
+import threading
+import time
+
+import pytest
+from conftest import TINY, in_child, run
+
+import common
+import grpo
+from common import Reward
+
+
+# ---- calling -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, answer", [
+    ("18", "18"), ("18.", "18"), ("18.00", "18"), ("$18", "18"), ("1,000", "1000"), ("so -7", "-7"), ("-$7", "-7"), ("$-7", "-7"),
+    ("16-3", "3"), ("x=3.50 litres", "3.5"), ("#### 5\n#### 72", "72"), ("1,2,3", "3"), ("0.5", "0.5"), (".5", "0.5"), ("007", "7"),
+    ("-0", "0"), ("12345678901234567890123456789012", "12345678901234567890123456789012"), ("no number", None), ("", None),
+    ("3 <answer> 65 </answer> 7", "65"), ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>Paris</answer>", "paris"),
+    ("<answer></answer>", None), ("95**88**77", "77"), ("50%", "50"), ("3/4", "4"), ("10,000.50", "10000.5"),
+])
+def test_extract_answer(text, answer):
+    assert common.extract_answer(text) == answer
+
+
+def test_built_in_rewards():
+    assert common.accuracy(None, ["<answer>65</answer>", "is 1,000.", "no"], answer=["65", "#### 1000", None]) == [1.0, 1.0, None]
+    assert common.accuracy(None, [[{"role": "assistant", "content": "5"}]], solution=["5"]) == [1.0]
+    assert common.accuracy(None, ["5"]) == [None]
+    good, nested = "<think>a\nb</think>\n<answer>1</answer>", "<think>a</think><think>b</think><answer>1</answer>"
+    assert common.format_reward(None, [good, nested, "x" + good, good + "x"]) == [1.0, 0.0, 0.0, 0.0]
+
+
+def rows(n=2, prompt="1+1", **columns):
+    return [{"prompt": prompt, "turns": [], "columns": columns, "place": f"file:{i + 1}"} for i in range(n)]
+
+
+def sampled(*texts):
+    return [{"text": t, "completion_ids": [i], "truncated": False} for i, t in enumerate(texts, 1)]
+
+
+def test_reward_functions_get_trls_arguments():
+    seen = {}
+
+    def whole(prompts, completions, **kwargs):
+        seen.update(kwargs, prompts=prompts, completions=completions)
+        return [0.0] * len(completions)
+
+    async def waiting(completions, answer, trainer_state, log_metric):
+        await asyncio.sleep(0)
+        log_metric("seen", trainer_state.global_step)
+        return [None, int(answer[1])]
+    rewards = {"whole": Reward(whole, 1.0), "waiting": Reward(waiting, 1.0)}
+    values, logged = common.score(rewards, rows(answer="7"), sampled("a", "b"), 3, 9)
+    assert values[:, 0].tolist() == [0, 0] and values[0, 1].isnan() and values[1, 1] == 7 and logged == {"seen": 3}
+    assert seen["prompts"] == ["1+1"] * 2 and seen["completions"] == ["a", "b"] and seen["answer"] == ["7", "7"]
+    assert seen["completion_ids"] == [[1], [2]] and callable(seen["log_extra"])
+    chat = [{"role": "user", "content": "hi"}]
+    common.score({"whole": Reward(whole, 1.0)}, rows(prompt=chat), sampled("a", "b"), 0, 1)
+    assert seen["prompts"] == [chat] * 2 and seen["completions"][0] == [{"role": "assistant", "content": "a"}]
+
+
+FOR_TRL = '''
+import asyncio, re
+
+def of_a_column(completions, answer, **kwargs):
+    """The usual kind: a column by its name, all else in kwargs."""
+    return [float(f"<answer>{a}</answer>" in text) for text, a in zip(completions, answer)]
+
+def of_a_conversation(completions, **kwargs):
+    """For prompts that are messages: a completion is a list of one message."""
+    return [1.0 if re.fullmatch("<think>.*</think><answer>.*</answer>", c[0]["content"], re.DOTALL) else 0.0 for c in completions]
+
+def of_one_task(prompts, completions, task, **kwargs):
+    """Several tasks in one dataset: None where this one does not apply."""
+    return [None if t != "short" else -len(c) / 100 for c, t in zip(completions, task)]
+
+async def from_elsewhere(prompts, completions, completion_ids, trainer_state, log_metric=None, log_extra=None, **kwargs):
+    """Waits for something, and logs what it saw."""
+    await asyncio.sleep(0)
+    log_extra("tokens", [len(ids) for ids in completion_ids])
+    log_metric("judge/step", float(trainer_state.global_step))
+    return [len(ids) / 10 for ids in completion_ids]
+'''
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_reward_functions_written_for_trl_run_unchanged(chat, tmp_path):
+    (tmp_path / "rewards.py").write_text(FOR_TRL)
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1"}] if chat else f"{i}+1", "answer": str(i + 1), "task": ("short", "long")[i % 2]}
+            for i in range(40, 44)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["of_a_conversation", "from_elsewhere"] if chat else ["of_a_column", "of_one_task", "from_elsewhere"]
+    first, second = run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 2,
+                        "--num_generations", 2, "--reward_funcs", *[f"{tmp_path}/rewards.py:{name}" for name in names])
+    assert first["rewards/from_elsewhere/mean"] == pytest.approx(first["completions/mean_length"] / 10)
+    assert second["judge/step"] == first["judge/step"] + 1
+    assert first[f"rewards/{names[0]}/mean"] > 0.5, "the example's model adds without carries, in the right form"
+    if not chat:  # of_one_task's mean is over the half of the rows that it applies to
+        assert first["rewards/of_one_task/mean"] < -0.3
+        parts = [first[f"rewards/{name}/mean"] for name in names]
+        assert first["reward"] == pytest.approx(parts[0] + parts[1] / 2 + parts[2], abs=1e-5)
+
+
+@pytest.mark.parametrize("returned, sentence", [
+    ([1.0], "returned 1 values for 2 completions"), (1.0, "returned float, not a list"), ([1.0, math.nan], "returned nan for the"),
+    ([1.0, "good"], "'good' for the completion 'b' of row file:2"), (None, "returned NoneType"), ([1.0, math.inf], "returned inf"),
+])
+def test_wrong_rewards_are_named(returned, sentence):
+    with pytest.raises(common.UserError, match="reward function 'f'.*" + sentence.replace("(", r"\(")):
+        common.score({"f": Reward(lambda completions: returned, 1.0)}, rows(), sampled("a", "b"), 0, 1)
+
+
+def test_a_column_cannot_take_the_place_of_what_was_sampled(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1", "completions": "2"}\n' * 2)
+    with pytest.raises(common.UserError, match="column 'completions' has the name of something else"):
+        run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "d.jsonl")
+
+
+def test_a_failing_reward_is_narrowed_down_to_its_completion():
+    def picky(completions):
+        return [1 / (c != "b") for c in completions]
+    with pytest.raises(common.UserError, match="'picky' raised ZeroDivisionError: .*on the completion 'b' of row file:2"):
+        common.score({"picky": Reward(picky, 1.0)}, rows(), sampled("a", "b"), 0, 1)
+
+
+def test_columns_that_only_some_rows_have_are_none_elsewhere(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1"}\n{"prompt": "1+2", "level": 3}\n')
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--dataset_name", f"{tmp_path}/d.jsonl", "--eval_fraction", "0"])
+    train, _ = common.load_prompts(args, common.load_tokenizer(args))
+    assert [p["columns"] for p in train] == [{"level": None}, {"level": 3}]
+
+
+def test_numpy_scalars_ints_and_bools_are_numbers():
+    import numpy
+    values, _ = common.score({"f": Reward(lambda completions: numpy.array([1, 2]), 1.0), "g": Reward(lambda completions: [True, numpy.float32(.5)], 1.0)},
+                           rows(), sampled("a", "b"), 0, 1)
+    assert values.tolist() == [[1, 1], [2, 0.5]]
+
+
+def test_a_reward_file_may_hold_a_dataclass_and_reward_models_side_by_side_have_their_own_names(tmp_path, monkeypatch):
+    (tmp_path / "r.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Kept:\n    x: int\n"
+                                   "def one(completions, **more):\n    return [Kept(1).x] * len(completions)\n")
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", f"{tmp_path}/r.py:one"])
+    assert common.load_rewards(args)["one"].function(["a", "b"]) == [1, 1]
+    monkeypatch.setattr(common, "load_reward_model", lambda *a: (["score"], None))
+    for folder, label in (("kind", "kind_score"), ("safe", "safe_score"), ("rm/model", "rm_score"), ("rm/merged", "rm_score")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        args.reward_funcs = [str(tmp_path / folder)]
+        reward, = common.load_rewards(args).items()
+        assert reward[0] == label and reward[1].path == str(tmp_path / folder) and reward[1].score == "score"
+
+# ---- built in --------------------------------------------------------------------------------------------------------
+
+def test_edit_distance_by_hand_and_against_the_table():
+    assert common.edit_distance(None, ["sitting", " same\n", "", "x", "ab", "7"], answer=["kitten", "same", "", "", None, 7]) == \
+        [1 - 3 / 7, 1, 1, 0, None, 1]
+    assert common.edit_distance(None, [[{"role": "assistant", "content": "ac"}]], solution=["abc"]) == [1 - 1 / 3]
+    assert common.edit_distance(None, ["a"]) == [None]
+    draw = random.Random(0)
+    for _ in range(300):
+        a, b = ("".join(draw.choices("abé😀", k=draw.randrange(80))) for _ in range(2))
+        row = list(range(len(b) + 1))  # two rows of the table, one cell at a time
+        for i, x in enumerate(a, 1):
+            row, before = [i], row
+            for j, y in enumerate(b, 1):
+                row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+        assert common.levenshtein(a, b) == row[-1]
+    start = time.perf_counter()
+    assert common.levenshtein("ab" * 1000, "ba" * 1000) == 2
+    assert time.perf_counter() - start < 0.5
+
+
+def test_json():
+    def value(text, *schema):
+        return common.json_reward(None, [text], **({"schema": list(schema)} if schema else {}))[0]
+    good = ['{"a": 1}', " [1, 2]\n", "null", '```json\n{"a": 1}\n```', "```\n3\n```", "1e999"]
+    bad = ["", "{'a': 1}", '{"a": 1,}', '{"a": NaN}', "-Infinity", 'see:\n```json\n1\n```', "```json\n1", "[" * 100_000, "9" * 5000]
+    assert [value(t) for t in good] == [1] * 6 and [value(t) for t in bad] == [0] * 9
+    for schema in (["a", "b"], '["a", "b"]'):
+        assert value('{"b": null, "a": 1, "c": 2}', schema) == 1 and value('{"a": 1}', schema) == value('["a", "b"]', schema) == 0
+    assert value("1", None) == value("1", []) == value("1", "") == 1
+    for wrong in ({"a": "string"}, [1], [["a"]], "a, b", '{"required": ["a"]}', 3, '"a"'):
+        with pytest.raises(ValueError, match="'schema' must be a list of keys, not "):
+            value("{}", wrong)
+    with pytest.raises(common.UserError, match="'json' raised ValueError: the column 'schema' must .* of row file:1"):
+        common.score({"json": Reward(common.json_reward, 1.0)}, rows(schema="a, b"), sampled("1", "2"), 0, 1)
+
+
+F = "def f(x):\n    return x + 1\n"
+ENDS_EARLY = ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "import os; os.kill(os.getpid(), 9)", "1 / 0", "def f(x:",
+              "import os; print('0' * 32, flush=True); os.write(3, b'0' * 32); os._exit(0)", "", "a\0b",
+              "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()\n1 / 0",
+              "import builtins, os, sys\nfor m, n in (builtins, 'exec'), (builtins, 'compile'), (os, 'write'), (os, '_exit'):\n"
+              "    setattr(m, n, lambda *a, **k: None)\nsys.modules.clear()\nf = lambda x: 3"]
+
+
+def left_running(pids, seconds=5.0):
+    """Those of the processes that still run after so long: one that was sent SIGKILL may need a moment."""
+    def runs(pid):
+        try:
+            with open(f"/proc/{int(pid)}/stat") as file:
+                return file.read().rpartition(")")[2].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+    pids, end = list(pids), time.monotonic() + seconds
+    while any(map(runs, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return [pid for pid in pids if runs(pid)]
+
+
+def code(*completions, tests="assert f(1) == 2"):
+    return common.code_reward(None, list(completions), tests=[tests] * len(completions))
+
+
+def test_code_passes_or_fails_its_tests(tmp_path):
+    fenced = [f"so:\n```python\nf = None\n```\nno,\n```py\n{F}```\nis it.", f"```\n{F}", [{"role": "assistant", "content": F}]]
+    assert code(F, *fenced, F.replace("1", "2"), f"```\n{F}```\n```\nf = None\n```") == [1, 1, 1, 1, 0, 0]
+    assert code(F, tests=["assert f(1) == 2", "assert f(-1) == 0"]) == [1] and code(F, tests=["assert f(1) == 2", "assert f(1) == 3"]) == [0]
+    assert code(F, tests=None) == code(F, tests=[]) == code(F, tests=" ") == common.code_reward(None, [F]) == [None]
+    assert code("import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n    x: 'int'\ny = pickle.loads(pickle.dumps(A(1)))", tests="assert y == A(1)") == [1]
+    for wrong in (1, [None], {"a": 1}, [["assert f"]]):
+        with pytest.raises(ValueError, match="'tests' must be a string or strings, not "):
+            code(F, tests=wrong)
+
+
+def test_code_that_ends_early_does_not_pass():
+    start = time.monotonic()
+    assert code(*ENDS_EARLY) == [0.0] * len(ENDS_EARLY)
+    assert time.monotonic() - start < common.CODE_SECONDS  # none waits for its limit
+
+
+def test_code_sees_nothing_of_the_trainer_and_its_folder_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET", "x")
+    monkeypatch.setattr(common.tempfile, "mkdtemp", lambda: str(tmp_path.joinpath("folder").mkdir() or tmp_path / "folder"))
+    (tmp_path / "secret").write_text("x")
+    secret = os.open(tmp_path / "secret", os.O_RDONLY)
+    os.set_inheritable(secret, True)
+    looks = ("import os, sys, tempfile\nassert set(os.environ) <= {'HOME', 'TMPDIR', 'OMP_NUM_THREADS', 'LC_CTYPE'}, os.environ\n"
+             "opened = [os.path.realpath(f'/proc/self/fd/{i}') for i in range(64) if os.path.exists(f'/proc/self/fd/{i}')]\n"
+             "assert sys.stdin.read() == '' and opened[:3] == ['/dev/null'] * 3 and not any('secret' in name for name in opened)\n"
+             "assert os.getcwd() == tempfile.gettempdir() == os.path.expanduser('~') and os.listdir() == []\nopen('left', 'w').write('x')\n"
+             "for _ in range(1100):\n    os.mkdir('d'); os.chdir('d')\n")
+    assert code(looks, tests="assert open") == [1.0]
+    os.close(secret)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_code_may_use_is_bounded_and_nothing_is_left_running(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "CODE_SECONDS", 2)
+    fork = f"import os, time\nif os.fork() == 0:\n    open('{tmp_path}/PID.new', 'w').write(str(os.getpid()))\n"
+    fork += f"    os.rename('{tmp_path}/PID.new', '{tmp_path}/PID')\n    time.sleep(600)\n"  # never to be seen empty
+    wait = f"import os\nwhile not os.path.exists('{tmp_path}/PID'): pass\n"
+    start = time.monotonic()
+    fails = ["while True: pass", "import time; time.sleep(600)", "x = []\nwhile True: x.append(bytearray(2**24))", "x = bytes(2**31)",
+             "import signal, time\nsignal.alarm(0)\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+             "with open('big', 'wb') as file:\n    for _ in range(17): file.write(bytes(2**20))", (fork + wait + "1 / 0").replace("PID", "1")]
+    assert code(*[c + "\n" + F for c in fails]) == [0.0] * len(fails)
+    monkeypatch.setattr(common, "CODE_SECONDS", 10)
+    passing = [(fork + wait).replace("PID", "2"), "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()",
+               "for _ in range(10**5): print('x' * 100)", "import os; os.rmdir(os.getcwd())"]
+    assert code(*[c + "\n" + F for c in passing]) == [1.0] * len(passing)
+    assert time.monotonic() - start < 15
+    assert left_running((tmp_path / name).read_text() for name in "12") == []
+
+
+@pytest.mark.parametrize("how", ["timeout", "killed"])
+def test_code_is_stopped_with_the_reward_that_runs_it(how, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "CODE_SECONDS", 60 if how == "timeout" else 1)
+    sleeps = f"import os, time\nopen(f'{tmp_path}/{{os.getpid()}}', 'w')\nif os.fork(): time.sleep(600)\nopen(f'{tmp_path}/{{os.getpid()}}', 'w')\ntime.sleep(600)"
+    if how == "timeout":
+        with pytest.raises(common.UserError, match="'code' raised TimeoutError: no answer in 1 s"):
+            common.score({"code": Reward(common.code_reward, 1.0)}, rows(9, tests="assert f"), sampled(*[sleeps] * 9), 0, 1, timeout=1)
+        assert len(os.listdir(tmp_path)) in range(2, 2 * os.cpu_count() + 1)  # those that waited never began
+    else:
+        def dies():
+            threading.Timer(0.5, os._exit, (0,)).start()
+            code(sleeps.replace("os.fork()", "True"))
+        assert in_child(dies) == 0 and len(os.listdir(tmp_path)) == 1
+        time.sleep(2)
+    assert left_running(os.listdir(tmp_path)) == []
+
+
+def test_a_run_with_built_in_rewards_and_columns_that_are_refused(tmp_path):
+    def train(*rewards, **columns):
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1"} | (columns if i == 2 else {})) + "\n" for i in range(4)))
+        return run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "d.jsonl", "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 1,
+                   "--num_generations", 2, "--max_completion_length", 32, "--reward_funcs", *rewards)
+    metrics, = train("code", "json", "edit_distance", tests=["assert True"], answer="<think>2+1=3</think><answer>3</answer>")
+    assert metrics["rewards/code/mean"] == metrics["rewards/json/mean"] == 0 < metrics["rewards/edit_distance/mean"] < 1
+    for name, columns, sentence in [
+            ("code", {"tests": 3}, "d.jsonl:3: the column 'tests' must be a string"), ("json", {"schema": "a"}, "d.jsonl:3: the column 'schema' must be a list"),
+            ("code", {"tests": "assert f("}, r"d.jsonl:3: '\(' was never closed \(the column 'tests', line 1\)"),
+            ("code", {"test_list": ["assert f"]}, "--reward_funcs code needs a column 'tests'; .*d.jsonl has test_list")]:
+        with pytest.raises(common.UserError, match=sentence):
+            train("format", name, **columns)
