@@ -2116,7 +2116,8 @@ def load_checkpoint(folder):
     """-> the state that Run.save wrote. Raises an exception if it is not there or damaged."""
     path = os.path.join(folder, "state.pt")
     with zipfile.ZipFile(path) as file:  # torch.load alone does not look at the checksums
-        require(file.testzip() is None, "damaged: its checksums do not fit", ValueError)
+        folders = any(info.external_attr for info in file.infolist())  # of which it would read nothing
+        require(not folders and file.testzip() is None, "damaged: its checksums do not fit", ValueError)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

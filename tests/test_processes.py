@@ -1,4 +1,4 @@
-"""Two processes equal one: the same rows give the same update, rollouts and evaluation (on CPU: DDP, FSDP2)."""
+"""Two processes equal one: the same rows give the same update, rollouts and evaluation: DDP and FSDP2."""
 
 import json
 import os
@@ -166,8 +166,8 @@ def test_rollouts_do_not_depend_on_the_number_of_processes(script, rows, tmp_pat
 
 LORA, FOUR = ["--lora_r", 4], ["--lora_r", 4, "--load_in_4bit"]
 SHARDED = [("sft", []), ("sft-fgm", ["--gradient_checkpointing", "--freeze_layers", 0.5]),
-           ("sft-neftune", LORA), ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA), ("reward_model", []),
-           ("grpo", []), ("grpo", FOUR), ("grpo-demo", []), ("ppo", []), ("ppo", LORA),
+           ("sft-neftune", LORA), ("sft", [*LORA, "--gradient_checkpointing"]), ("dpo", []), ("dpo", LORA),
+           ("reward_model", []), ("grpo", []), ("grpo", FOUR), ("grpo-demo", []), ("ppo", []), ("ppo", LORA),
            ("ppo", [*FOUR, "--share_trunk"])]
 
 

@@ -243,8 +243,8 @@ def same(a, b):
 
 
 def test_any_flipped_byte_is_noticed_or_harmless(whole, tmp_path):
-    """Each of 50 bytes spread over the file, of a tensor's record in the zip's directory and of the zip's end:
-    with its bits flipped, the file is refused, or what is read from it is what was written."""
+    """One byte, all its bits flipped: the file is refused, or what is read from it is what was written. Of 50
+    bytes spread over the file, of a tensor's record in the zip's directory, and of the zip's end."""
     folder = tmp_path / "step"
     shutil.copytree(common.steps_in(whole["grpo"][1][4] / "checkpoints")[-1], folder)
     path = folder / "state.pt"
@@ -260,7 +260,7 @@ def test_any_flipped_byte_is_noticed_or_harmless(whole, tmp_path):
         except Exception:
             noticed += 1
         else:
-            assert same(read, state), f"byte {place} of {size} was not noticed, {place - record} in the record"
+            assert same(read, state), f"byte {place} of {size}, {place - record} of the record"
     assert noticed > len(places) // 2
     path.write_bytes(good)
     assert same(common.load_checkpoint(folder), state)
