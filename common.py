@@ -203,7 +203,8 @@ class Args:
         require(tracker is None or importlib.util.find_spec(tracker),
                 f"--log_with {tracker} needs the package '{tracker}': pip install {tracker}")
         script = os.path.basename(sys.modules[type(self).__module__].__file__)
-        self.output_dir = self.output_dir or os.path.join("out", script.removesuffix(".py"))
+        if self.output_dir is None:
+            self.output_dir = os.path.join("out", script.removesuffix(".py"))
         for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir"):
             if getattr(self, name):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
@@ -269,7 +270,7 @@ class Parser(HfArgumentParser):
         choices = re.search(r"Literal\[(.*?)\]", written)
         takes = "|".join(re.findall(r"\w+", choices[1])) if choices else next(
             (word for kind, word in (("bool", ""), ("int", "N"), ("float", "X")) if kind in written), "TEXT")
-        takes = "True|False" if flag.default is True else takes
+        takes = "True|False" if flag.default is True or "bool | None" in written else takes
         default = flag.default_factory() if callable(flag.default_factory) else flag.default
         default = " ".join(default) if isinstance(default, list) else default
         what = flag.metadata["help"] + ("" if default is None or default is False else f" [{default}]")
@@ -440,20 +441,25 @@ class Decoder:
                           past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
-@torch.no_grad()
 def complete_greedily(model, prompts, stop_ids, max_completion_length):
-    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one."""
-    completions, room = [[] for _ in prompts], max_positions(model) - max(map(len, prompts))
-    decoder, longest = Decoder(model, prompts), max(1, min(max_completion_length, room))
-    logits, rows = decoder.logits, torch.arange(len(prompts), device=decoder.logits.device)
-    for t in range(longest):
-        tokens = logits.argmax(-1)  # (rows,)
-        for row, token in zip(rows.tolist(), tokens.tolist()):
-            completions[row].append(token)
-        going = ~torch.isin(tokens, torch.tensor(stop_ids, device=tokens.device))
-        if t == longest - 1 or not going.any():
-            return completions
-        logits, rows = decoder.step(tokens, going), rows[going]
+    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one.
+
+    By generate(), which knows the caches of all models; nothing is inherited from their generation configs.
+    """
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
+    ids = pad(prompts, 0, side="left").to(device)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
+    shipped, causal.generation_config = causal.generation_config, transformers.GenerationConfig()
+    try:
+        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
+                             max_new_tokens=max(1, min(max_completion_length, room)), eos_token_id=stop_ids,
+                             pad_token_id=0, synced_gpus=False)  # processes differ in length
+    finally:
+        causal.generation_config = shipped
+    completions = out[:, ids.shape[1]:].tolist()
+    ends = [next((t + 1 for t, i in enumerate(c) if i in stop_ids), len(c)) for c in completions]
+    return [completion[:end] for completion, end in zip(completions, ends)]
 
 
 def answer_greedily(run, model, rows):
@@ -994,7 +1000,8 @@ def to_pair(row, format, system_prompt=None):
     short, long = sorted((chosen, rejected), key=len)
     require(len(short) == len(long) or long[:len(short)] != short,
             "one side is the beginning of the other", ValueError)
-    margin = number_value(row.get("margin") or 0, "column 'margin' is no number:")
+    margin = 0 if row.get("margin") in (None, "") else row["margin"]
+    margin = number_value(margin, "column 'margin' is no number:")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
 
 
@@ -1221,6 +1228,7 @@ def strings_of(name, value):
     """The strings that a row's `schema` or `tests` holds, [] where it is empty. ValueError if not strings."""
     what, read = STRINGS[name]
     with suppress(ValueError):
+        value = value.strip() if name == "schema" and isinstance(value, str) else value
         strings = read(value) if isinstance(value, str) and value else value or []
         if isinstance(strings, list) and all(isinstance(string, str) for string in strings):
             return strings
@@ -2075,6 +2083,9 @@ def find_checkpoint(args):
     wanted, folder = args.resume_from_checkpoint, os.path.join(args.output_dir, "checkpoints")
     if wanted is None:
         return None, None
+    for old in steps_in(folder) if wanted == "latest" else [wanted]:
+        require(not os.path.exists(os.path.join(old, "state.json")), f"{old} was written by an earlier "
+                "version, which has to finish this run; or start a new --output_dir")
     if wanted != "latest":
         require(os.path.isdir(wanted), f"--resume_from_checkpoint {wanted}: no such folder (or say 'latest')")
         with explain(f"--resume_from_checkpoint {wanted}"):
@@ -2300,7 +2311,7 @@ class Run:
         for mb in self.micro_batches(groups, fields, None, micro_batch_tokens):
             with self.accelerator.autocast():
                 outputs = of(mb)
-            mine += zip(mb.places, zip(*(x.cpu() for x in outputs)))
+            mine += zip(mb.places, zip(*([row.clone() for row in x.cpu()] for x in outputs)))
         return [outputs for _, outputs in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
     def together(self, function):
@@ -2419,9 +2430,11 @@ class Run:
         weights = {name: whole(p) for name, p in self.module.named_parameters() if p.requires_grad}
         state = {**self.state, "weights": weights, "kept": self.kept, "args": asdict(self.args),
                  "optimizer": mapped(whole, self.optimizer.state_dict()["state"])}
-        require(all(weight.sum().isfinite() for weight in weights.values()),
-                f"step {self.step}: the weights are no longer finite and are not saved; the checkpoints are "
-                "whole. Try a lower --learning_rate")
+        finite = []
+        mapped(lambda x: finite.append(not torch.is_tensor(x) or x.sum().isfinite()),
+               {0: weights, 1: state["optimizer"]})
+        require(all(finite), f"step {self.step}: the weights are no longer finite and are not saved; the "
+                "checkpoints are whole. Try a lower --learning_rate")
         if self.accelerator.is_main_process:
             with written_whole(os.path.join(folder, name or f"step-{self.step:08d}")) as unfinished:
                 torch.save(state, os.path.join(unfinished, "state.pt"))
@@ -2494,7 +2507,8 @@ class Sums:
         run = self.run
         stop = torch.tensor(float(run.signal), dtype=torch.float64, device=run.device)
         *values, stop = run.accelerator.reduce(torch.stack([*self.named.values(), stop]), "sum").tolist()
-        run.stop = run.stop or stop > 0  # a signal may have reached one process alone
+        # a signal may have reached one process alone; after the last step the run ends as it is
+        run.stop = run.stop or (stop > 0 and run.step < run.total_steps)
         total = dict(zip(self.named, values))
         tokens = total.get("trained_tokens")
         for name in self.shown:
@@ -2606,10 +2620,12 @@ def page_rows(mb, share, mask, columns, constants=None):
     kept = {name: x.detach().cpu().double().expand(mask.shape) for name, x in kept.items()}
     rows, places = [], [*mb.places] * (len(mb.rows) // max(1, len(mb.places)))
     for b, (row, place) in enumerate(zip(mb.rows, places)):
-        ids = [int(i) for i in row["input_ids"]]
+        ids, names = [int(i) for i in row["input_ids"]], kept
+        if row.get("sampled") == 0:  # a demonstration: no figure of a rollout is its own
+            names = [name for name in ("mask", "log-prob", "NLL weight", "share") if name in kept]
         rows.append((row.get("number", place), row.get("note", ""), ids,
                      0.0 if constants is None else constants[b].item(),
-                     {name: x[b, :len(ids)].clone() for name, x in kept.items()}))
+                     {name: kept[name][b, :len(ids)].clone() for name in names}))
     return rows
 
 
@@ -2666,7 +2682,8 @@ def write_page(run, rows, loss, about):
     page = AUDIT_PAGE.substitute(
         name=os.path.basename(module.__file__), step=run.audit_step, loss=f"{loss:.9g}", rows=body,
         formula=html.escape(re.sub("\n +", "\n", formula[1] if formula else "")),
-        clipped="<span>▲ ratio clipped above</span><span>▼ below</span>" * ("ratio" in rows[0][4]),
+        clipped="<span>▲ ratio clipped above</span><span>▼ below</span>"
+        * any("ratio" in columns for *_, columns in rows),
         about=html.escape(about),
         arguments=html.escape(json.dumps(asdict(args), indent=1, ensure_ascii=False)))
     if run.accelerator.is_main_process:

@@ -415,13 +415,13 @@ def main(args):
             run.accelerator.backward(loss * run.accelerator.num_processes)  # DDP averages: undo it
             sums.add(mb, figures, page=lambda: pair_shares(mb, args))
         metrics = sums.reduce()  # means over the pairs, of all processes
-        if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
-            return
 
         # 5. The update.
         most = args.max_grad_norm or math.inf
         grad_norm = run.accelerator.clip_grad_norm_(policy.parameters(), most).item()
         run.check_finite(metrics["loss"], grad_norm, f"pairs {numbers[:8]} ... of the training data")
+        if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
+            return
         learning_rate = learning_rate_at(step, total_steps, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate

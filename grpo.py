@@ -671,13 +671,13 @@ def main(args):
                 parts = {"loss": share, "nll_loss": nll} if has_nll else {"loss": share}
                 sums.add(mb, parts, shown | {"entropy": entropy}, mask)
             metrics = sums.reduce()  # the loss, and means over the trained tokens, of all processes
-            if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
-                return
 
             # 8. The update.
             norm = run.accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
             run.check_finite(metrics["loss"], norm, f"the rollout of {sampled[0][0]['prompt']['place']}")
             run.check_first_update(metrics)  # which looks at a rollout's first alone
+            if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
+                return
             for param_group in optimizer.param_groups:
                 param_group["lr"] = learning_rate_at(run.step, run.total_steps, args)
             if chosen:  # a short rollout may have fewer completions than there are minibatches

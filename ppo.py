@@ -444,7 +444,7 @@ def nll_rows(demonstrations, step, number, args):
     completions = args.batch_size * args.num_generations / args.num_minibatches  # of one update
     count = max(1, round(SFT_FRACTION * completions))
     places = endless_order(step * count, count, len(demonstrations), args.seed, "sft")
-    return weighed([demonstrations[i] | {"number": number + k, "note": "demonstration, "}
+    return weighed([demonstrations[i] | {"number": number + k, "sampled": 0.0, "note": "demonstration, "}
                     for k, i in enumerate(places)], "nll_weight")
 
 
@@ -690,20 +690,19 @@ def main(args):
             sums = run.sums()
             for mb in run.micro_batches(chosen + extra, fields, policy):  # (B, T), or (B, 1): a number a row
                 mb.logprobs, mb.new_values, entropy = policy(mb.input_ids, mb.mask, args.temperature)
-                mb.policy_loss, shown = policy_loss(mb.logprobs, mb.old_logprobs, mb.advantages, args.epsilon)
+                # A demonstration is in the NLL alone: with mask and log-probs 0 its ratio is 1.
+                mask, logprobs = mb.mask * mb.sampled, mb.logprobs * mb.sampled
+                mb.policy_loss, shown = policy_loss(logprobs, mb.old_logprobs, mb.advantages, args.epsilon)
                 mb.value_loss, clipped = value_loss(mb.new_values, mb.values, mb.returns, args.value_clip)
                 nll = -mb.nll_weight * mb.logprobs  # share (B, T): what each token adds to the step's loss
                 share = mb.weight * (mb.policy_loss + args.vf_coef * mb.value_loss) + args.sft_coef * nll
                 run.accelerator.backward(share.sum() * run.accelerator.num_processes)  # DDP averages: undo it
                 if update == 0:  # later updates have moved away from the policy that sampled
-                    shown["sampling/logprob_difference"] = (mb.logprobs - mb.sampled_logprobs).abs()
+                    shown["sampling/logprob_difference"] = (logprobs - mb.sampled_logprobs).abs()
                 parts = {"loss": share, "policy_loss": mb.weight * mb.policy_loss,
                          "value_loss": mb.weight * mb.value_loss} | ({"sft_loss": nll} if extra else {})
-                mask = mb.mask * mb.sampled  # demonstrations count in the NLL alone
                 sums.add(mb, parts, shown | clipped | {"entropy": entropy}, mask)
             metrics = sums.reduce()  # the losses, and means over the trained tokens, of all processes
-            if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
-                return
 
             # 8. The update.
             norm = run.accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
@@ -712,6 +711,8 @@ def main(args):
             learning_rate = learning_rate_at(run.step, run.total_steps, args)
             metrics = seen | metrics | {"grad_norm": norm, "learning_rate": learning_rate}
             run.check_first_update(metrics)  # which looks at a rollout's first alone
+            if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
+                return
             for param_group in optimizer.param_groups:
                 param_group["lr"] = learning_rate
             if chosen or extra:  # a short rollout may have fewer completions than there are minibatches

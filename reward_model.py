@@ -338,12 +338,12 @@ def main(args):
             sums.add(mb, parts, page=lambda: {"share": share, "mask": mb.mask,
                                               "columns": page_columns(mb, scores, names)})
         metrics = sums.reduce()  # over all processes
-        if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
-            return
 
         # 5. The update.
         norm = run.accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm or math.inf).item()
         run.check_finite(metrics["loss"], norm, f"rows {places[:8]} ... of the training data")
+        if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
+            return
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate_at(step, total_steps, args)
         optimizer.step()

@@ -439,14 +439,14 @@ def main(args):
                 run.accelerator.backward(parts["adversarial_loss"].sum() * processes)
             sums.add(mb, parts, {"token_accuracy": hits})
         metrics = sums.reduce()  # the losses, and means over the trained tokens, of all processes
-        if sums.write_page(metrics["loss"], "A token's share is its - log p, divided by the step's "
-                           f"{trained_tokens} trained tokens{PAGE[args.adversarial]}"):
-            return  # --audit: nothing is learned
 
         # 5. The update.
         limit = args.max_grad_norm or math.inf
         grad_norm = run.accelerator.clip_grad_norm_(policy.parameters(), limit).item()
         run.check_finite(metrics["loss"], grad_norm, f"rows {chosen[:8]} ... of the training data")
+        if sums.write_page(metrics["loss"], "A token's share is its - log p, divided by the step's "
+                           f"{trained_tokens} trained tokens{PAGE[args.adversarial]}"):
+            return  # --audit: nothing is learned
         learning_rate = learning_rate_at(run.step, total_steps, args)
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import TINY, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
@@ -396,6 +397,19 @@ def test_complete_greedily_stops_at_the_models_last_position():
     assert list(map(len, completions)) == [4, 4]
     assert list(map(len, common.complete_greedily(model, prompts, [319], 2))) == [2, 2]
     assert common.complete_greedily(model, [[1] * 12], [319], 50) == [greedy_by_hand(model, [1] * 12, [319], 1)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["MambaConfig", "Lfm2Config"])
+def test_complete_greedily_knows_the_caches_of_models_that_have_no_keys_and_values(kind):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2, eos_token_id=260, bos_token_id=None, pad_token_id=0)
+    more = {"MambaConfig": {"state_size": 4}, "Lfm2Config": dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
+                                                                 layer_types=["conv", "full_attention"])}[kind]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**sizes, **more)).eval()
+    prompts = [[7, 8, 9], [10, 20, 30]]
+    stop = greedy_by_hand(model, prompts[0], [], 8)[2]
+    assert common.complete_greedily(model, prompts, [stop], 8) == [greedy_by_hand(model, prompt, [stop], 8) for prompt in prompts]
 
 
 @torch.no_grad()
@@ -816,3 +830,14 @@ def test_a_script_that_lists_no_metrics_has_a_help_too(capsys):
 def test_flags_that_are_gone_are_unknown(script, flag):
     with pytest.raises(common.UserError, match=f"^unknown argument {flag}"):
         common.parse_args(script.Args, ["--model_name_or_path", "m", "--dataset_name", "d", flag, "1"])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_stays(tmp_path):
+    """It cannot be gone on with, and to start from the beginning would remove it."""
+    old = tmp_path / "checkpoints" / "step-00000004"
+    old.mkdir(parents=True)
+    (old / "state.json").write_text("{}")
+    for wanted in ("latest", str(old)):
+        with pytest.raises(common.UserError, match="step-00000004 was written by an earlier version"):
+            common.find_checkpoint(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path)))
+    assert old.exists()

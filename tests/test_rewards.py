@@ -13,6 +13,7 @@ from conftest import TINY, in_child, run
 
 import common
 import grpo
+import ppo
 from common import Reward
 
 
@@ -300,3 +301,13 @@ def test_a_run_with_built_in_rewards_and_columns_that_are_refused(tmp_path):
             ("code", {"test_list": ["assert f"]}, "--reward_funcs code needs a column 'tests'; .*d.jsonl has test_list")]:
         with pytest.raises(common.UserError, match=sentence):
             train("format", name, **columns)
+
+
+def test_what_a_reward_logs_does_not_replace_the_trainers_own_numbers(tmp_path):
+    """A reward that logs "loss" or "kl" is heard under other names alone: the run's figures stay the run's."""
+    (tmp_path / "r.py").write_text("def f(completions, log_metric):\n    for name in ('loss', 'kl', 'reward', 'mine'):\n        log_metric(name, 99.0)\n"
+                                   "    return [len(c) / 100 for c in completions]\n")
+    flags = ["--eval_fraction", 0, "--batch_size", 2, "--max_steps", 1, "--max_completion_length", 8, "--reward_funcs", f"{tmp_path}/r.py:f"]
+    for script, more in ((grpo, ["--num_generations", 2, "--kl_coef", 0.1]), (ppo, ["--num_iterations", 1, "--num_minibatches", 1])):
+        metrics, = run(script, tmp_path / script.__name__, *flags, *more)
+        assert metrics["mine"] == 99 and metrics["reward"] < 1 and abs(metrics["kl"]) < 1e-4 and abs(metrics["loss"]) < 10
