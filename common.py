@@ -4,8 +4,9 @@ The line between this file and the scripts: every number between the token ids a
 script. Here names go in and models come out; text goes in, ids and masks come out; rows go in, padded
 micro-batches come out; reward names go in, scores come out. This file knows no loss and steps no optimizer.
 
-Sections   errors · arguments · rows and micro-batches · decoding · tokens and masks · data · rewards ·
-           models · checkpoints · the run · the audit page
+Sections   errors · arguments · rows and micro-batches · decoding · tokens and masks · reading data, to
+           messages, to training rows · rewards · models, saving · processes · checkpoints · the run ·
+           the audit page
 """
 
 import asyncio

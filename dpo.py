@@ -7,18 +7,17 @@ Objective   minimise - log sigmoid(beta [(log pi_w - log ref_w) - (log pi_l - lo
             form of SLiC-HF, with a reference); --sft_coef, Pang 2024, arXiv 2404.19733, adds the chosen
             completion's mean NLL.
 Shapes      B pairs of a micro-batch, 2B rows (all chosen ones, then all rejected ones), T tokens of a row;
-            N pairs of the data, V vocabulary, d hidden size. Index t of a (2B, T) tensor is about token t:
-            the causal shift is in Policy.logprobs alone.
+            N pairs of the data, V vocabulary, d hidden size; in Policy and TokenLogprobs B are rows and N
+            trained tokens. Index t of a (2B, T) tensor is about token t: the shift is in Policy.logprobs.
 
 Differences from the papers
 1. ipo divides each log-prob by its completion's length, as its authors confirmed; the paper has sums.
-2. --label_smoothing eps gives the conservative loss (1 - eps) L + eps L(swapped), for sigmoid alone.
-Differences from TRL's DPOTrainer
+2. --label_smoothing eps gives cDPO's (1 - eps) L + eps L(swapped), for sigmoid alone.
+Differences from TRL's DPOTrainer (as there, a run that starts from an adapter refers to a frozen copy of it)
 1. Rows beyond max_length lose the prompt's start, the same on both sides, then the completions' ends.
-2. Without LoRA the reference's log-probs are computed once, two numbers a pair, and kept in the checkpoints.
+2. Without LoRA, or under FSDP, the reference's log-probs are computed once: two numbers a pair.
 3. Dropout is off in the functions of a model too, not in its modules alone.
 4. The mean is over the pairs of the whole step, over all processes; a resumed run ends bit-equal.
-5. As in TRL, a run that starts from an adapter has a frozen copy of it as reference, never the bare base.
 
 Metrics, of a step; means over its pairs
 loss                            dpo_loss + sft_coef x nll_loss
@@ -30,7 +29,7 @@ logps/chosen, logps/rejected    summed log-prob of a completion; logps/chosen sh
 grad_norm, learning_rate        before clipping; of this update
 num_tokens, trained_pairs       tokens so far; pairs of this step
 eval/loss and the like          the same on held-out pairs
-eval/accuracy                   share of held-out prompts whose greedy completion ends with the right answer
+eval/accuracy                   share of held-out pairs whose prompt's greedy completion ends right
 
 Run   python dpo.py                                                   the small example, CPU, about a minute
       python dpo.py --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name pairs.jsonl --lora_r 16
@@ -111,8 +110,8 @@ class TokenLogprobs(torch.autograd.Function):
     """Log-prob, entropy and top-1 hit of N target tokens, with one chunk of the (N, V) logits in memory.
 
     z = (h W^T + b) / temperature,  log p(y) = z_y - logsumexp(z),  d log p(y) / dz = onehot(y) - p. All is
-    fp32 but the matrix product, which autocast may do in bf16. Entropy and hits carry no gradient.
-    hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    fp32 but the matrix product, which autocast may do in bf16. Entropy (ppo, grpo) and hits (sft) carry no
+    gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
     CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
 
@@ -273,7 +272,8 @@ def pair_figures(mb, args):
 PAGE = ("A pair's loss is not a sum over tokens. Its value at a margin of 0 (ln 2 for sigmoid) belongs to no "
         "token and is listed with the chosen row; the rest goes to the tokens of both rows, in proportion to "
         "what each adds to the margin: integrated gradients on the straight path from the reference. With "
-        "--sft_coef c a chosen token also adds c times its - log p, divided by its row's trained tokens.")
+        "--sft_coef c a chosen token also adds c times its - log p, divided by its row's trained tokens. All "
+        "is divided by the step's pairs.")
 
 
 @torch.no_grad()
@@ -286,8 +286,9 @@ def pair_shares(mb, args):
     """
     B, lengths = len(mb.mask) // 2, mb.mask.sum(-1, keepdim=True).clamp(min=1)
     logratios = mb.logprobs.double() - mb.ref_logprobs
-    given = mb.logprobs.sum(-1, keepdim=True) - mb.ref_sum  # to the loss, (2B, 1): fp32 sums, rounded
-    logratios += mb.mask * (given - logratios.sum(-1, keepdim=True)) / lengths  # spread over the tokens
+    given = mb.logprobs.sum(-1, keepdim=True) - mb.ref_sum  # (2B, 1): the sums that the loss saw, in fp32
+    # the rounding of these is spread over the tokens
+    logratios += mb.mask * (given - logratios.sum(-1, keepdim=True)) / lengths
     parts = logratios / (lengths if args.loss_type == "ipo" else 1)  # c_t
     parts[B:] *= -1  # the rejected rows'
     margins = parts.sum(-1).view(2, B).sum(0)  # (B,)

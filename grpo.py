@@ -246,8 +246,8 @@ class TokenLogprobs(torch.autograd.Function):
     """Log-prob, entropy and top-1 hit of N target tokens, with one chunk of the (N, V) logits in memory.
 
     z = (h W^T + b) / temperature,  log p(y) = z_y - logsumexp(z),  d log p(y) / dz = onehot(y) - p. All is
-    fp32 but the matrix product, which autocast may do in bf16. Entropy and hits carry no gradient.
-    hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    fp32 but the matrix product, which autocast may do in bf16. Entropy (ppo, grpo) and hits (sft) carry no
+    gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
     CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
 

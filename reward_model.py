@@ -14,7 +14,7 @@ Differences from the papers
 Differences from TRL's RewardTrainer
 1. The score is read at the last token by its place, whatever side and token the tokenizer pads with. A model
    is saved with a pad token that ends no text, so plain transformers reads there too, which is checked.
-2. The head runs in fp32, outside autocast, and is trained and saved with an adapter without modules_to_save.
+2. The head runs in fp32, outside autocast. Beside an adapter it is trained and saved, without a flag for it.
 3. Evaluations report the expected calibration error of max(p, 1 - p), p = sigmoid(r_w - r_l).
 4. A column `score` (a number, or an object of named numbers) trains a pointwise model with named scores.
 5. The model's own dropout, where it has any, stays on.
@@ -27,7 +27,7 @@ grad_norm, learning_rate        before clipping; of this update
 trained_pairs or trained_rows   those of this step: the loss's denominator
 num_tokens                      tokens so far, padding not counted
 eval/loss, eval/accuracy, eval/margin     the same of held-out pairs or rows
-eval/score_mean, eval/score_std           mean and spread of held-out scores
+eval/score_mean, eval/score_std           mean and spread of held-out scores, of all names together
 eval/calibration_error          of pairs: distance of the confidence max(p, 1 - p) from the share ranked right
 eval/correlation/<name>         of given scores: Pearson's r of predicted and given
 
@@ -285,7 +285,7 @@ def page_columns(mb, scores, names):
 
 
 PAGE = ("A score is read at the row's last token, so the row's loss is placed there. A pair's loss, centring "
-        "included, is split evenly between its rows.")
+        "included, is split evenly between its rows. All is divided by their number in the step.")
 
 
 def main(args):

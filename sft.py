@@ -14,7 +14,7 @@ Differences from the papers and the usual recipe
 3. The (B, T, V) logits never exist: head and log-softmax run over chunks of the trained tokens.
 4. FGM's embeddings are not normalised: epsilon is relative to their mean norm in the row.
 Differences from TRL's SFTTrainer
-1. Completions alone are trained on, for any chat template, in conversations too (--completion_only_loss).
+1. Completions alone are trained on, for any chat template, in conversations too; of plain text all is.
 2. Under LoRA the frozen base is in bf16 where autocast is (TRL: fp32); what is trained is always fp32.
 3. batch_size counts the rows of a step over all processes; micro_batch_tokens is what fits into memory.
 4. Exact duplicates are dropped, and a resumed run ends bit-equal to one that was never stopped.
@@ -23,7 +23,7 @@ Differences from TRL's SFTTrainer
 Metrics, of a step or, with eval/, of the held-out rows
 loss                            nats a trained token; with fgm of the clean pass, with neftune under noise
 adversarial_loss                with --adversarial fgm: the loss under attack
-token_accuracy                  share of trained tokens that were the most likely one
+token_accuracy                  share of trained tokens that were the most likely one, in the same pass
 grad_norm, learning_rate        before clipping, with fgm of the sum of both losses; of this update
 num_tokens, trained_tokens      tokens so far, without padding; trained ones of the step: its denominator
 eval/loss, eval/token_accuracy  the same, never perturbed
@@ -94,8 +94,8 @@ def sft_loss(logprobs, mask):
 
 
 def fgm_delta(grad, embeddings, real, epsilon):
-    """FGM (Miyato 2017, arXiv 1605.07725): the perturbation that, of all with its norm, raises each row's
-    loss most, to first order.
+    """FGM (Miyato 2017, arXiv 1605.07725): the perturbation of a given norm that raises each row's loss most,
+    to first order.
 
     r = epsilon mean_t ||E_t|| g / ||g||,  g = d loss / dE:  ||g|| over the whole row, the mean over its real
     tokens, and r = 0 where g = 0. grad, embeddings (B, T, d), real (B, T) with 1 = no padding -> (B, T, d).
@@ -121,8 +121,8 @@ class TokenLogprobs(torch.autograd.Function):
     """Log-prob, entropy and top-1 hit of N target tokens, with one chunk of the (N, V) logits in memory.
 
     z = (h W^T + b) / temperature,  log p(y) = z_y - logsumexp(z),  d log p(y) / dz = onehot(y) - p. All is
-    fp32 but the matrix product, which autocast may do in bf16. Entropy and hits carry no gradient.
-    hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    fp32 but the matrix product, which autocast may do in bf16. Entropy (ppo, grpo) and hits (sft) carry no
+    gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
     CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
 
@@ -398,7 +398,7 @@ def main(args):
     check_head(policy, model, train[0], run)
     run.start(total_steps, f"{total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch)")
     best = os.path.join(args.output_dir, "checkpoints", "best")
-    if not os.path.isdir(best):  # resumed into another output_dir
+    if not os.path.isdir(best):  # a fresh run, or one resumed into another output_dir
         run.state["best_loss"] = math.inf
 
     def report():
@@ -421,14 +421,14 @@ def main(args):
         trained_tokens = sum(row["trained"] for row in rows)  # over all processes
         torch.manual_seed(stream(args.seed, "dropout", run.step, process).initial_seed())
 
-        # 4. The gradient, a micro-batch at a time: any cut gives the same.
+        # 4. The gradient, a micro-batch at a time: any cut gives the same, but for dropout.
         sums = run.sums()
         for mb in run.micro_batches(rows, module=policy):  # tensors (B, T)
             delta = starting_delta(model, mb, args, run.step)  # (B, T, d), or None
-            # DDP takes one synchronised backward, the last: of fgm's two in the last micro-batch the second
+            # DDP synchronises one backward a step: the last one, in the last micro-batch fgm's second
             with run.accelerator.no_sync(policy) if fgm and mb.last else nullcontext():
                 mb.logprobs, hits, embeddings = forward(policy, model, mb, delta)
-                mb.loss = sft_loss(mb.logprobs, mb.mask)
+                mb.loss = sft_loss(mb.logprobs, mb.mask)  # set on mb: the audit page shows what is there
                 share = mb.loss / trained_tokens  # what each token adds to the step's loss
                 run.accelerator.backward(share.sum() * processes)  # DDP averages: undo it
             parts = {"loss": share}
