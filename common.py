@@ -467,12 +467,12 @@ def answer_greedily(run, model, rows):
     """Greedy answers to the rows' prompt_ids against their answers -> (share that is right, table rows); the
     share is None without rows, and over all processes."""
     args, tokenizer, table = run.args, run.tokenizer, []
+    stop_ids = stop_token_ids(tokenizer, model.generation_config)
     lengths, right = [len(r["prompt_ids"]) + args.max_completion_length for r in rows], 0
     for places in cut(lengths, args.micro_batch_tokens, *run.place):
         prompts = [rows[i]["prompt_ids"] for i in places]
         with run.accelerator.autocast():
-            completions = prompts and complete_greedily(model, prompts, model.generation_config.eos_token_id,
-                                                        args.max_completion_length)
+            completions = prompts and complete_greedily(model, prompts, stop_ids, args.max_completion_length)
         for i, prompt, completion in zip(places, prompts, completions):
             text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
             right += extract_answer(text) == answer
