@@ -206,7 +206,7 @@ def test_evaluation_under_attack_repeats_and_touches_no_gradient(attack, tmp_pat
     policy, losses, widths = sft.Policy(model), [], []
     policy.register_forward_pre_hook(lambda module, inputs: widths.append(len(inputs[0])))
     for checkpointing in (False, True) * 2:
-        run = new_run(tmp_path, "--adversarial", attack, "--adversarial_epsilon", 1.0, "--neftune_noise_alpha", 30.0,
+        run = new_run(tmp_path, "--adversarial", attack, "--adversarial_epsilon", 1.5, "--neftune_noise_alpha", 30.0,
                       "--micro_batch_tokens", 1000, "--gradient_checkpointing", checkpointing)
         metrics, table = sft.evaluate(policy, model, rows, run.args, run)
         losses.append(metrics["eval/loss_under_attack"])
@@ -217,6 +217,21 @@ def test_evaluation_under_attack_repeats_and_touches_no_gradient(attack, tmp_pat
     clean = sft.sft_loss(policy(mb.input_ids, mb.mask)[0], mb.mask).sum().item() / mb.mask.sum().item()
     assert metrics["eval/loss"] == pytest.approx(clean, rel=1e-5)
     assert losses[0] > 1.02 * clean or attack == "neftune" and abs(losses[0] - clean) > 0.1
+    total = 0.0
+    for place, row in enumerate(rows):  # by hand, with plain transformers
+        ids, trained = row["input_ids"].long(), row["mask"].bool()
+
+        def loss(E):
+            logits = model(inputs_embeds=E[None]).logits[0, :-1]
+            return torch.nn.functional.cross_entropy(logits[trained[1:]], ids[trained], reduction="sum")
+        E = model.get_input_embeddings()(ids).detach().requires_grad_()
+        if attack == "fgm":
+            g, = torch.autograd.grad(loss(E), E)
+            delta = 1.5 * E.norm(dim=-1).mean() * g / g.norm()
+        else:
+            delta = 30 / math.sqrt(E.numel()) * (2 * torch.rand(*E.shape, generator=sft.stream(run.args.seed, "neftune", "eval", place)) - 1)
+        total += loss(E + delta).item()
+    assert losses[0] == pytest.approx(total / mb.mask.sum().item(), rel=1e-5)
     assert all(p.grad is None for p in model.parameters())
     assert model.training and not model.get_input_embeddings()._forward_hooks
 
