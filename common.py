@@ -1035,8 +1035,14 @@ def make_row(ids, mask, **fields):
 
 def truncate(ids, mask, max_length):
     """Cuts both to max_length: the prompt's beginning, down to max_length / 2, then the completion's end."""
-    start = max(0, min(len(ids) - max_length, mask.index(1) - max_length // 2))
-    return ids[start:start + max_length], mask[start:start + max_length]
+    kept = kept_part(len(ids), mask.index(1), max_length)
+    return ids[kept], mask[kept]
+
+
+def kept_part(length, answer, max_length):
+    """The slice that is left of a row of so many tokens, whose completion begins at place `answer`."""
+    start = max(0, min(length - max_length, answer - max_length // 2))
+    return slice(start, start + max_length)
 
 
 def upto_answer(part):
@@ -1099,8 +1105,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     for (sides, prompt_ids), pair, row, _ in convert_rows(kept, encode, skip_bad_rows):
         longest = max(len(side["mask"]) for side in sides)
         answer = min(side["mask"].index(1) for side in sides)
-        start = max(0, min(longest - max_length, answer - max_length // 2))  # as in truncate
-        part = slice(start, start + max_length)
+        part = kept_part(longest, answer, max_length)
         chosen, rejected = (make_row(side["input_ids"][part], side["mask"][part]) for side in sides)
         counts["cut to max_length"] += longest > max_length
         if all(chosen[name].equal(rejected[name]) for name in ("input_ids", "mask")):
@@ -1634,7 +1639,7 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
     for part, prompt, _ in convert_rows(given, encode, args.skip_bad_rows, args.dataset_name):
         if len(part["input_ids"]) <= longest:
             prompt["demonstration"] = make_row(part["input_ids"], part["mask"], sampled=0.0, score=0.0,
-                                                      nll=True, note="demonstration, ")
+                                                nll=True, note="demonstration, ")
         too_long += len(part["input_ids"]) > longest
     require(len(given) > too_long, f"--demo_threshold: all demonstrations are longer than {longest} tokens, "
             "--max_prompt_length and --max_completion_length together")
@@ -2602,7 +2607,6 @@ addEventListener('keydown', e => {
 """)
 
 
-
 def page_rows(mb, share, mask, columns, constants=None):
     """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})].
 
@@ -2693,5 +2697,3 @@ def write_page(run, rows, loss, about):
             file.write(page)
     say(f"audit    wrote {args.audit}: {len(rows)} rows of step {run.audit_step}, loss {loss:.6g}; "
         "nothing was trained or saved")
-
-
