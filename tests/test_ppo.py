@@ -437,6 +437,16 @@ def test_the_coefficient_follows_the_target(tmp_path):
     assert [m["kl_coef"] for m in metrics[::4]] == pytest.approx([0.5, 0.49, 0.4802])
 
 
+def test_the_target_is_compared_with_the_kl_of_a_completion(tmp_path):
+    """Not with that of a token, which is some fifty times smaller: a target between the two tells them apart."""
+    metrics = run(ppo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 16, "--max_steps", 12, "--kl_target", 5,
+                  "--learning_rate", 1e-3, "--warmup_steps", 0, "--kl_coef", 0.5)[::4]
+    assert any(m["kl"] < 5 < m["kl_sequence"] for m in metrics[:-1])
+    for now, after in zip(metrics, metrics[1:]):
+        error = (now["kl_sequence"] - 5) / 5
+        assert after["kl_coef"] == pytest.approx(now["kl_coef"] * (1 + 0.1 * max(-0.2, min(0.2, error))))
+
+
 def test_ptx_adds_the_gradient_of_the_mixed_rows_nll(monkeypatch, tmp_path):
     """gradient(with) - gradient(without) = sft_coef x d mean NLL at --temperature, by plain transformers on the rows that were
     taken."""
