@@ -46,7 +46,8 @@ attacked = data + fgm + "--max_steps 1 --model_name_or_path "
 small = "--batch_size 4 --max_steps 8 --eval_steps 8 "
 weak = "--model_name_or_path {folder}/weak/model --dataset_name {folder}/right.jsonl --eval_steps 30 "
 endless = "--model_name_or_path {tiny}/model --learning_rate 1e-3 --max_steps 10 "
-learned = "--reward_funcs {folder}/reward_model/model --kl_coef 0.05 --max_steps 120 --eval_steps 120 "
+# 120 rollouts, for kl_coef moves by at most 2 % a rollout
+learned = "--reward_funcs {folder}/reward_model/model --kl_coef 0.05 --max_steps 480 --eval_steps 480 "
 two_scores = "--reward_funcs {folder}/scores/model:right {folder}/scores/model:digits --reward_weights 5 0.1 "
 mixed = "--max_steps 40 --eval_steps 40 --sft_dataset {tiny}/addition.jsonl "
 RUNS = {
