@@ -61,7 +61,7 @@ class Args(common.Args):
     beta: float = arg(0.1, "strength of the pull towards the reference policy", above=0)
     loss_type: Literal["sigmoid", "ipo", "hinge"] = arg("sigmoid", "the loss of a pair")
     label_smoothing: float = arg(0.0, "share of pairs taken to be mislabelled", least=0, below=0.5)
-    sft_coef: float = arg(0.0, "weight of the mean NLL of the chosen completion", least=0)
+    sft_coef: float = arg(0.0, "weight of the chosen NLL: the cure when logps/chosen falls", least=0)
     precompute_ref_log_probs: bool | None = arg(
         None, "compute the reference's log-probs once, before training; default: without LoRA, and in FSDP")
     # optimization

@@ -87,20 +87,23 @@ class Args(common.Args):
     max_completion_length: int = arg(512, "tokens after which a completion is cut", above=0)
     temperature: float = arg(1.0, "sampling temperature; log-probs are taken at the same one", above=0)
     rollout_batch_size: int = arg(256, "completions that a process samples at once", above=0)
-    drop_flat_groups: bool = arg(False, "draw, up to 10 times, until batch_size groups vary in their scores")
+    drop_flat_groups: bool = arg(False, "draw, up to 10 times, until batch_size groups vary in their scores "
+                                 "(DAPO): a rollout may use up several batches of prompts")
     # objective
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg(
         "dapo", "mean over tokens; mean of the rows' means; sum / (rows x max_completion_length)")
-    importance_sampling_level: Literal["token", "sequence"] = arg("token", "what has a ratio; sequence: GSPO")
+    importance_sampling_level: Literal["token", "sequence"] = arg(
+        "token", "what has a ratio; sequence (GSPO) goes with --loss_type grpo --epsilon 3e-4 or so")
     scale_rewards: Literal["group", "batch", "none"] = arg(
-        "group", "what A is divided by: the std of its group, of the batch, or nothing")
+        "group", "what A is divided by: the std of its group, of the batch, or nothing (Dr. GRPO)")
     epsilon: float = arg(0.2, "the ratio is clipped below at 1 - epsilon", above=0)
     epsilon_high: float | None = arg(None, "and above at 1 + this; default: epsilon (DAPO: 0.28)")
     kl_coef: float = arg(0.0, "weight of the KL term; 0: no reference policy is kept", least=0)
     kl_warn: float = arg(50.0, "warn above this KL, in nats a completion (needs --kl_coef)", least=0)
     mask_truncated_completions: bool = arg(False, "leave completions without an end out of the loss")
     overlong_penalty: int = arg(0, "last tokens over which a score falls evenly by 1 (DAPO)", least=0)
-    best_fraction: float = arg(0.0, "share of a group, its best, that also gets an NLL term", least=0, most=1)
+    best_fraction: float = arg(0.0, "share of a group, its best, that also gets an NLL term (RAFT): ties "
+                               "included, its lowest score never", least=0, most=1)
     demo_threshold: float | None = arg(
         None, "replace a group by its row's `demonstration` if at most this share of it passed", least=0)
     sft_coef: float = arg(0.1, "weight of the NLL of best completions and demonstrations", least=0)
@@ -111,7 +114,7 @@ class Args(common.Args):
     num_train_epochs: float = arg(1.0, "passes over the prompts; 0: only evaluate", least=0)
     # evaluation
     eval_steps: int = arg(50, "steps between evaluations, rounded up to whole rollouts", above=0)
-    eval_samples: int = arg(0, "samples a prompt for pass@k and votes; 0: greedy alone", least=0)
+    eval_samples: int = arg(0, "samples a prompt: pass@k, votes, a reward model's best; 0: none", least=0)
     save_steps: int = arg(50, "steps between checkpoints, rounded up to whole rollouts", above=0)
     logging_steps: int = arg(1, "steps between printed lines; metrics.jsonl has every step", above=0)
 

@@ -66,11 +66,12 @@ class Args(common.Args):
     learning_rate: float | None = arg(None, "peak; default: 2e-5 (all weights), 2e-4 (LoRA)", above=0)
     batch_size: int = arg(64, "rows of an optimizer step, over all processes", above=0)
     num_train_epochs: float = arg(2.0, "passes over the data", least=0)
-    freeze_layers: float = arg(0.0, "share of the blocks, the lowest, that is frozen", least=0, below=1)
+    freeze_layers: float = arg(0.0, "share of the blocks, the lowest, that is frozen, with an "
+                               "untied embedding", least=0, below=1)
     adversarial: Literal["fgm", "neftune"] | None = arg(
-        None, "perturb the embeddings; fgm: add the loss under attack, neftune: train under noise")
+        None, "perturb the embeddings; fgm: add the loss under attack (twice the time), neftune: noise")
     adversarial_epsilon: float = arg(0.1, "fgm: a row's attack, in mean norms of its embeddings", above=0)
-    neftune_noise_alpha: float = arg(5.0, "neftune: a row's noise has a norm of about alpha / 1.7", above=0)
+    neftune_noise_alpha: float = arg(5.0, "neftune: norm of a row's noise x 1.7 (paper: 5 to 15)", above=0)
     # evaluation
     eval_steps: int = arg(100, "steps between evaluations; also at the start and the end", above=0)
     max_completion_length: int = arg(256, "tokens of a greedy answer in evaluation; 0: no answers", least=0)
