@@ -1,5 +1,5 @@
-"""README.md: every command parses, every script has its row, every line count is true. What a run logs, its
-script explains."""
+"""README.md is a page, and tests/README.md has the rest: every command parses, every script has its row, every
+line count is true, every link leads somewhere. What a run logs, its script explains."""
 
 import inspect
 import json
@@ -14,9 +14,9 @@ from conftest import ROOT, TINY, run
 import common
 
 sys.path.append(os.path.join(ROOT, "tests", "figures"))
-with open(os.path.join(ROOT, "README.md")) as file:
-    README = file.read()
-BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.DOTALL)
+with open(os.path.join(ROOT, "README.md")) as file, open(os.path.join(ROOT, "tests", "README.md")) as tests:
+    README, DETAILS = file.read(), tests.read()
+BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", README + DETAILS, re.DOTALL)
 COMMANDS = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()
             if re.search(r"\b\w+\.py\b", line)]
 SCRIPTS = r"\b(sft|dpo|reward_model|ppo|grpo)\.py"
@@ -39,9 +39,23 @@ def test_there_are_commands_for_every_script():
     assert all(any(script in c for c in COMMANDS) for script in scripts)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`(?:\w+=\w+ )*python (tests/[\w/]+\.py)", README))))
-def test_programs_that_the_text_names_are_there(path):
-    assert os.path.isfile(os.path.join(ROOT, path))
+def test_it_is_a_page():
+    assert README.count("\n") <= 200 and len(README.encode()) <= 14 * 1024
+
+
+def test_programs_that_the_text_names_are_there():
+    paths = set(re.findall(r"python (tests/[\w/]+\.py)", README + DETAILS))
+    figures = os.path.join("tests", "figures")
+    assert paths >= {f"{figures}/{n}" for n in os.listdir(os.path.join(ROOT, figures)) if n.endswith(".py")}
+    assert all(os.path.isfile(os.path.join(ROOT, path)) for path in paths)
+
+
+def test_links_lead_somewhere():
+    headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
+                for line in DETAILS.splitlines() if line.startswith("#")}
+    for target in re.findall(r"\]\((?!https:)([^)]+)\)", README):
+        path, _, heading = target.partition("#")
+        assert os.path.isfile(os.path.join(ROOT, path)) and (not heading or heading in headings), target
 
 
 @pytest.mark.parametrize("name", [n for n in sorted(os.listdir(ROOT)) if n.endswith(".py")])
@@ -92,12 +106,19 @@ def test_the_glossary_names_every_metric(name, flags, tmp_path, monkeypatch):
     assert not unknown, f"the Metrics of {name}.py lack {', '.join(sorted(unknown))}"
 
 
-def test_the_fsdp_config_is_one_that_accelerate_reads(tmp_path):
-    from accelerate.commands.config.config_args import load_config_from_file
-    (tmp_path / "fsdp.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
-    config = load_config_from_file(str(tmp_path / "fsdp.yaml"))
-    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
-    assert config.num_processes == 8
+def test_the_fsdp_command_asks_for_fsdp2():
+    """As accelerate hands it to the processes that it starts."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+    command = next(c for c in COMMANDS if "--use_fsdp" in c)
+    words = shlex.split(command)[2:]  # after "accelerate launch"
+    args = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    given = prepare_multi_gpu_env(args)
+    assert (args.training_script, args.num_processes) == ("grpo.py", 8)
+    assert {key: given[key] for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION", "FSDP_VERSION",
+                                        "FSDP_AUTO_WRAP_POLICY", "FSDP_RESHARD_AFTER_FORWARD")} == {
+        "ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "bf16", "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -1,4 +1,4 @@
-"""Makes the README's table of speed and memory against TRL 1.16: same model, rows, batch and machine.
+"""Makes the table of speed and memory against TRL 1.16: same model, rows, batch and machine.
 
     pip install trl==1.16.0
     OMP_NUM_THREADS=1 python tests/figures/benchmark.py [--rounds 3] [case ...]      19 minutes

@@ -1,4 +1,4 @@
-"""Makes the README's learning curves, .github/curves-light.svg and .github/curves-dark.svg.
+"""Makes the learning curves, .github/curves-light.svg and .github/curves-dark.svg.
 
     pip install matplotlib==3.11.2
     python tests/figures/curves.py [--seed 0] [--output_dir out/curves] [--redraw]   about 10 minutes

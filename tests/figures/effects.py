@@ -1,4 +1,4 @@
-"""Makes the README's table of what each optional part of the scripts does, on the small example.
+"""Makes the table of what each optional part of the scripts does, on the small example.
 
     python tests/figures/effects.py [--seed 0] [--output_dir out/effects]            about 20 minutes
 

@@ -1,4 +1,4 @@
-"""Makes the README's table of the memory that training takes, by a formula.
+"""Makes the table of the memory that training takes, by a formula.
 
     python tests/figures/memory.py                                                   seconds
     python tests/figures/memory.py --check [MODEL ...]                               about 5 minutes

@@ -1,4 +1,4 @@
-"""Makes the README's table of what each optimisation in the scripts is worth, by taking it out.
+"""Makes the table of what each optimisation in the scripts is worth, by taking it out.
 
     OMP_NUM_THREADS=1 python tests/figures/optimisations.py [--rounds 3] [case ...]  about 15 minutes
 

@@ -1,4 +1,4 @@
-"""Makes the README's table of pipelines: the small example through each of them, one stage after the other.
+"""Makes the table of pipelines: the small example through each of them, one stage after the other.
 
     python tests/figures/pipelines.py [--seed 0] [--output_dir out/pipelines]        11 minutes
 
