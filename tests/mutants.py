@@ -1,0 +1,249 @@
+"""Makes one-line mistakes in the six files, one at a time, and prints those that no test notices: none may.
+
+    python tests/mutants.py [--jobs 2] [--only WORD]                      by hand; about an hour on 2 cores
+
+A mutant is a file's words and what stands there instead. "*" is every script that has the words: what the
+scripts share would otherwise be caught by the test that holds it byte-identical, and not by what it means.
+For the same reason test_shared.py and test_readme.py, which look at the text, are left out. A mutant meets
+the tests of its own file first, then the other quick tests, then the long ones of processes and resumption.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPTS = ["sft", "dpo", "reward_model", "ppo", "grpo"]
+TEXTUAL = {"test_shared.py", "test_readme.py"}
+MUTANTS = [  # of each: the file, its words, what stands there instead
+    # what all scripts share
+    ("*", 'getattr(head, "bias", None)', "None"),
+    ("*", "hidden[:, :-1][counts], input_ids[:, 1:][counts]",
+     "hidden[:, 1:][counts], input_ids[:, 1:][counts]"),
+    ("*", "grad[n, None] / ctx.temperature", "grad[n, None]"),
+    ("*", "d_bias += dz.float().sum(0)", "d_bias += 0 * dz.float().sum(0)"),
+    ("*", "logprobs[n] = z_y - total.log()", "logprobs[n] = z_y"),
+    ("*", "- z.clamp_(min=-1e30).mul_(p).sum(-1) / total", "- 0 * z.clamp_(min=-1e30).mul_(p).sum(-1)"),
+    ("*", "hits[n] = (z_y == 0).float()", "hits[n] = (z_y < 0).float()"),
+    ("*", "else z.div_(temperature)", "else z"),
+    ("*", "lr=args.learning_rate, fused=True)", "lr=args.learning_rate, betas=(0.9, 0.95), fused=True)"),
+    ("*", "lr=args.learning_rate, fused=True)", "lr=args.learning_rate, eps=1e-6, fused=True)"),
+    ("*", 'p.ndim < 2], "weight_decay": 0.0}', 'p.ndim < 2], "weight_decay": args.weight_decay}'),
+    ("*", 'p.ndim >= 2], "weight_decay": args.weight_decay}', 'p.ndim >= 2], "weight_decay": 0.01}'),
+    ("*", "args.learning_rate * (step + 1)", "args.learning_rate * step"),
+    ("*", '"linear": 1 - done', '"linear": 1 - done / 2'),
+    ("*", "0.5 * (1 + math.cos(math.pi * done))", "1 - done"),
+    ("*", "optimizer.zero_grad()", "pass"),
+    ("*", "(logits.float() / temperature).log_softmax(-1)", "logits.float().log_softmax(-1)"),
+    ("*", "uniforms[rows, t, None]", "uniforms[:len(rows), t, None]"),
+    ("*", 'stream(seed, "sample", step, first * G + place)', 'stream(seed, "sample", first * G + place)'),
+    ("*", 'stream(args.seed, "minibatch", number, iteration)', 'stream(args.seed, "minibatch", number)'),
+    ("*", "nan if value.isnan().all() else (weights * value).nansum()",
+     "nan if value.isnan().all() else value.nansum()"),
+    ("*", "completion[-1] not in stop_ids", "False"),
+    ("*", "mask, logprobs = mb.mask * mb.sampled, mb.logprobs * mb.sampled",
+     "mask, logprobs = mb.mask, mb.logprobs"),
+    # sft
+    ("sft", "limit = args.max_grad_norm or math.inf", "limit = math.inf"),
+    ("sft", "share = mb.loss / trained_tokens", "share = mb.loss / mb.mask.sum()"),
+    ("sft", "run.accelerator.backward(share.sum() * processes)", "run.accelerator.backward(share.sum())"),
+    ("sft", "learning_rate_at(run.step, total_steps, args)",
+     "learning_rate_at(run.step, total_steps, args) * processes"),
+    ("sft", "learning_rate_at(run.step, total_steps, args)",
+     "learning_rate_at(run.step + 1, total_steps, args)"),
+    ("sft", "fgm_delta(delta.grad, embeddings, real_tokens(mb), args.adversarial_epsilon)",
+     "fgm_delta(delta.grad, embeddings, real_tokens(mb), 0.1)"),
+    ("sft", "real_tokens(mb), args.neftune_noise_alpha)", "real_tokens(mb), 5.0)"),
+    ("sft", "fgm_delta(gradient, embeddings, real_tokens(mb), args.adversarial_epsilon)",
+     "fgm_delta(gradient, embeddings, real_tokens(mb), 0.1)"),
+    ("sft", '"neftune", key, place)', '"neftune", key)'),
+    ("sft", "common.encode_sft(tokenizer, conversation, args.completion_only_loss)",
+     "common.encode_sft(tokenizer, conversation)"),
+    ("sft", "max(1, int(share * len(blocks)))", "max(1, round(share * len(blocks)))"),
+    ("sft", 'metrics["eval/loss"] < run.state["best_loss"]', 'metrics["eval/loss"] < math.inf'),
+    ("sft", 'args, "eval")', "args, run.step)"),
+    ("sft", "run.step, args.batch_size, args.seed)", "run.step, args.batch_size, 0)"),
+    # dpo
+    ("dpo", "most = args.max_grad_norm or math.inf", "most = math.inf"),
+    ("dpo", 'scale = lengths if args.loss_type == "ipo" else 1', "scale = 1"),
+    ("dpo", "args.beta, args.loss_type, args.label_smoothing)\n    nll",
+     "args.beta, args.loss_type)\n    nll"),
+    ("dpo", "args.beta, args.loss_type, args.label_smoothing)\n    nll",
+     "0.1, args.loss_type, args.label_smoothing)\n    nll"),
+    ("dpo", "losses + args.sft_coef * nll", "losses + nll"),
+    ("dpo", "nll = -sums[0] / lengths[0]", "nll = -sums[0]"),
+    ("dpo", "args.beta * (sums.detach() - ref_sums)", "sums.detach() - ref_sums"),
+    ("dpo", "(margins - 1 / (2 * beta)).square()", "(margins - 1 / beta).square()"),
+    ("dpo", "run.accelerator.backward(loss * run.accelerator.num_processes)",
+     "run.accelerator.backward(loss)"),
+    ("dpo", "learning_rate = learning_rate_at(step, ",
+     "learning_rate = run.accelerator.num_processes * learning_rate_at(step, "),
+    ("dpo", "ends, 0, 0, 0, args.beta, args.loss_type, args.label_smoothing",
+     "ends, 0, 0, 0, args.beta, args.loss_type"),
+    ("dpo", "shares[:B] -= args.sft_coef * mb", "shares[:B] -= mb"),
+    # reward_model
+    ("reward_model", "args.max_grad_norm or math.inf", "math.inf"),
+    ("reward_model", "margin, args.center_rewards_coefficient)", "margin)"),
+    ("reward_model", 'margin=pair["margin"]', "margin=0.0"),
+    ("reward_model", "chosen_scores - rejected_scores - margin)", "chosen_scores - rejected_scores)"),
+    ("reward_model", "losses / sides / len(groups)", "losses / sides / len(mb.places or [0])"),
+    ("reward_model", "(difference > 0) / len(groups)", "(difference >= 0) / len(groups)"),
+    ("reward_model", "run.accelerator.backward(share.sum() * run.accelerator.num_processes)",
+     "run.accelerator.backward(share.sum())"),
+    ("reward_model", '["lr"] = learning_rate_at(',
+     '["lr"] = run.accelerator.num_processes * learning_rate_at('),
+    ("reward_model", "mask[-1] = 1", "mask[-2] = 1"),
+    ("reward_model", "[scores[name] for name in names]", "list(scores.values())"),
+    # ppo
+    ("ppo", "args.max_grad_norm or math.inf", "math.inf"),
+    ("ppo", "mb.truncated, args.score_clip, args.missing_eos_penalty)",
+     "mb.truncated, None, args.missing_eos_penalty)"),
+    ("ppo", "mb.truncated, args.score_clip, args.missing_eos_penalty)", "mb.truncated, args.score_clip)"),
+    ("ppo", "mb.mask, args.gamma, args.gae_lambda)", "mb.mask, 1.0, args.gae_lambda)"),
+    ("ppo", "mb.mask, args.gamma, args.gae_lambda)", "mb.mask, args.gamma)"),
+    ("ppo", "mb.advantages, args.epsilon)", "mb.advantages)"),
+    ("ppo", "mb.returns, args.value_clip)", "mb.returns)"),
+    ("ppo", "args.vf_coef * mb.value_loss) +", "0.1 * mb.value_loss) +"),
+    ("ppo", "+ args.sft_coef * nll", "+ nll"),
+    ("ppo", "whiten(raw, mb.mask)", "raw"),
+    ("ppo", 'add_advantages(rows, args, run.state["kl_coef"])', "add_advantages(rows, args, args.kl_coef)"),
+    ("ppo", 'seen["kl_sequence"], args.kl_target)', 'seen["kl"], args.kl_target)'),
+    ("ppo", '("old_logprobs", "values"), args.temperature)', '("old_logprobs", "values"), 1.0)'),
+    ("ppo", 'Policy(reference), ("ref_logprobs",), args.temperature)',
+     'Policy(reference), ("ref_logprobs",), 1.0)'),
+    ("ppo", "policy(mb.input_ids, mb.mask, args.temperature)", "policy(mb.input_ids, mb.mask)"),
+    ("ppo", "values = values.roll(1, dims=1)", "values = values.roll(0, dims=1)"),
+    ("ppo", "make_value_head(reward.weight * row)", "make_value_head(row)"),
+    ("ppo", "correction=min(1, len(known) - 1))", "correction=0)"),
+    ("ppo", "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio"),
+    ("ppo", "0.5 * torch.maximum(error, clipped)", "0.5 * error"),
+    ("ppo", "step * count, count, len(demonstrations)", "0, count, len(demonstrations)"),
+    ("ppo", "run.step, run.total_steps, args)",
+     "run.step, run.total_steps, args) * run.accelerator.num_processes"),
+    # grpo
+    ("grpo", "args.max_grad_norm or math.inf", "math.inf"),
+    ("grpo", "args.epsilon,\n", "0.2,\n"),
+    ("grpo", "args.epsilon_high, args.importance_sampling_level)", "0.2, args.importance_sampling_level)"),
+    ("grpo", "args.epsilon_high, args.importance_sampling_level)", "args.epsilon_high)"),
+    ("grpo", "args.kl_coef * (logprobs - mb.old_logprobs).exp() * shown", "args.kl_coef * shown"),
+    ("grpo", "args.kl_coef * (logprobs - mb.old_logprobs).exp() * shown",
+     "args.kl_coef * (logprobs - mb.old_logprobs).exp().detach() * shown"),
+    ("grpo", "args.kl_coef * (logprobs", "0.1 * (logprobs"),
+    ("grpo", "+ args.sft_coef * nll", "+ 0.1 * nll"),
+    ("grpo", "lengths, args.loss_type, args.max_completion_length)",
+     'lengths, "dapo", args.max_completion_length)'),
+    ("grpo", "lengths, args.loss_type, args.max_completion_length)", "lengths, args.loss_type, 512)"),
+    ("grpo", "group_advantages(scores, args.scale_rewards)", "group_advantages(scores)"),
+    ("grpo", "best_of_groups(scores, args.best_fraction)",
+     "best_of_groups(scores, 0.5 * bool(args.best_fraction))"),
+    ("grpo", "length, args.max_completion_length, args.overlong_penalty)",
+     "length, args.max_completion_length, 0)"),
+    ("grpo", 'args.mask_truncated_completions and row["truncated"]', "False"),
+    ("grpo", "policy(mb.input_ids, mb.mask, args.temperature)", "policy(mb.input_ids, mb.mask)"),
+    ("grpo", 'policy, ("old_logprobs",), args.temperature)', 'policy, ("old_logprobs",), 1.0)'),
+    ("grpo", 'Policy(reference), ("ref_logprobs",), args.temperature)',
+     'Policy(reference), ("ref_logprobs",), 1.0)'),
+    ("grpo", "(known.sum(1, keepdim=True) - 1).clamp(min=1)", "known.sum(1, keepdim=True)"),
+    ("grpo", "torch.minimum(ratio * advantage, clipped * advantage)", "clipped * advantage"),
+    ("grpo", 'nll_tokens = sum(int(row["mask"].sum()) for row in rows if row["nll"])',
+     'nll_tokens = sum(int(row["mask"].sum()) for row in rows)'),
+    ("grpo", "return d.expm1() - d", "return d.square() / 2"),
+    ("grpo", "passed <= threshold", "passed < threshold"),
+    ("grpo", 'run.state["draws"], args.batch_size', "run.step, args.batch_size"),
+    ("grpo", "run.accelerator.backward(share.sum() * run.accelerator.num_processes)",
+     "run.accelerator.backward(share.sum())"),
+    ("grpo", "run.step, run.total_steps, args)",
+     "run.step, run.total_steps, args) * run.accelerator.num_processes"),
+    ("grpo", "one_draw = args.batch_size * args.num_generations", "one_draw = None"),
+    # common
+    ("common", "key=lambda p: hashlib.sha256(p.encode()).digest())",
+     "key=lambda p: hashlib.sha256(p.encode()).digest(), reverse=True)"),
+    ("common", "mask[:1] = 0\n", "\n"),
+    ("common", "position = (mask.cumsum(-1) - 1).clamp(min=0)",
+     "position = torch.arange(mask.shape[1], device=device).expand_as(mask)"),
+    ("common", "self.position = self.position + 1", "self.position = self.position + 0"),
+    ("common", "generator=stream(seed, name, epoch))", "generator=stream(seed, name, 0))"),
+    ("common", "answer - max_length // 2))", "answer))"),
+    ("common", "mask[first:stop] = [1] * (stop - first)", "mask[first:stop - 1] = [1] * (stop - 1 - first)"),
+    ("common", "first, last = bisect_left(starts, start), bisect_right(ends, end)",
+     "first, last = bisect_left(starts, start) - 1, bisect_right(ends, end)"),
+    ("common", "setattr(module, name, 0.0)", "pass"),
+    ("common", "return model, model.disable_adapter", "return model, nullcontext"),
+    ("common", "mean = total.pop(name) / max(tokens, 1)", "mean = total.pop(name) / max(tokens - 1, 1)"),
+    ("common", "parts | {name: torch.where(mask.bool(), x, 0.0)}", "parts | {name: x}"),
+    ("common", "sorted(ids - {None})", "[tokenizer.eos_token_id]"),
+    ("common", 'counts["duplicates dropped"] += len(items) - len(unique)\n',
+     'counts["duplicates dropped"] += 0\n'),
+    ("common", "cut_back(path, self.step)", "cut_back(path, self.step + 1)"),
+]
+
+
+def mutate(folder, where, old, new):
+    """Writes the mutant into a copy of the project -> the files that it changed. ValueError where its words
+    are not there, or, of a single file, not exactly once."""
+    changed = []
+    for name in SCRIPTS if where == "*" else [where]:
+        path = os.path.join(folder, f"{name}.py")
+        with open(path) as file:
+            text = file.read()
+        if where != "*" and text.count(old) != 1:
+            raise ValueError(f"{name}.py has {text.count(old)} times: {old}")
+        changed += [name] * (old in text)
+        with open(path, "w") as file:
+            file.write(text.replace(old, new))
+    if not changed:
+        raise ValueError(f"no script has: {old}")
+    return changed
+
+
+def killer(folder, changed):
+    """The first test that fails in this copy of the project, or None."""
+    own = [f"test_{name}.py" for name in changed]
+    others = sorted(n for n in os.listdir(os.path.join(folder, "tests")) if re.match(r"test_\w+\.py", n)
+                    and n not in TEXTUAL and n not in own)
+    for marks, names in (("not long", own), ("not long", others),
+                         ("long", ["test_processes.py", "test_resume.py"])):
+        words = [sys.executable, "-m", "pytest", "-x", "-q", "-m", marks, "-p", "no:cacheprovider", "-o",
+                 "addopts=", *(f"tests/{name}" for name in names)]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        if failed or done.returncode not in (0, 5):  # 5: no test has these marks
+            return failed[1] if failed else f"exit {done.returncode}"
+    return None
+
+
+def examine(mutant):
+    """-> (what killed it, or None; seconds). It lives in a copy of its own."""
+    started = time.time()
+    with tempfile.TemporaryDirectory() as parent:
+        folder = os.path.join(parent, "project")
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "out", "__pycache__"))
+        changed = mutate(folder, *mutant)
+        return killer(folder, changed), time.time() - started
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="mutants whose file or words contain this")
+    args = parser.parse_args()
+    chosen = [m for m in MUTANTS if args.only in " ".join(m)]
+    survivors = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutant, (test, seconds) in zip(chosen, pool.map(examine, chosen)):
+            where, old, new = (" ".join(words.split()) for words in mutant)
+            print(f"{test or 'SURVIVES':<75} {seconds:4.0f} s  {where}: {old[:60]} -> {new[:60]}", flush=True)
+            survivors += [] if test else [mutant]
+    print(f"{len(survivors)} of {len(chosen)} mutants survive")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
