@@ -109,6 +109,7 @@ CASES = [(sft, 1, ["--micro_batch_tokens", 200]),
          (ppo, 4, ["--kl_coef", 0.1, "--share_trunk"]), (ppo, 1, ["--sft_coef", 0.1])]
 
 
+@pytest.mark.promise("audit")
 @pytest.mark.parametrize("script, step, flags", CASES, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_shares_add_up_to_the_loss_that_training_reports(script, step, flags, tmp_path):
     few = first_rows("preferences.jsonl" if script in (dpo, reward_model) else "addition.jsonl", tmp_path)

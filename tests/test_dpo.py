@@ -81,6 +81,7 @@ def gradient(monkeypatch, out, *flags):
     return RecordGradients.last.gradients[0], metrics[0]
 
 
+@pytest.mark.promise("any cut")
 @pytest.mark.parametrize("flags", [(), ("--loss_type", "ipo", "--sft_coef", 0), ("--lora_r", 4), ("--precompute_ref_log_probs", "False")], ids=str)
 def test_the_gradient_does_not_depend_on_the_cut(monkeypatch, tmp_path, flags):
     whole, metrics = gradient(monkeypatch, tmp_path / "a", *flags)
@@ -100,6 +101,7 @@ def sft_adapter(tmp_path_factory):
     return str(out / "model")
 
 
+@pytest.mark.promise("ln 2")
 @pytest.mark.parametrize("flags, how", [
     ((), "computed once"), (("--precompute_ref_log_probs", "False"), "a frozen copy of the model"), (("--lora_r", 4), "adapters off"),
     (("--lora_r", 4, "--load_in_4bit"), "adapters off"), (("--lora_r", 4, "--precompute_ref_log_probs", "True"), "computed once"),
@@ -116,6 +118,7 @@ def test_every_start_is_at_ln_2_and_the_reference_stays(flags, how, tmp_path, sf
     assert how in capsys.readouterr().out
 
 
+@pytest.mark.promise("formulas")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_logprobs_equal_plain_transformers_one_row_at_a_time(kind, tokenizer):
     model = tiny_model(kind).eval()
@@ -133,6 +136,7 @@ def test_logprobs_equal_plain_transformers_one_row_at_a_time(kind, tokenizer):
             assert sums[side, i].item() == pytest.approx(lp.sum().item(), abs=1e-5 * len(lp)) and lengths[side, i] == len(lp)
 
 
+@pytest.mark.promise("formulas")
 def test_the_step_equals_the_formula_with_plain_transformers(monkeypatch, tmp_path):
     got, metrics = gradient(monkeypatch, tmp_path / "out", "--beta", 0.7, "--sft_coef", 0.3, "--batch_size", 1000, "--dataset_name",
                             write_pairs(tmp_path, 4, {"prompt": "say hi", "chosen": "hi there, you", "rejected": "no"}))
@@ -187,6 +191,7 @@ def test_formats(row, format, prompt, chosen, rejected):
     assert not any(m["train"] for m in pair["prompt"]) and all(m["train"] for m in pair["chosen"] + pair["rejected"])
 
 
+@pytest.mark.promise("files")
 @pytest.mark.parametrize("name, row", [  # as LLaMA-Factory and TRL describe their files
     ("alpaca.json", {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}),
     ("sharegpt.json", {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},

@@ -150,6 +150,7 @@ def small_model(kind):
     return model.eval()
 
 
+@pytest.mark.promise("softmax")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma3_text"])
 def test_greedy_sampling_equals_generate(kind):
     """Of grpo.sample, and of complete_greedily, which the other scripts evaluate by: prompt by prompt."""
@@ -175,6 +176,7 @@ def test_complete_greedily_stops_at_the_models_last_position():
     assert [len(ids) for ids in common.complete_greedily(model, prompts, [319], 100)] == [12, 12]
 
 
+@pytest.mark.promise("batch mates")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_completion_does_not_depend_on_its_batch_and_its_logprobs_are_the_models(kind):
     model, g, c = tiny_model(kind).eval(), 3, 20
@@ -192,6 +194,7 @@ def test_a_completion_does_not_depend_on_its_batch_and_its_logprobs_are_the_mode
     assert len(set(lengths.tolist())) > 1
 
 
+@pytest.mark.promise("softmax")
 def test_the_sampled_distribution_is_the_whole_softmax_at_the_temperature():
     """4,000 first tokens of one prompt against the model's own probabilities, by chi-square over its 20 likeliest and the rest."""
     model, n = tiny_model("llama").eval(), 4000
@@ -215,6 +218,7 @@ def gradient(monkeypatch, tmp_path, *flags):
     return RecordGradients.last.gradients, metrics
 
 
+@pytest.mark.promise("any cut")
 @pytest.mark.parametrize("flags", [
     (), ("--loss_type", "grpo"), ("--loss_type", "dr_grpo", "--kl_coef", 0.1), ("--lora_r", 4, "--kl_coef", 0.1),
     ("--loss_type", "grpo", "--importance_sampling_level", "sequence", "--epsilon", 3e-4),
@@ -251,6 +255,7 @@ def assert_same_gradient(got, model):
     assert (got - want).norm() / want.norm() < 1e-5
 
 
+@pytest.mark.promise("formulas")
 def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers(monkeypatch, tmp_path):
     """The DAPO loss of the very rollout, on unpadded rows, with log_softmax over the model's own logits."""
     kept = keep_rollouts(monkeypatch)
@@ -280,6 +285,7 @@ class MoveAndRecord(RecordGradients):
         torch.optim.SGD.step(self)
 
 
+@pytest.mark.promise("formulas")
 @pytest.mark.parametrize("level, scale, epsilon, epsilon_high", [
     ("token", "batch", 0.01, 0.02), ("sequence", "group", 1e-4, 2e-4)])
 def test_main_hands_every_argument_to_the_loss(monkeypatch, tmp_path, level, scale, epsilon, epsilon_high):
@@ -345,6 +351,7 @@ def test_main_hands_every_argument_to_the_loss(monkeypatch, tmp_path, level, sca
     assert abs(metrics[0]["kl"]) < 1e-5 < metrics[2]["kl"]
 
 
+@pytest.mark.promise("ratio")
 def test_the_first_update_of_every_rollout_has_ratio_one_and_later_ones_have_not(tmp_path):
     metrics = run(grpo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 4, "--num_iterations", 2, "--num_minibatches", 2,
                   "--max_steps", 8, "--kl_coef", 0.05, "--temperature", 0.8)
@@ -355,6 +362,7 @@ def test_the_first_update_of_every_rollout_has_ratio_one_and_later_ones_have_not
     assert all(m["sampling/logprob_difference"] < 1e-3 for m in metrics[::4])
 
 
+@pytest.mark.promise("reference")
 @pytest.mark.parametrize("start", ["lora", "adapter", "adapter with dropout", "full"])
 def test_the_reference_is_the_start_and_stays(monkeypatch, tmp_path, start):
     """kl is 0 at first and the reference's log-probs do not move, however the reference is kept."""
@@ -468,6 +476,7 @@ def answers_file(path, demonstrations):
     return path
 
 
+@pytest.mark.promise("formulas")
 def test_the_loss_with_best_of_group_and_demonstrations_equals_the_formula_row_by_row(monkeypatch, tmp_path):
     """Two thirds of the prompts have a demonstration: groups that always fail are replaced by it and weigh in the NLL alone."""
     kept = keep_rollouts(monkeypatch)

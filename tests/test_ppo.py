@@ -212,6 +212,7 @@ def gradient(monkeypatch, tmp_path, *flags):
 ADDITION = os.path.join(TINY, "addition.jsonl")
 
 
+@pytest.mark.promise("any cut")
 @pytest.mark.parametrize("flags", [
     (), ("--share_trunk",), ("--lora_r", 4), ("--share_trunk", "--lora_r", 4, "--num_generations", 2),
     ("--num_minibatches", 2, "--max_completion_length", 62, "--missing_eos_penalty", 1, "--score_clip", 0.5),
@@ -225,6 +226,7 @@ def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(mon
             assert (a - b).norm() <= 1e-6 * b.norm()
 
 
+@pytest.mark.promise("formulas")
 @pytest.mark.parametrize("share", [False, True])
 def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers(monkeypatch, tmp_path, scorer, share):
     """The loss of the very rollout, on unpadded rows, from the models' own logits and hidden states; the second update, so
@@ -292,6 +294,7 @@ def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers
     assert (got - want).norm() / want.norm() < 1e-5
 
 
+@pytest.mark.promise("ratio")
 def test_the_first_update_of_every_rollout_has_ratio_one_and_later_ones_have_not(tmp_path):
     metrics = run(ppo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 8, "--num_iterations", 2, "--num_minibatches", 2,
                   "--max_steps", 8, "--temperature", 0.8)
@@ -318,6 +321,7 @@ def made(*flags):
     return args, model, *ppo.make_value(args, common.load_rewards(args), model, run)
 
 
+@pytest.mark.promise("value")
 def test_the_value_starts_as_the_reward_model(scorer):
     """At every position the value is the score that plain transformers reads there."""
     _, model, trunk, head = made("--reward_funcs", "accuracy", scorer, "--reward_weights", 1, 0.5)
@@ -350,6 +354,7 @@ def test_without_a_reward_model_the_value_starts_at_zero_on_the_policys_trunk(fl
     assert before.equal(module(ids, mask)[0])
 
 
+@pytest.mark.promise("value")
 @pytest.mark.parametrize("flags", [("--lora_r", 4), ()], ids=str)
 def test_a_reward_models_adapter_is_a_value_too(flags, tmp_path):
     run(reward_model, tmp_path / "rm", "--max_steps", 2, "--batch_size", 8, "--eval_fraction", 0, "--lora_r", 2)
@@ -379,6 +384,7 @@ def test_a_reward_model_of_another_tokenizer_does_not_start_the_value(scorer, tm
     assert "has another tokenizer: the value cannot start from it" in out and "a copy of the policy's" in out
 
 
+@pytest.mark.promise("reference")
 @pytest.mark.parametrize("start", ["lora", "adapter", "full", "4bit"])
 def test_the_reference_is_the_start_and_stays(monkeypatch, tmp_path, start):
     """kl is 0 at first and the reference's log-probs do not move, however the reference is kept."""
@@ -447,6 +453,7 @@ def test_the_target_is_compared_with_the_kl_of_a_completion(tmp_path):
         assert after["kl_coef"] == pytest.approx(now["kl_coef"] * (1 + 0.1 * max(-0.2, min(0.2, error))))
 
 
+@pytest.mark.promise("formulas")
 def test_ptx_adds_the_gradient_of_the_mixed_rows_nll(monkeypatch, tmp_path):
     """gradient(with) - gradient(without) = sft_coef x d mean NLL at --temperature, by plain transformers on the rows that were
     taken."""

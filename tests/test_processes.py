@@ -126,6 +126,7 @@ def cases(long):
     return [pytest.param(name, marks=[pytest.mark.long] * long(name)) for name in CASES]
 
 
+@pytest.mark.promise("processes")
 @pytest.mark.parametrize("name", cases(long=lambda name: name == "sft-neftune"))
 def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_rows):
     flags = [*CASES[name], *five_eval_rows, "--max_steps", 1, "--max_grad_norm", 0, "--record"]
@@ -141,6 +142,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(name, tmp_path, five_eval_
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), key
 
 
+@pytest.mark.promise("processes")
 @pytest.mark.parametrize("name", cases(long=lambda name: name.startswith("sft") or name == "reward_model"))
 def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, five_eval_rows):
     few = ["--batch_size", 1]  # fewer rows than processes
@@ -151,6 +153,7 @@ def test_both_processes_hold_the_same_weights_after_three_steps(name, tmp_path, 
     assert all(two[0]["weights"][n].equal(two[1]["weights"][n]) for n in two[0]["weights"])
 
 
+@pytest.mark.promise("processes")
 @pytest.mark.parametrize("script, rows", [("grpo", 4), pytest.param("ppo", 7, marks=pytest.mark.long)])
 def test_rollouts_do_not_depend_on_the_number_of_processes(script, rows, tmp_path, five_eval_rows):
     flags = [*CASES[script], *five_eval_rows, "--max_steps", 1]
@@ -171,6 +174,7 @@ SHARDED = [("sft", []), ("sft-fgm", ["--gradient_checkpointing", "--freeze_layer
            ("ppo", [*FOUR, "--share_trunk"])]
 
 
+@pytest.mark.promise("sharded")
 @pytest.mark.long
 @pytest.mark.parametrize("name, flags", SHARDED, ids=str)
 def test_sharded_over_two_processes_by_fsdp_equals_one(name, flags, tmp_path, five_eval_rows):
@@ -209,6 +213,7 @@ def saved(out):
     return load_file(out / "model" / name)
 
 
+@pytest.mark.promise("resume")
 @pytest.mark.long
 @pytest.mark.parametrize("name, flags", [
     ("sft", [*LORA, "--lora_dropout", 0.2]), ("grpo", ["--num_iterations", 2]),

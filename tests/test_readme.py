@@ -50,6 +50,12 @@ def test_programs_that_the_text_names_are_there():
     assert all(os.path.isfile(os.path.join(ROOT, path)) for path in paths)
 
 
+def test_every_promise_is_held_by_a_test_and_stands_in_the_table():
+    import promises
+    lines = promises.table(promises.collect(), names=False)
+    assert "\n".join(lines) in DETAILS and not any(line.endswith("|  |") for line in lines)
+
+
 def test_links_lead_somewhere():
     headings = {re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
                 for line in DETAILS.splitlines() if line.startswith("#")}

@@ -136,6 +136,7 @@ def add_lines(out, end, half):
             (out / name).write_bytes(here + (line[:len(line) // 2] if half else later))
 
 
+@pytest.mark.promise("resume")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n in MORE)) for n in RUNS])
 def test_killed_after_any_step(name, data, whole, tmp_path):
     """From every boundary, with whole lines or half a line of what the run wrote to its logs after it."""
@@ -189,12 +190,14 @@ def killed_and_resumed(name, data, out, hook):
 
 
 # in ppo and grpo step 3 is between the passes of a rollout; in the others step 4 comes after an evaluation
+@pytest.mark.promise("resume")
 @pytest.mark.parametrize("name, step", [("sft", 4), ("dpo", 4), ("reward_model", 4), ("ppo", 3), ("grpo", 3)])
 def test_killed_by_a_real_signal(name, step, data, whole, tmp_path):
     got = killed_and_resumed(name, data, tmp_path / "out", kill_after_step(step))
     assert_equal(got, whole[name][0])
 
 
+@pytest.mark.promise("resume")
 @pytest.mark.parametrize("name", ["sft", "grpo", "ppo"])
 @pytest.mark.parametrize("function", ["save", "rename"])
 def test_killed_while_a_checkpoint_is_written(name, function, data, whole, tmp_path):
@@ -212,6 +215,7 @@ def flip(path, place):
         file.write(bytes([byte ^ 1]))
 
 
+@pytest.mark.promise("resume")
 @pytest.mark.parametrize("name", ["sft", "grpo"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no state", "not a zip"])
 def test_a_damaged_checkpoint_is_passed_over(name, damage, data, whole, tmp_path, capfd):

@@ -55,6 +55,7 @@ def test_a_row_is_scored_at_its_mask_and_without_one_every_parameter_takes_part(
     assert len(gradients) > 10 and all(g is not None and not g.any() for g in gradients)
 
 
+@pytest.mark.promise("formulas")
 def test_losses_and_scores_of_a_micro_batch_by_hand():
     """Chosen 2 and 3, then rejected 1 and 5, margins 1 and 0; then the same four as given scores; then no rows."""
     args = common.parse_args(reward_model.Args, [os.path.join(TINY, "reward_model.json"), "--center_rewards_coefficient", "0.01"])
@@ -94,6 +95,7 @@ def scored_file(tmp_path, named):
     return tmp_path / "scored.jsonl"
 
 
+@pytest.mark.promise("any cut")
 @pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--center_rewards_coefficient", 0.1), ("scored",)], ids=str)
 def test_the_gradient_does_not_depend_on_the_cut(monkeypatch, tmp_path, flags):
     """The two sides are unlike each other: with a new head the gradients of like ones nearly cancel."""
@@ -120,6 +122,7 @@ def texts_and_scores(folder, tokenizer):
     return names, score(conversations), ids
 
 
+@pytest.mark.promise("scores")
 @pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--lora_r", 4, "--load_in_4bit")], ids=str)
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_saved_models_give_the_same_scores_in_plain_transformers_and_peft(flags, pad_is_eos, tmp_path):

@@ -91,6 +91,7 @@ async def from_elsewhere(prompts, completions, completion_ids, trainer_state, lo
 '''
 
 
+@pytest.mark.promise("files")
 @pytest.mark.parametrize("chat", [False, True])
 def test_reward_functions_written_for_trl_run_unchanged(chat, tmp_path):
     (tmp_path / "rewards.py").write_text(FOR_TRL)

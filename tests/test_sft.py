@@ -34,6 +34,7 @@ def test_a_masked_infinity_gives_neither_loss_nor_gradient():
 
 # ---- log-probs ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.promise("formulas")
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
@@ -160,6 +161,7 @@ def test_a_process_without_rows_adds_nothing_under_attack(attack, tmp_path):
     assert sft.fgm_delta(torch.ones_like(embeddings), embeddings, sft.real_tokens(mb), 0.1).eq(0).all()
 
 
+@pytest.mark.promise("perturbed")
 @pytest.mark.parametrize("attack", ["fgm", "neftune"])
 @pytest.mark.parametrize("kind, flags", [("llama-tied", ()), ("llama", ()), ("gpt2", ()), ("llama-tied", ("--lora_r", 4))], ids=str)
 def test_the_perturbed_gradient_is_that_of_plain_transformers(monkeypatch, tmp_path, attack, kind, flags, tokenizer):
@@ -252,6 +254,7 @@ def gradient(monkeypatch, out, *flags):
     return RecordGradients.last.gradients[0], metrics[0]
 
 
+@pytest.mark.promise("any cut")
 @pytest.mark.parametrize("flags", [(), ("--lora_r", 4), ("--completion_only_loss", "False"), ("--freeze_layers", 0.5),
                                    ("--adversarial", "fgm", "--model_name_or_path", os.path.join(TINY, "model")),  # g of a loss near 0 is rounding
                                    ("--adversarial", "neftune", "--lora_r", 4)], ids=str)
@@ -265,6 +268,7 @@ def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(mon
         assert other["loss"] == pytest.approx(metrics["loss"], rel=1e-6) and other["trained_tokens"] == metrics["trained_tokens"]
 
 
+@pytest.mark.promise("formulas")
 def test_the_step_is_tokens_over_tokens_with_plain_transformers(monkeypatch, tmp_path):
     """A file of very unequal rows: sum of all tokens' losses over their number, from transformers' own logits."""
     import json
@@ -341,6 +345,7 @@ def greedy(model, tokenizer):
     return texts
 
 
+@pytest.mark.promise("saved")
 @pytest.mark.parametrize("flags", [(), ("--lora_r", 4, "--merge"), ("--lora_r", 4, "--merge", "--load_in_4bit")], ids=str)
 def test_what_is_saved_loads_in_plain_transformers_and_peft_and_says_the_same(tmp_path, monkeypatch, flags):
     from peft import PeftModel
@@ -434,6 +439,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path, capsys):
 
 
 SAYS = lambda who, text, **more: {"role": who, "content": text, **more}
+@pytest.mark.promise("files")
 @pytest.mark.parametrize("name, row, trained", [  # as OpenAI, LLaMA-Factory and TRL describe their files, columns that say nothing included
     ("openai.jsonl", {"messages": [SAYS("system", "be"), SAYS("user", "a", name="ann"), SAYS("assistant", "b", weight=0), SAYS("user", "c"),
                                    SAYS("assistant", "d", weight=1)]}, "d"),
