@@ -324,10 +324,8 @@ class Parser(HfArgumentParser):
 
 def parse_args(args_class, argv=None):
     """[FILE.json] [--flag value ...] -> args_class. Flags win over the file; "$HERE" in it is its own folder.
-
     Without file and model the small example runs: tests/tiny/<script>.json beside the script. UserError on an
-    unknown, abbreviated or mistyped flag.
-    """
+    unknown, abbreviated or mistyped flag."""
     argv, parser = list(sys.argv[1:] if argv is None else argv), Parser(args_class)
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
     typed = parser.values(argv)
@@ -364,11 +362,9 @@ def pad(rows, value, side="right", dtype=torch.long):
 
 
 def pad_rows(rows, fields, device):
-    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T.
-
-    input_ids (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token,
-    0 where the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0.
-    """
+    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T: input_ids
+    (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token, 0 where
+    the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0."""
     mask = pad([r["mask"] for r in rows], 0, dtype=torch.float32)
     out = {"input_ids": pad([r["input_ids"] for r in rows], 0), "mask": mask}
     for name in fields:
@@ -383,10 +379,8 @@ def pad_rows(rows, fields, device):
 
 def cut(lengths, micro_batch_tokens, process_index=0, num_processes=1):
     """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of places.
-
     Each list holds at most micro_batch_tokens padded tokens (or one row). Every process gets equally many,
-    because under FSDP processes wait for one another; the missing ones are empty.
-    """
+    because under FSDP processes wait for one another; the missing ones are empty."""
     order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for first in range(num_processes):
         share = [[]]
@@ -443,10 +437,8 @@ class Decoder:
 
 
 def complete_greedily(model, prompts, stop_ids, max_completion_length):
-    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one.
-
-    By generate(), which knows the caches of all models; nothing is inherited from their generation configs.
-    """
+    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one. By
+    generate(), which knows the caches of all models; nothing is inherited from their generation configs."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
     ids = pad(prompts, 0, side="left").to(device)
@@ -542,9 +534,7 @@ def render(tokenizer, messages, add_generation_prompt=False):
 
 def check_whole(text, messages):
     """ValueError if a template passed over a message; untrained assistant turns may lose their reasoning.
-
-    White space may differ, and /think and /no_think are switches to some templates.
-    """
+    White space may differ, and /think and /no_think are switches to some templates."""
     def squeeze(words):
         return "".join(words.replace("/no_think", "").replace("/think", "").split())
     rendered = squeeze(text)
@@ -596,12 +586,10 @@ def find_answer(tokenizer, messages, k, text):
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
-    """messages -> [{"input_ids": [...], "mask": [...], "moved": n}], usually one. ValueError.
-
-    An answer is what the final rendering has from the end of the generation prompt to the end-of-turn token,
-    which is included. A template that rewrites earlier turns (thinking models) gives a row for each trained
-    turn. `moved` counts tokens that belong half to an answer and half to what surrounds it: not trained.
-    """
+    """messages -> [{"input_ids": [...], "mask": [...], "moved": n}], usually one. ValueError. An answer is
+    what the final rendering has from the end of the generation prompt to the end-of-turn token, which is
+    included. A template that rewrites earlier turns (thinking models) gives a row for each trained turn.
+    `moved` counts tokens that belong half to an answer and half to what surrounds it: not trained."""
     text = render(tokenizer, messages)
     trained = [k for k, message in enumerate(messages) if message["train"]]
     if not completion_only_loss:
@@ -1158,10 +1146,8 @@ class Reward(NamedTuple):
 
 def extract_answer(text):
     """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
-    number; without a tag the last number of the text; None if there is none.
-
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000".
-    """
+    number; without a tag the last number of the text; None if there is none. Numbers come in one form: 1,000
+    and $1000.00 and 1000. are "1000"."""
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
     number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
@@ -1199,12 +1185,9 @@ def format_reward(prompts, completions, **columns):
 
 
 def levenshtein(a, b):
-    """The fewest insertions, deletions and replacements of characters that turn a into b.
-
-    One column of the usual table at a time, as the bits of two integers (Myers 1999, in the form of Hyyrö
-    2003): bit i of up, down says that row i + 1 is one more, one less than row i. Some 600 times as fast as
-    cell by cell.
-    """
+    """The fewest insertions, deletions and replacements of characters that turn a into b. One column of the
+    usual table at a time, as the bits of two integers (Myers 1999, in the form of Hyyrö 2003): bit i of up,
+    down says that row i + 1 is one more, one less than row i. Some 600 times as fast as cell by cell."""
     ones, where = (1 << len(a)) - 1, {}
     for i, letter in enumerate(a):
         where[letter] = where.get(letter, 0) | 1 << i
@@ -1283,11 +1266,9 @@ main()
 
 def passes(completion, tests, stop):
     """1 if `tests` run to their end after the completion's code, 0 if not, None if there is none but blanks.
-
     In a process of its own: 10 s, 1 GiB, files of 16 MiB in a folder that is removed; no environment, no
     input, no output. Its process group is killed in any case, at once if the event `stop` is set. Only a
-    random token, written after the last test, counts as passed, so ending early fails.
-    """
+    random token, written after the last test, counts as passed, so ending early fails."""
     if not "".join(tests).strip():
         return None
     text, token, folder = text_of(completion), os.urandom(16).hex(), tempfile.mkdtemp()
@@ -1313,11 +1294,8 @@ def passes(completion, tests, stop):
 
 def code_reward(prompts, completions, tests=None, **columns):
     """1 if the row's `tests` pass after the completion's code (its last ``` block, or else all of it), 0 if
-    not, None where there are none.
-
-    This is no sandbox: it limits accidents, not malice. Files, the network, the token in the caller's frame,
-    an object that equals everything: all are within reach. Train in a container.
-    """
+    not, None where there are none. This is no sandbox: it limits accidents, not malice. Files, the network,
+    the token in the caller's frame, an object that equals everything are within reach. Use a container."""
     tests = [strings_of("tests", value) for value in tests or [None] * len(completions)]
     at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share the cores
     stop, pool = threading.Event(), ThreadPoolExecutor(max(1, at_once))
@@ -1353,9 +1331,7 @@ def check_columns(rewards, train, held, dataset_name):
 
 def load_reward(name, weight, args, device):
     """One of --reward_funcs -> (label, Reward). UserError if its file, function or reward model is not there.
-
-    A reward model's function is given `turns` (what the policy saw), `completions` (texts) and `truncated`.
-    """
+    A reward model's is given `turns` (what the policy saw), `completions` (texts) and `truncated`."""
     if name in BUILT_IN:
         return name, Reward(BUILT_IN[name], weight)
     path, colon, part = name.rpartition(":")
@@ -1413,9 +1389,7 @@ def like_prompt(text, prompt):
 
 def call_reward(function, given, timeout):
     """Calls the function with those keyword arguments that it names, or all if it takes **kwargs.
-
-    TimeoutError in the middle of it once it has taken `timeout` seconds.
-    """
+    TimeoutError in the middle of it once it has taken `timeout` seconds."""
     def stop(*_):
         raise TimeoutError(f"no answer in {timeout:g} s (--reward_timeout)")
     parameters = inspect.signature(function).parameters
@@ -1467,10 +1441,8 @@ def checked_values(name, function, given, places, timeout):
 
 def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     """Calls every reward once on all completions -> (values (N, F) fp32, NaN for None; {logged name: value}).
-
     prompts[i] is the prompt of rows[i]. UserError naming the reward and the completion on an exception, a
-    wrong length or type, or a number that is not finite; naming the reward if it takes too long.
-    """
+    wrong length or type, or a number that is not finite; naming the reward if it takes too long."""
     logged, values = {}, []
     texts = [row["text"] for row in rows]
     for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts,
@@ -1577,10 +1549,8 @@ def exact_match(rows, right):
 
 
 def pass_at_k(n, correct, k):
-    """The chance that at least one of k samples is right, if c of n are: 1 - C(n-c, k) / C(n, k).
-
-    Unbiased; Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2.
-    """
+    """The chance that at least one of k samples is right, if c of n are: 1 - C(n-c, k) / C(n, k). Unbiased;
+    Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
@@ -1596,11 +1566,9 @@ def vote(answers, weights=None):
 
 def verify(answers, right, scores):
     """Inference-time verification -> {"pass@k", "majority@k", "best_of@k", "weighted_vote@k": share right}.
-
     answers: of each of N prompts the n samples' (None: no answer), right: N; scores (N, n) of a reward model,
     or None. For k = 1, 2, 4 ... n the last three choose among the first k samples. A vote's weights are
-    softmax(scores): only differences between a reward model's scores mean anything.
-    """
+    softmax(scores): only differences between a reward model's scores mean anything."""
     n, metrics = len(answers[0]), {}
     for k in sorted({2**i for i in range(n.bit_length())} - {0} | {n}):
         correct = [group.count(truth) for group, truth in zip(answers, right)]
@@ -1673,12 +1641,10 @@ def trains_adapter(args):
 
 
 def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
-    """The model, ready to train: trained weights fp32, all others frozen; LoRA and 4-bit as `args` say.
-
-    It is a policy that stops at every id of stop_token_ids or, with score_names, a reward model with one
-    output a name. `device` moves nothing: it says where a 4-bit base will be used. dropout=False sets every
-    rate to 0, since checkpointing needs train() mode.
-    """
+    """The model, ready to train: trained weights fp32, all others frozen; LoRA and 4-bit as `args` say. It is
+    a policy that stops at every id of stop_token_ids or, with score_names, a reward model with one output a
+    name. `device` moves nothing: it says where a 4-bit base will be used. dropout=False sets every rate to 0,
+    since checkpointing needs train() mode."""
     base, adapter = base_and_adapter(args.model_name_or_path)
     scores = score_names and score_config(score_names, tokenizer)
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
@@ -1757,10 +1723,8 @@ def score_config(names, tokenizer):
 
 def load_base(base, args, device="cpu", frozen=False, scores=None):
     """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
-
     With `scores` (a score_config) it is a reward model. A folder with a config but no weights starts from
-    random ones. If they stay frozen they are saved in output_dir/base: an adapter needs its base.
-    """
+    random ones. If they stay frozen they are saved in output_dir/base: an adapter needs its base."""
     dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     options = {"trust_remote_code": args.trust_remote_code}
@@ -1805,11 +1769,9 @@ def nf4(compute_dtype, device):
 
 
 def use_scoring_pad_token(tokenizer):
-    """Gives the tokenizer a pad token that ends no text, and returns its id.
-
-    transformers reads a reward model's score before the last run of pad tokens: were that the EOS of a text,
-    it would read the token before it. Any other token will do; no mask is derived from it.
-    """
+    """Gives the tokenizer a pad token that ends no text, and returns its id. transformers reads a reward
+    model's score before the last run of pad tokens: were that the EOS of a text, it would read the token
+    before it. Any other token will do; no mask is derived from it."""
     stops = stop_token_ids(tokenizer)
     if tokenizer.pad_token_id in (None, *stops):
         others = [tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1]
@@ -1819,11 +1781,9 @@ def use_scoring_pad_token(tokenizer):
 
 
 def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16):
-    """A reward model's folder (full, merged or adapter) -> (names of its scores, score).
-
-    score(conversations: lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the
-    last answer; one that is truncated gets no end-of-turn token.
-    """
+    """A reward model's folder (full, merged or adapter) -> (names of its scores, score); score(conversations:
+    lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the last answer; one that
+    is truncated gets no end-of-turn token."""
     base, adapter = base_and_adapter(folder)
     options = {"trust_remote_code": trust_remote_code}
     with explain(f"{folder} is no reward model that can be loaded"):
@@ -1883,11 +1843,9 @@ def check_cut(model, checkpoint, args):
 
 
 def make_reference(model, args, device):
-    """The frozen reference policy -> (model to call, context to call it in); says how it is made.
-
-    LoRA on a plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that
-    adapter. Full fine-tuning: a frozen copy of the model. Call it before the first update.
-    """
+    """The frozen reference policy -> (model to call, context to call it in); says how it is made. LoRA on a
+    plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that adapter.
+    Full fine-tuning: a frozen copy of the model. Call it before the first update."""
     adapter = base_and_adapter(args.model_name_or_path)[1]
     if not isinstance(model, PeftModel):
         say("reference a frozen copy of the model")
@@ -1940,11 +1898,9 @@ def save_model(model, tokenizer, folder, state=None):
 
 
 def merge_adapter(args, model, tokenizer, adapter, device):
-    """Merges the trained model's adapter, saved as `adapter`, into its base and writes merged/.
-
-    A 4-bit base is dequantised first: merging into its original weights, or in 4 bits, is some ten times less
-    exact. It prints how far the logits moved.
-    """
+    """Merges the trained model's adapter, saved as `adapter`, into its base and writes merged/. A 4-bit base
+    is dequantised first: merging into its original weights, or in 4 bits, is some ten times less exact. It
+    prints how far the logits moved."""
     scores = None if model.can_generate() else score_config(list(model.config.id2label.values()), tokenizer)
     base = load_base(base_and_adapter(adapter)[0], args, device, True, scores).to(device)
     ids = torch.arange(64, device=device).view(8, 8) % len(tokenizer)
@@ -1967,12 +1923,10 @@ def merge_adapter(args, model, tokenizer, adapter, device):
 # ---- processes ---------------------------------------------------------------------------------------------
 
 def make_accelerator(args):
-    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it.
-
-    Buffers are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation
-    stays 1, whatever the launcher says: a script divides by the whole step's denominator itself.
-    Every process loads the weights, or what is copied before sharding (a reference) would be empty on some.
-    """
+    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it. Buffers
+    are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation stays 1,
+    whatever the launcher says: a script divides by the whole step's denominator itself. Every process loads
+    the weights, or what is copied before sharding (a reference) would be empty on some."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     require(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "false",
             "DeepSpeed is not supported: use FSDP (fsdp_version: 2) in the accelerate config")
@@ -2030,12 +1984,10 @@ OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"
 
 
 def open_run(args):
-    """Checks args.output_dir and finds where to go on. -> the checkpoint's state or None.
-
-    It removes nothing: Run.start does when data and model have been found good. UserError if the folder holds
-    a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that
-    changes the mathematics differs from the checkpoint's.
-    """
+    """Checks args.output_dir and finds where to go on. -> the checkpoint's state or None. It removes nothing:
+    Run.start does when data and model have been found good. UserError if the folder holds a run and neither
+    --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that changes the
+    mathematics differs from the checkpoint's."""
     require(trains_adapter(args) or not args.load_in_4bit,
             "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
     require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
@@ -2192,11 +2144,9 @@ def fingerprint(rows):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 class Run:
-    """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once.
-
-    .state is what a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's
-    fingerprint and what the script names; .kept are tensors that go into it too.
-    """
+    """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once. Its .state is what
+    a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's fingerprint and
+    what the script names; .kept are tensors that go into it too."""
 
     def __init__(self, args, **state):
         self.args, self.accelerator = args, make_accelerator(args)
@@ -2228,11 +2178,9 @@ class Run:
         self.state["data"] = data
 
     def prepare(self, module, optimizer):
-        """accelerate's prepare -> (wrapped module, optimizer); what is saved is `module`.
-
-        Under FSDP2 the forward runs under autocast, as accelerate does elsewhere: FSDP's own bf16 would round
-        what comes out. One forward is made at once, which FSDP needs before `unsharded`.
-        """
+        """accelerate's prepare -> (wrapped module, optimizer); what is saved is `module`. Under FSDP2 the
+        forward runs under autocast, as accelerate does elsewhere: FSDP's own bf16 would round what comes out.
+        One forward is made at once, which FSDP needs before `unsharded`."""
         sharded = self.accelerator.is_fsdp2
         if sharded:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -2291,12 +2239,10 @@ class Run:
 
     def micro_batches(self, groups, fields=(), module=None, micro_batch_tokens=None):
         """The rows of one step as padded micro-batches (pad_rows), longest first. `groups` are rows, or lists
-        of rows that stay together, as pairs do: then all chosen rows come first.
-
-        The gradients of `module`, where one is trained, are synchronised in the last alone. A micro-batch has
-        .rows, .places (of its groups in the step) and .last too. Every process gets equally many: a missing
-        one has no rows, and tensors of rows whose mask and fields are 0.
-        """
+        of rows that stay together, as pairs do: then all chosen rows come first. The gradients of `module`,
+        where one is trained, are synchronised in the last alone. A micro-batch has .rows, .places (of its
+        groups in the step) and .last too. Every process gets equally many: a missing one has no rows, and
+        tensors of rows whose mask and fields are 0."""
         groups = [group if isinstance(group, list) else [group] for group in groups]
         lengths = [len(group) * max(len(row["input_ids"]) for row in group) for group in groups]
         batches = cut(lengths, micro_batch_tokens or self.args.micro_batch_tokens, *self.place)
@@ -2491,11 +2437,8 @@ class Sums:
     def add(self, mb, parts, shown=None, mask=None, page=None):
         """One micro-batch. parts {name: tensor of any shape} are summed; "loss" (B, T): what each token adds
         to the step's loss. shown {name: (B, T)}: averaged over the tokens of mask (B, T), else of mb.mask.
-
-        The page shows these and what is in mb; or `page()` -> {"share": (B, T), "mask": (B, T), "columns":
-        {name: (B, T) or (B, 1)}, "constants": (B,) what a row adds at no token} where a loss is no sum over
-        tokens.
-        """
+        The page shows these and what is in mb; or, where a loss is no sum over tokens, `page()` -> {"share",
+        "mask": (B, T), "columns": {name: (B, T) or (B, 1)}, "constants": (B,), a row's share at no token}."""
         mask = mb.mask if mask is None else mask
         means = {"trained_tokens": mask, **shown} if shown else {}
         for name, x in means.items():
@@ -2608,11 +2551,9 @@ addEventListener('keydown', e => {
 
 
 def page_rows(mb, share, mask, columns, constants=None):
-    """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})].
-
-    share (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of
-    other shapes are left out; constants (B,): what a row adds at no token.
-    """
+    """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})], with
+    share (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of other
+    shapes are left out; constants (B,): what a row adds at no token."""
     kept = {"mask": mask}
     if "clip_ratio/low_mean" in columns:  # -1, 0 or 1: an arrow
         columns = columns | {"clipped": columns["clip_ratio/high_mean"].float()
@@ -2666,8 +2607,7 @@ def page_row(title, note, texts, columns, greatest):
 
 def write_page(run, rows, loss, about):
     """--audit FILE.html: `rows` of page_rows as one page that loads nothing and has its tables without
-    JavaScript too; `about` says how the shares are made. UserError if they do not add up to the step's loss.
-    """
+    JavaScript too; `about` says how shares are made. UserError if they do not add up to the step's loss."""
     args, rows = run.args, sorted(rows, key=lambda row: row[0])
     parts = [constant + columns["share"].sum().item() for *_, constant, columns in rows]
     total = math.fsum(parts)
