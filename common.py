@@ -69,14 +69,14 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---- errors ------------------------------------------------------------------------------------------------
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's: one sentence that says what is wrong, where, and what to do."""
 
 
-def require(ok, sentence, kind=UserError):
-    """Raises kind(sentence) unless `ok`: a UserError, or the ValueError of a row, whose place is added."""
+def require(ok, sentence):
+    """Raises UserError(sentence) unless `ok`. A sentence about a row names no place: convert_rows does."""
     if not ok:
-        raise kind(sentence)
+        raise UserError(sentence)
 
 
 @contextmanager
@@ -542,7 +542,7 @@ def check_whole(text, messages):
         checked = message["train"] or message["role"] != "assistant"
         require(not checked or squeeze(message["content"]) in rendered,
                 f"the chat template leaves out message {number} ({message['role']}) "
-                "or a part of it; give another --chat_template_path", ValueError)
+                "or a part of it; give another --chat_template_path")
 
 
 def stop_token_ids(tokenizer, generation_config=None):
@@ -597,7 +597,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
     spans = [find_answer(tokenizer, messages, k, text) for k in trained]
     if None in spans:
         require(trained != [len(messages) - 1],
-                "the chat template changes the prompt when the answer follows it", ValueError)
+                "the chat template changes the prompt when the answer follows it")
         parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
         return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
     check_whole(text, messages)
@@ -619,7 +619,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
                 ids = ids[:stop] + [tokenizer.eos_token_id]
                 mask = mask[:stop] + [1]
         mask[first:stop] = [1] * (stop - first)
-    require(any(mask), "no trained token is left after tokenizing", ValueError)
+    require(any(mask), "no trained token is left after tokenizing")
     return [{"input_ids": ids, "mask": mask, "moved": moved}]
 
 
@@ -686,7 +686,7 @@ def read_rows(name, skip_bad_rows=False):
     def readable(row):
         if isinstance(row, ValueError):
             raise row
-        require(isinstance(row, dict), "not a JSON object", ValueError)
+        require(isinstance(row, dict), "not a JSON object")
         try:
             json.dumps(row, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:  # broken bytes, or half an emoji: no tokenizer takes them
@@ -870,12 +870,12 @@ def to_messages(value, train=True):
         is_tool = role in ("tool", "function", "observation", "function_call")
         require(isinstance(role, str) and role in ROLES, f"{at} has the unknown role {role!r}"
                 f"{' (tool calls are not supported)' if is_tool else ''}; "
-                "known are system, user (human), assistant (gpt)", ValueError)
+                "known are system, user (human), assistant (gpt)")
         for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
-            require(not message.get(key), f"{at} has {key}, which is not supported", ValueError)
+            require(not message.get(key), f"{at} has {key}, which is not supported")
         if isinstance(content, list):  # parts: text alone can be trained on
             require(all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content),
-                    f"{at} has parts that are not text, which is not supported", ValueError)
+                    f"{at} has parts that are not text, which is not supported")
             content = "".join(text_value(part.get("text"), "text of a part") for part in content)
         content = text_value(content, f"content of {at} ({ROLES[role]})")
         messages.append(turn(ROLES[role], content, train and message.get("weight", 1) != 0))
@@ -907,7 +907,7 @@ def to_conversation(row, format, system_prompt=None):
     follows the last answer is dropped. An assistant turn that comes first is no answer: it is not trained."""
     if format == "text":
         text = text_value(row.get("text"), "column 'text'")
-        require(text.strip(), "column 'text' is empty", ValueError)
+        require(text.strip(), "column 'text' is empty")
         return {"text": text}
     if format in ("messages", "conversations"):
         messages = to_messages(row.get(format))
@@ -916,19 +916,19 @@ def to_conversation(row, format, system_prompt=None):
         history = row.get("history") if format == "alpaca" else None
         for pair in history or []:
             require(isinstance(pair, list) and len(pair) == 2,
-                    f"column 'history' holds {pair!r} where a [user, assistant] pair is expected", ValueError)
+                    f"column 'history' holds {pair!r} where a [user, assistant] pair is expected")
             for role, text in zip(("user", "assistant"), pair):
                 messages.append(turn(role, text_value(text, "history")))
         messages += column_messages(row, prompt, train=False)
         messages += column_messages(row, completion, "assistant")
     for number, message in enumerate(messages):
         require(message["role"] != "assistant" or message["content"].strip(),
-                f"empty completion (message {number})", ValueError)
+                f"empty completion (message {number})")
     messages = with_system(messages, row, system_prompt)
     messages[0]["train"] = False
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    require(any(m["train"] for m in messages), "no assistant message to train on", ValueError)
+    require(any(m["train"] for m in messages), "no assistant message to train on")
     return {"messages": messages}
 
 
@@ -936,8 +936,8 @@ def to_prompt(row, format, system_prompt=None):
     """A row -> (the prompt as it stands in the row, its messages). ValueError with the reason."""
     messages = column_messages(row, format, train=False)
     require(messages[-1]["role"] != "assistant",
-            "the prompt ends with an assistant message; it must end with the user's", ValueError)
-    require(messages[-1]["content"].strip(), f"column '{format}' is empty", ValueError)
+            "the prompt ends with an assistant message; it must end with the user's")
+    require(messages[-1]["content"].strip(), f"column '{format}' is empty")
     return row[format], with_system(messages, row, system_prompt)
 
 
@@ -967,7 +967,7 @@ def to_pair(row, format, system_prompt=None):
     prompt = []
     for column in PAIR_FORMATS[format][:-2]:  # none for whole conversations
         prompt = column_messages(row, column, train=False)
-        require(prompt[-1]["content"].strip(), f"column '{column}' is empty", ValueError)
+        require(prompt[-1]["content"].strip(), f"column '{column}' is empty")
     chosen, rejected = (side_messages(row.get(side), side, format) for side in SIDES)
     shared, most = 0, min(len(chosen), len(rejected)) - 1  # the last message is the answer in any case
     while shared < most and chosen[shared] == rejected[shared]:
@@ -979,16 +979,15 @@ def to_pair(row, format, system_prompt=None):
     chosen, rejected = chosen[shared:], rejected[shared:]
     for name, side in zip(SIDES, (chosen, rejected)):
         require(side[0]["role"] == "assistant", f"'{name}' does not begin with an answer after what both "
-                "sides share: their prompts differ", ValueError)
+                "sides share: their prompts differ")
         for message in side:
             message["train"] = message["role"] == "assistant"
     require(prompt and prompt[-1]["role"] != "assistant",
-            "the prompt of chosen and rejected must end with a user message", ValueError)
+            "the prompt of chosen and rejected must end with a user message")
     if prompt[0]["role"] != "system":
         prompt = with_system(prompt, row, system_prompt)
     short, long = sorted((chosen, rejected), key=len)
-    require(len(short) == len(long) or long[:len(short)] != short,
-            "one side is the beginning of the other", ValueError)
+    require(len(short) == len(long) or long[:len(short)] != short, "one side is the beginning of the other")
     margin = 0 if row.get("margin") in (None, "") else row["margin"]
     margin = number_value(margin, "column 'margin' is no number:")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
@@ -998,7 +997,7 @@ def to_scored(row, format, system_prompt=None):
     """prompt, completion and score (a number, or several named ones) -> ({"messages"}, {name: float})."""
     conversation = to_conversation(row, "prompt_completion", system_prompt)
     scores = row["score"] if isinstance(row.get("score"), dict) else {"score": row.get("score")}
-    require(scores, "column 'score' holds no score", ValueError)
+    require(scores, "column 'score' holds no score")
     for name, value in scores.items():
         sentence = f"the score '{name}' is not a number (expected a finite number) but"
         scores = {**scores, name: number_value(value, sentence)}
@@ -1081,7 +1080,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     def encode(pair, row):
         parts = [encode_conversation(tokenizer, pair["prompt"] + pair[side]) for side in SIDES]
         require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, so a completion of "
-                "several turns cannot be one example", ValueError)
+                "several turns cannot be one example")
         sides = [upto_answer(encodings[0]) for encodings in parts]
         return sides, encode_prompt(tokenizer, pair["prompt"])[-max_length:]
 
@@ -1599,7 +1598,7 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
     def encode(prompt):
         answer = column_messages(prompt["row"], "demonstration", "assistant")
         require(answer and answer[-1]["role"] == "assistant" and answer[-1]["content"].strip(),
-                "column 'demonstration' does not end with an answer", ValueError)
+                "column 'demonstration' does not end with an answer")
         return upto_answer(encode_conversation(tokenizer, prompt["turns"] + answer)[-1])
 
     given = [(p, p["place"]) for p in prompts if p["row"].get("demonstration") not in (None, "", [])]
@@ -2086,7 +2085,7 @@ def load_checkpoint(folder):
     path = os.path.join(folder, "state.pt")
     with zipfile.ZipFile(path) as file:  # torch.load alone does not look at the checksums
         folders = any(info.external_attr for info in file.infolist())  # of which it would read nothing
-        require(not folders and file.testzip() is None, "damaged: its checksums do not fit", ValueError)
+        require(not folders and file.testzip() is None, "damaged: its checksums do not fit")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -2552,8 +2551,8 @@ addEventListener('keydown', e => {
 
 def page_rows(mb, share, mask, columns, constants=None):
     """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})], with
-    share (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of other
-    shapes are left out; constants (B,): what a row adds at no token."""
+    share (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of
+    other shapes are left out; constants (B,): what a row adds at no token."""
     kept = {"mask": mask}
     if "clip_ratio/low_mean" in columns:  # -1, 0 or 1: an arrow
         columns = columns | {"clipped": columns["clip_ratio/high_mean"].float()
