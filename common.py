@@ -40,8 +40,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
-from itertools import groupby, repeat
-from operator import itemgetter
+from itertools import groupby, repeat, takewhile
+from operator import ge, gt, itemgetter, le, lt
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
 
@@ -52,11 +52,13 @@ import pandas
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, set_seed
+from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, gather_object,
+                              recursively_apply, set_seed)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           BitsAndBytesConfig, DynamicCache, HfArgumentParser)
@@ -129,8 +131,6 @@ def check_number(name, value, limits):
     """UserError unless a flag's value (None: not given) is finite and lies within its limits."""
     for number in value if isinstance(value, list) else [value]:
         require(not isinstance(number, float) or math.isfinite(number), f"--{name} is {number}")
-    if value is None or not limits:
-        return
     low, high = limits.get("least", limits.get("above")), limits.get("most", limits.get("below"))
     if high is not None:
         top = "2**32" if high == 2**32 else high
@@ -139,8 +139,8 @@ def check_number(name, value, limits):
         must = "not be negative" if "least" in limits else "be positive"
     else:
         must = f"be at least {low}"
-    below = high is None or value < high or (value == high and "most" in limits)
-    inside = below and (value > low or (value == low and "least" in limits))
+    holds = {"above": gt, "least": ge, "below": lt, "most": le}
+    inside = value is None or all(holds[limit](value, bound) for limit, bound in limits.items())
     require(inside, f"--{name} must {must}, not {value}")
 
 
@@ -353,12 +353,10 @@ def parse_args(args_class, argv=None):
 
 def pad(rows, value, side="right", dtype=torch.long):
     """N sequences of lengths L_i -> (N, max L) filled with `value` on `side`."""
-    width = max((len(row) for row in rows), default=0)
-    out = torch.full((len(rows), width), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        out[i, at] = torch.as_tensor(row, dtype=dtype)
-    return out
+    if not rows:
+        return torch.empty(0, 0, dtype=dtype)
+    rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 def pad_rows(rows, fields, device):
@@ -1381,11 +1379,6 @@ def reward_sources(rewards):
     return [{path: fingerprint_of_file(path)} for path in paths]
 
 
-def like_prompt(text, prompt):
-    """A completion as TRL gives it to a reward function: a message where the prompt is messages."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
 def call_reward(function, given, timeout):
     """Calls the function with those keyword arguments that it names, or all if it takes **kwargs.
     TimeoutError in the middle of it once it has taken `timeout` seconds."""
@@ -1403,25 +1396,16 @@ def call_reward(function, given, timeout):
         signal.signal(signal.SIGALRM, before)
 
 
-def first_failure(function, given, places, timeout):
-    """The place of the first completion on which the function fails by itself, or else the whole batch."""
-    lists = {name for name, value in given.items() if isinstance(value, list)}
-    for i, place in enumerate(places):
-        one = {name: given[name][i:i + 1] for name in lists}
-        try:
-            call_reward(function, given | one, timeout)
-        except (Exception, SystemExit):
-            return place
-    return "the whole batch"
-
-
 def checked_values(name, function, given, places, timeout):
     """What the function returns -> N floats, NaN for None. places (N): what an error calls a completion."""
     try:
         values = call_reward(function, given, timeout)
     except (Exception, SystemExit) as error:
-        narrow = not isinstance(error, TimeoutError)
-        where = first_failure(function, given, places, timeout) if narrow else "the whole batch"
+        if len(places) > 1 and not isinstance(error, TimeoutError):  # the first row that fails by itself
+            for i in range(len(places)):
+                one = {k: v[i:i + 1] if isinstance(v, list) else v for k, v in given.items()}
+                checked_values(name, function, one, places[i:i + 1], timeout)
+        where = "the whole batch" if places[1:] else places[0]
         raise UserError(f"reward function '{name}' raised {type(error).__name__}: "
                         f"{' '.join(str(error).split())}, on {where}") from error
     returned = f"reward function '{name}' returned"
@@ -1449,7 +1433,9 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     for_functions = {name: [prompt["columns"][name] for prompt in prompts] for name in prompts[0]["columns"]}
     for_functions |= {
         "prompts": [prompt["prompt"] for prompt in prompts],
-        "completions": [like_prompt(text, prompt["prompt"]) for text, prompt in zip(texts, prompts)],
+        "completions": [
+            text if isinstance(prompt["prompt"], str) else [{"role": "assistant", "content": text}]
+            for text, prompt in zip(texts, prompts)],  # a message where the prompt is messages
         "completion_ids": [row["completion_ids"] for row in rows],
         "trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
         "log_metric": logged.__setitem__,
@@ -1960,13 +1946,13 @@ def unsharded(module):
 
 
 def whole(value):
-    """A tensor that FSDP has sharded, gathered from all processes on the CPU; anything else as it is."""
+    """A tensor, gathered from all processes on the CPU if FSDP has sharded it."""
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def like(value, parameter):
     """A whole tensor, sharded as the parameter is if it has its shape."""
-    if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         value = value.to(parameter.device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
@@ -2089,13 +2075,6 @@ def load_checkpoint(folder):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def mapped(function, value):
-    """The function applied to all that a dict of dicts holds: bitsandbytes nests its 8-bit moments."""
-    if isinstance(value, dict):
-        return {key: mapped(function, inner) for key, inner in value.items()}
-    return function(value)
-
-
 @torch.no_grad()
 def restore(module, optimizer, state):
     """Puts saved weights and moments back in place. UserError if a weight's name or shape is another."""
@@ -2107,7 +2086,7 @@ def restore(module, optimizer, state):
             p.copy_(like(saved, p))
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = {place: mapped(partial(like, parameter=parameters[place]), values)
+        moments = {place: recursively_apply(like, values, parameters[place])  # 8-bit ones are nested
                    for place, values in state["optimizer"].items()}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -2209,8 +2188,12 @@ class Run:
                 shutil.rmtree(path, ignore_errors=True)
                 with suppress(FileNotFoundError):
                     os.remove(path)
-            elif path.endswith(".jsonl"):
-                cut_back(path, self.step)
+            elif path.endswith(".jsonl") and os.path.exists(path):
+                # what a killed run wrote after its last checkpoint is written again; half a line may end it
+                with open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept:
+                    with suppress(ValueError):
+                        kept.writelines(takewhile(lambda line: json.loads(line)["step"] <= self.step, file))
+                os.replace(path + ".tmp", path)
         if self.writes:
             with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
                 json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
@@ -2380,10 +2363,9 @@ class Run:
         folder = os.path.join(self.args.output_dir, "checkpoints")
         weights = {name: whole(p) for name, p in self.module.named_parameters() if p.requires_grad}
         state = {**self.state, "weights": weights, "kept": self.kept, "args": asdict(self.args),
-                 "optimizer": mapped(whole, self.optimizer.state_dict()["state"])}
+                 "optimizer": recursively_apply(whole, self.optimizer.state_dict()["state"])}
         finite = []
-        mapped(lambda x: finite.append(not torch.is_tensor(x) or x.sum().isfinite()),
-               {0: weights, 1: state["optimizer"]})
+        recursively_apply(lambda x: finite.append(x.sum().isfinite()), [weights, state["optimizer"]])
         require(all(finite), f"step {self.step}: the weights are no longer finite and are not saved; the "
                 "checkpoints are whole. Try a lower --learning_rate")
         if self.accelerator.is_main_process:
@@ -2411,19 +2393,6 @@ class Run:
             self.accelerator.end_training()
         if self.total_steps:
             finish(self.args, self.accelerator, model, self.tokenizer)
-
-
-def cut_back(path, step):
-    """Keeps the lines up to `step`: what a killed run wrote after its last checkpoint is written again."""
-    if not os.path.exists(path):
-        return
-    with (open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept,
-          suppress(ValueError)):  # half a line: the run was killed while writing it
-        for line in file:
-            if json.loads(line)["step"] > step:
-                break
-            kept.write(line)
-    os.replace(path + ".tmp", path)
 
 
 class Sums:
