@@ -262,11 +262,11 @@ class Parser(HfArgumentParser):
                  f"usage: python {os.path.basename(module.__file__)} [ARGUMENTS.json] [--flag value ...]"]
         for group, names in groups.items():
             lines += ["", group + ":"]
-            lines += [line for name in names for line in self.help_of(flags[name])]
+            lines += [self.help_of(flags[name]) for name in names]
         return "\n".join([*lines, "", metrics[0] if metrics else "", ""])
 
     def help_of(self, flag):
-        """A flag's lines in --help: its one spelling, what it takes, what it does, its default."""
+        """What --help says of a flag: its one spelling, what it takes, what it does, its default."""
         written = str(flag.type)
         choices = re.search(r"Literal\[(.*?)\]", written)
         takes = "|".join(re.findall(r"\w+", choices[1])) if choices else next(
@@ -276,10 +276,8 @@ class Parser(HfArgumentParser):
         default = " ".join(default) if isinstance(default, list) else default
         what = flag.metadata["help"] + ("" if default is None or default is False else f" [{default}]")
         head = f"  --{flag.name} {takes}{' ...' if 'list' in written else ''} "
-        lines = textwrap.wrap(what, 108, initial_indent=" " * 36, subsequent_indent=" " * 36)
-        if len(head) > 36:
-            return [head.rstrip(), *lines]
-        return [head.ljust(36) + lines[0].lstrip(), *lines[1:]]
+        before, indent = ("", head.ljust(36)) if len(head) <= 36 else (head.rstrip() + "\n", " " * 36)
+        return before + textwrap.fill(what, 108, initial_indent=indent, subsequent_indent=" " * 36)
 
     def unknown(self, word):
         """The sentence about a flag, or a file's argument, that there is not."""
@@ -1308,8 +1306,9 @@ BUILT_IN = {"accuracy": accuracy, "format": format_reward, "edit_distance": edit
 NEEDS = {"accuracy": ("answer", "solution"), "edit_distance": ("answer", "solution"), "code": ("tests",)}
 
 
-def check_columns(rewards, train, held, dataset_name):
-    """UserError, before a model is loaded, if a row's columns are not what the built-in rewards read."""
+def try_rewards(rewards, train, held, args):
+    """UserError, before a model is loaded, if a row's columns are not what the built-in rewards read, or if a
+    reward fails when it is called once."""
     used = [name for name, reward in rewards.items() if reward.path is None]
     for prompt in train + held:
         columns = prompt["columns"]
@@ -1320,10 +1319,12 @@ def check_columns(rewards, train, held, dataset_name):
                 for test in strings_of("tests", columns.get("tests")):
                     compile(test, "the column 'tests'", "exec")  # or no completion of this row could pass
     for name in filter(NEEDS.get, used):
-        found = [prompt["columns"].get(column) for prompt in train for column in NEEDS[name]]
-        require(any(value is not None for value in found),
-                f"--reward_funcs {name} needs a column {' or '.join(map(repr, NEEDS[name]))}; {dataset_name} "
-                f"has {', '.join(train[0]['columns']) or 'no other column than the prompt'}")
+        missing = all(prompt["columns"].get(column) is None for prompt in train for column in NEEDS[name])
+        require(not missing, f"--reward_funcs {name} needs a column "
+                f"{' or '.join(map(repr, NEEDS[name]))}; {args.dataset_name} has "
+                f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
+    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
+          args.reward_timeout)
 
 
 def load_reward(name, weight, args, device):
@@ -1371,12 +1372,6 @@ def load_rewards(args, device="cpu"):
         require(label not in rewards, f"two rewards are called '{label}'")
         rewards[label] = reward
     return rewards
-
-
-def reward_sources(rewards):
-    """Fingerprints of the files and folders that rewards come from: a changed one is not resumed with."""
-    paths = sorted({reward.path for reward in rewards.values() if reward.path})
-    return [{path: fingerprint_of_file(path)} for path in paths]
 
 
 def call_reward(function, given, timeout):
@@ -1455,13 +1450,6 @@ def check_weights(names, weights):
     weights = weights or [1.0] * len(names)
     require(any(weights), "--reward_weights are all 0: nothing would be rewarded")
     return weights
-
-
-def try_rewards(rewards, train, held, args):
-    """Checks the rows' columns and calls every reward once; UserError before a model is loaded."""
-    check_columns(rewards, train, held, args.dataset_name)
-    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
-          args.reward_timeout)
 
 
 def mean_of(records):
@@ -1791,13 +1779,11 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
     def score(conversations, truncated=None):
         answers = [upto_answer(encode_conversation(tokenizer, messages)[-1]) for messages in conversations]
         rows = [answer["input_ids"][-limit:] for answer in answers]
-        for i, cut in enumerate(truncated or []):
-            if cut and rows[i][-1] in stops:
+        for i, no_end in enumerate(truncated or []):
+            if no_end and rows[i][-1] in stops:
                 rows[i] = rows[i][:-1]
-        scores = torch.zeros(len(rows), config.num_labels)
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(rows), batch_size):
-            at = by_length[start:start + batch_size]
+        scores, lengths = torch.zeros(len(rows), config.num_labels), [len(row) for row in rows]
+        for at in cut(lengths, batch_size * max(lengths)):
             batch = tokenizer.pad({"input_ids": [rows[i] for i in at]}, padding_side="right",
                                   return_attention_mask=True, return_tensors="pt").to(device)
             scores[at] = model(**batch).logits.float().cpu()
@@ -2026,17 +2012,15 @@ def find_checkpoint(args):
     wanted, folder = args.resume_from_checkpoint, os.path.join(args.output_dir, "checkpoints")
     if wanted is None:
         return None, None
-    for old in steps_in(folder) if wanted == "latest" else [wanted]:
-        require(not os.path.exists(os.path.join(old, "state.json")), f"{old} was written by an earlier "
+    for path in reversed(steps_in(folder)) if wanted == "latest" else [wanted]:
+        known = wanted == "latest" or os.path.isdir(path)
+        require(known, f"--resume_from_checkpoint {path}: no such folder (or say 'latest')")
+        require(not os.path.exists(os.path.join(path, "state.json")), f"{path} was written by an earlier "
                 "version, which has to finish this run; or start a new --output_dir")
-    if wanted != "latest":
-        require(os.path.isdir(wanted), f"--resume_from_checkpoint {wanted}: no such folder (or say 'latest')")
-        with explain(f"--resume_from_checkpoint {wanted}"):
-            return wanted, load_checkpoint(wanted)
-    for path in reversed(steps_in(folder)):
         try:
             return path, load_checkpoint(path)
         except Exception as error:
+            require(wanted == "latest", f"--resume_from_checkpoint {path}: {reason_of(error)}")
             say(f"resume   passing over {path}: {reason_of(error)}")
     say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
     return None, None
@@ -2148,9 +2132,11 @@ class Run:
         """Updates made so far."""
         return self.state["step"]
 
-    def check_data(self, rows):
-        """Keeps the fingerprint of all that training depends on; UserError if the checkpoint has another."""
-        data = fingerprint(rows)
+    def check_data(self, rows, rewards=()):
+        """Keeps the fingerprint of all that training depends on, of the rewards the files and folders that
+        they come from; UserError if the checkpoint has another."""
+        paths = sorted({reward.path for reward in rewards} - {None})
+        data = fingerprint([*rows, *({path: fingerprint_of_file(path)} for path in paths)])
         require(self.state["data"] in (None, data), "the checkpoint was written with other training data or "
                 "rewards (or another chat template or tokenizer): give the same, or a new --output_dir")
         self.state["data"] = data
@@ -2266,10 +2252,6 @@ class Run:
         outputs = self.over_rows(rows, lambda mb: module(mb.input_ids, mb.mask, temperature))
         for row, values in zip(rows, outputs):
             row |= {name: x[:len(row["input_ids"])] for name, x in zip(names, values)}
-
-    def sums(self):
-        """What a step adds up: see Sums."""
-        return Sums(self)
 
     def write(self, name, record):
         """One line of metrics.jsonl or samples.jsonl."""
@@ -2492,14 +2474,10 @@ const token = e => e.target.closest && e.target.closest('.tokens span');
 function show(t) {
   document.querySelectorAll('.on').forEach(x => x.classList.remove('on'));
   t.classList.add('on');
-  const table = t.closest('article').querySelector('table'), list = document.createElement('dl');
-  const cells = table.tBodies[0].rows[[...t.parentNode.children].indexOf(t)].cells;
-  [...table.tHead.rows[0].cells].forEach((head, k) => {
-    const box = list.appendChild(document.createElement('div'));
-    box.appendChild(document.createElement('dt')).textContent = head.textContent;
-    box.appendChild(document.createElement('dd')).textContent = cells[k].textContent.trim() || '–';
-  });
-  panel.replaceChildren(list);
+  const [head, ...rows] = t.closest('article').querySelector('table').rows;
+  const cells = rows[[...t.parentNode.children].indexOf(t)].cells;
+  panel.innerHTML = '<dl>' + [...head.cells].map((name, k) =>
+    '<div><dt>' + name.innerHTML + '<dd>' + (cells[k].innerHTML.trim() || '–') + '</div>').join('') + '</dl>';
   panel.hidden = false;
 }
 every.forEach(row => [...row.children].forEach((t, i) => t.tabIndex = i ? -1 : 0));
