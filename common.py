@@ -53,7 +53,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, gather_object,
-                              recursively_apply, set_seed)
+                              parse_flag_from_env, recursively_apply, set_seed)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
@@ -209,9 +209,6 @@ class Args:
         for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir"):
             if getattr(self, name):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
-
-    def resolve(self, lora, sharded):
-        """Fills in the defaults that depend on LoRA or FSDP: they are printed and saved as they were used."""
 
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
@@ -994,10 +991,8 @@ def to_scored(row, format, system_prompt=None):
     conversation = to_conversation(row, "prompt_completion", system_prompt)
     scores = row["score"] if isinstance(row.get("score"), dict) else {"score": row.get("score")}
     require(scores, "column 'score' holds no score")
-    for name, value in scores.items():
-        sentence = f"the score '{name}' is not a number (expected a finite number) but"
-        scores = {**scores, name: number_value(value, sentence)}
-    return conversation, scores
+    sentence = "the score '{}' is not a number (expected a finite number) but"
+    return conversation, {name: number_value(value, sentence.format(name)) for name, value in scores.items()}
 
 
 # ---- from messages to training rows ------------------------------------------------------------------------
@@ -1080,15 +1075,12 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
         sides = [upto_answer(encodings[0]) for encodings in parts]
         return sides, encode_prompt(tokenizer, pair["prompt"])[-max_length:]
 
-    def answered(pair):
-        return all(m["content"].strip() for m in pair["chosen"] + pair["rejected"])
-
-    pairs, kept = [], [item for item in items if answered(item[0])]
+    pairs = []
+    kept = [item for item in items if all(m["content"].strip() for side in SIDES for m in item[0][side])]
     counts["dropped: an empty completion"] += len(items) - len(kept)
     for (sides, prompt_ids), pair, row, _ in convert_rows(kept, encode, skip_bad_rows):
         longest = max(len(side["mask"]) for side in sides)
-        answer = min(side["mask"].index(1) for side in sides)
-        part = kept_part(longest, answer, max_length)
+        part = kept_part(longest, min(side["mask"].index(1) for side in sides), max_length)
         chosen, rejected = (make_row(side["input_ids"][part], side["mask"][part]) for side in sides)
         counts["cut to max_length"] += longest > max_length
         if all(chosen[name].equal(rejected[name]) for name in ("input_ids", "mask")):
@@ -1863,8 +1855,7 @@ def save_model(model, tokenizer, folder, state=None):
     with written_whole(folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=state, **options)
         # a reward model generates nothing: its config tells the names of its scores, beside an adapter too
-        config = model.generation_config if model.can_generate() else model.config
-        config.save_pretrained(unfinished)
+        (model.generation_config if model.can_generate() else model.config).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
 
@@ -1902,8 +1893,7 @@ def make_accelerator(args):
     require(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "false",
             "DeepSpeed is not supported: use FSDP (fsdp_version: 2) in the accelerate config")
     if args.bf16 is None:
-        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-        cpu = cpu or not torch.accelerator.is_available()
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
                               project_dir=args.output_dir,
@@ -1964,8 +1954,7 @@ def open_run(args):
     require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
     require(args.audit or not args.audit_step, "--audit_step is the step to show: add --audit FILE.html")
     if args.audit:  # output_dir is only read, where there is something to resume
-        folder = os.path.dirname(args.audit) or "."
-        require(args.audit.endswith(".html") and os.access(folder, os.W_OK),
+        require(args.audit.endswith(".html") and os.access(os.path.dirname(args.audit) or ".", os.W_OK),
                 f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
     else:
         with explain(f"--output_dir {args.output_dir}", OSError):
@@ -2114,6 +2103,7 @@ class Run:
         self.args, self.accelerator = args, make_accelerator(args)
         self.device = self.accelerator.device
         self.place = self.accelerator.process_index, self.accelerator.num_processes
+        # a script's defaults that depend on LoRA or FSDP: they are printed and saved as they were used
         args.resolve(trains_adapter(args), self.accelerator.is_fsdp2)
         self.checkpoint = open_run(args)  # until start: what to go on from, or None
         self.state = {"step": 0, "num_tokens": 0, "data": None} | state
@@ -2426,9 +2416,8 @@ class Sums:
 
 PAGE_ROWS = 64  # rows that are shown in full; of the others the sum is stated
 HEADINGS = {"logprobs": "log-prob", "old_logprobs": "old log-prob", "ref_logprobs": "ref. log-prob",
-            "sampled_logprobs": "sampled log-prob", "nll_weight": "NLL weight",
-            "token_rewards": "reward", "values": "old value", "new_values": "value", "returns": "return",
-            "advantages": "advantage"}
+            "sampled_logprobs": "sampled log-prob", "nll_weight": "NLL weight", "token_rewards": "reward",
+            "values": "old value", "new_values": "value", "returns": "return", "advantages": "advantage"}
 
 AUDIT_PAGE = string.Template(r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$name, step $step</title>
