@@ -1388,11 +1388,11 @@ def checked_values(name, function, given, places, timeout):
     try:
         values = call_reward(function, given, timeout)
     except (Exception, SystemExit) as error:
-        if len(places) > 1 and not isinstance(error, TimeoutError):  # the first row that fails by itself
-            for i in range(len(places)):
-                one = {k: v[i:i + 1] if isinstance(v, list) else v for k, v in given.items()}
-                checked_values(name, function, one, places[i:i + 1], timeout)
-        where = "the whole batch" if places[1:] else places[0]
+        rows = [] if isinstance(error, TimeoutError) else places
+        for i in range(len(rows)) if rows[1:] else ():  # the first that fails by itself is named
+            one = {k: v[i:i + 1] if isinstance(v, list) else v for k, v in given.items()}
+            checked_values(name, function, one, places[i:i + 1], timeout)
+        where = rows[0] if len(rows) == 1 else "the whole batch"
         raise UserError(f"reward function '{name}' raised {type(error).__name__}: "
                         f"{' '.join(str(error).split())}, on {where}") from error
     returned = f"reward function '{name}' returned"
