@@ -40,8 +40,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
-from itertools import groupby, repeat
-from operator import itemgetter
+from itertools import groupby, repeat, takewhile
+from operator import ge, gt, itemgetter, le, lt
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
 
@@ -52,11 +52,13 @@ import pandas
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, set_seed
+from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, gather_object,
+                              parse_flag_from_env, recursively_apply, set_seed)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           BitsAndBytesConfig, DynamicCache, HfArgumentParser)
@@ -69,14 +71,14 @@ transformers.utils.logging.disable_progress_bar()
 
 # ---- errors ------------------------------------------------------------------------------------------------
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's: one sentence that says what is wrong, where, and what to do."""
 
 
-def require(ok, sentence, kind=UserError):
-    """Raises kind(sentence) unless `ok`: a UserError, or the ValueError of a row, whose place is added."""
+def require(ok, sentence):
+    """Raises UserError(sentence) unless `ok`. A sentence about a row names no place: convert_rows does."""
     if not ok:
-        raise kind(sentence)
+        raise UserError(sentence)
 
 
 @contextmanager
@@ -129,8 +131,6 @@ def check_number(name, value, limits):
     """UserError unless a flag's value (None: not given) is finite and lies within its limits."""
     for number in value if isinstance(value, list) else [value]:
         require(not isinstance(number, float) or math.isfinite(number), f"--{name} is {number}")
-    if value is None or not limits:
-        return
     low, high = limits.get("least", limits.get("above")), limits.get("most", limits.get("below"))
     if high is not None:
         top = "2**32" if high == 2**32 else high
@@ -139,8 +139,8 @@ def check_number(name, value, limits):
         must = "not be negative" if "least" in limits else "be positive"
     else:
         must = f"be at least {low}"
-    below = high is None or value < high or (value == high and "most" in limits)
-    inside = below and (value > low or (value == low and "least" in limits))
+    holds = {"above": gt, "least": ge, "below": lt, "most": le}
+    inside = value is None or all(holds[limit](value, bound) for limit, bound in limits.items())
     require(inside, f"--{name} must {must}, not {value}")
 
 
@@ -210,9 +210,6 @@ class Args:
             if getattr(self, name):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
 
-    def resolve(self, lora, sharded):
-        """Fills in the defaults that depend on LoRA or FSDP: they are printed and saved as they were used."""
-
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
     "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step (ppo, grpo: prompts of "
@@ -262,11 +259,11 @@ class Parser(HfArgumentParser):
                  f"usage: python {os.path.basename(module.__file__)} [ARGUMENTS.json] [--flag value ...]"]
         for group, names in groups.items():
             lines += ["", group + ":"]
-            lines += [line for name in names for line in self.help_of(flags[name])]
+            lines += [self.help_of(flags[name]) for name in names]
         return "\n".join([*lines, "", metrics[0] if metrics else "", ""])
 
     def help_of(self, flag):
-        """A flag's lines in --help: its one spelling, what it takes, what it does, its default."""
+        """What --help says of a flag: its one spelling, what it takes, what it does, its default."""
         written = str(flag.type)
         choices = re.search(r"Literal\[(.*?)\]", written)
         takes = "|".join(re.findall(r"\w+", choices[1])) if choices else next(
@@ -276,10 +273,8 @@ class Parser(HfArgumentParser):
         default = " ".join(default) if isinstance(default, list) else default
         what = flag.metadata["help"] + ("" if default is None or default is False else f" [{default}]")
         head = f"  --{flag.name} {takes}{' ...' if 'list' in written else ''} "
-        lines = textwrap.wrap(what, 108, initial_indent=" " * 36, subsequent_indent=" " * 36)
-        if len(head) > 36:
-            return [head.rstrip(), *lines]
-        return [head.ljust(36) + lines[0].lstrip(), *lines[1:]]
+        before, indent = ("", head.ljust(36)) if len(head) <= 36 else (head.rstrip() + "\n", " " * 36)
+        return before + textwrap.fill(what, 108, initial_indent=indent, subsequent_indent=" " * 36)
 
     def unknown(self, word):
         """The sentence about a flag, or a file's argument, that there is not."""
@@ -324,10 +319,8 @@ class Parser(HfArgumentParser):
 
 def parse_args(args_class, argv=None):
     """[FILE.json] [--flag value ...] -> args_class. Flags win over the file; "$HERE" in it is its own folder.
-
     Without file and model the small example runs: tests/tiny/<script>.json beside the script. UserError on an
-    unknown, abbreviated or mistyped flag.
-    """
+    unknown, abbreviated or mistyped flag."""
     argv, parser = list(sys.argv[1:] if argv is None else argv), Parser(args_class)
     path = argv.pop(0) if argv and not argv[0].startswith("-") else None
     typed = parser.values(argv)
@@ -355,20 +348,16 @@ def parse_args(args_class, argv=None):
 
 def pad(rows, value, side="right", dtype=torch.long):
     """N sequences of lengths L_i -> (N, max L) filled with `value` on `side`."""
-    width = max((len(row) for row in rows), default=0)
-    out = torch.full((len(rows), width), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        out[i, at] = torch.as_tensor(row, dtype=dtype)
-    return out
+    if not rows:
+        return torch.empty(0, 0, dtype=dtype)
+    rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 def pad_rows(rows, fields, device):
-    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T.
-
-    input_ids (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token,
-    0 where the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0.
-    """
+    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T: input_ids
+    (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token, 0 where
+    the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0."""
     mask = pad([r["mask"] for r in rows], 0, dtype=torch.float32)
     out = {"input_ids": pad([r["input_ids"] for r in rows], 0), "mask": mask}
     for name in fields:
@@ -383,10 +372,8 @@ def pad_rows(rows, fields, device):
 
 def cut(lengths, micro_batch_tokens, process_index=0, num_processes=1):
     """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of places.
-
     Each list holds at most micro_batch_tokens padded tokens (or one row). Every process gets equally many,
-    because under FSDP processes wait for one another; the missing ones are empty.
-    """
+    because under FSDP processes wait for one another; the missing ones are empty."""
     order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for first in range(num_processes):
         share = [[]]
@@ -443,10 +430,8 @@ class Decoder:
 
 
 def complete_greedily(model, prompts, stop_ids, max_completion_length):
-    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one.
-
-    By generate(), which knows the caches of all models; nothing is inherited from their generation configs.
-    """
+    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one. By
+    generate(), which knows the caches of all models; nothing is inherited from their generation configs."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
     ids = pad(prompts, 0, side="left").to(device)
@@ -542,9 +527,7 @@ def render(tokenizer, messages, add_generation_prompt=False):
 
 def check_whole(text, messages):
     """ValueError if a template passed over a message; untrained assistant turns may lose their reasoning.
-
-    White space may differ, and /think and /no_think are switches to some templates.
-    """
+    White space may differ, and /think and /no_think are switches to some templates."""
     def squeeze(words):
         return "".join(words.replace("/no_think", "").replace("/think", "").split())
     rendered = squeeze(text)
@@ -552,7 +535,7 @@ def check_whole(text, messages):
         checked = message["train"] or message["role"] != "assistant"
         require(not checked or squeeze(message["content"]) in rendered,
                 f"the chat template leaves out message {number} ({message['role']}) "
-                "or a part of it; give another --chat_template_path", ValueError)
+                "or a part of it; give another --chat_template_path")
 
 
 def stop_token_ids(tokenizer, generation_config=None):
@@ -596,12 +579,10 @@ def find_answer(tokenizer, messages, k, text):
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
-    """messages -> [{"input_ids": [...], "mask": [...], "moved": n}], usually one. ValueError.
-
-    An answer is what the final rendering has from the end of the generation prompt to the end-of-turn token,
-    which is included. A template that rewrites earlier turns (thinking models) gives a row for each trained
-    turn. `moved` counts tokens that belong half to an answer and half to what surrounds it: not trained.
-    """
+    """messages -> [{"input_ids": [...], "mask": [...], "moved": n}], usually one. ValueError. An answer is
+    what the final rendering has from the end of the generation prompt to the end-of-turn token, which is
+    included. A template that rewrites earlier turns (thinking models) gives a row for each trained turn.
+    `moved` counts tokens that belong half to an answer and half to what surrounds it: not trained."""
     text = render(tokenizer, messages)
     trained = [k for k, message in enumerate(messages) if message["train"]]
     if not completion_only_loss:
@@ -609,7 +590,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
     spans = [find_answer(tokenizer, messages, k, text) for k in trained]
     if None in spans:
         require(trained != [len(messages) - 1],
-                "the chat template changes the prompt when the answer follows it", ValueError)
+                "the chat template changes the prompt when the answer follows it")
         parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
         return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
     check_whole(text, messages)
@@ -631,7 +612,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
                 ids = ids[:stop] + [tokenizer.eos_token_id]
                 mask = mask[:stop] + [1]
         mask[first:stop] = [1] * (stop - first)
-    require(any(mask), "no trained token is left after tokenizing", ValueError)
+    require(any(mask), "no trained token is left after tokenizing")
     return [{"input_ids": ids, "mask": mask, "moved": moved}]
 
 
@@ -698,7 +679,7 @@ def read_rows(name, skip_bad_rows=False):
     def readable(row):
         if isinstance(row, ValueError):
             raise row
-        require(isinstance(row, dict), "not a JSON object", ValueError)
+        require(isinstance(row, dict), "not a JSON object")
         try:
             json.dumps(row, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:  # broken bytes, or half an emoji: no tokenizer takes them
@@ -882,12 +863,12 @@ def to_messages(value, train=True):
         is_tool = role in ("tool", "function", "observation", "function_call")
         require(isinstance(role, str) and role in ROLES, f"{at} has the unknown role {role!r}"
                 f"{' (tool calls are not supported)' if is_tool else ''}; "
-                "known are system, user (human), assistant (gpt)", ValueError)
+                "known are system, user (human), assistant (gpt)")
         for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
-            require(not message.get(key), f"{at} has {key}, which is not supported", ValueError)
+            require(not message.get(key), f"{at} has {key}, which is not supported")
         if isinstance(content, list):  # parts: text alone can be trained on
             require(all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content),
-                    f"{at} has parts that are not text, which is not supported", ValueError)
+                    f"{at} has parts that are not text, which is not supported")
             content = "".join(text_value(part.get("text"), "text of a part") for part in content)
         content = text_value(content, f"content of {at} ({ROLES[role]})")
         messages.append(turn(ROLES[role], content, train and message.get("weight", 1) != 0))
@@ -919,7 +900,7 @@ def to_conversation(row, format, system_prompt=None):
     follows the last answer is dropped. An assistant turn that comes first is no answer: it is not trained."""
     if format == "text":
         text = text_value(row.get("text"), "column 'text'")
-        require(text.strip(), "column 'text' is empty", ValueError)
+        require(text.strip(), "column 'text' is empty")
         return {"text": text}
     if format in ("messages", "conversations"):
         messages = to_messages(row.get(format))
@@ -928,19 +909,19 @@ def to_conversation(row, format, system_prompt=None):
         history = row.get("history") if format == "alpaca" else None
         for pair in history or []:
             require(isinstance(pair, list) and len(pair) == 2,
-                    f"column 'history' holds {pair!r} where a [user, assistant] pair is expected", ValueError)
+                    f"column 'history' holds {pair!r} where a [user, assistant] pair is expected")
             for role, text in zip(("user", "assistant"), pair):
                 messages.append(turn(role, text_value(text, "history")))
         messages += column_messages(row, prompt, train=False)
         messages += column_messages(row, completion, "assistant")
     for number, message in enumerate(messages):
         require(message["role"] != "assistant" or message["content"].strip(),
-                f"empty completion (message {number})", ValueError)
+                f"empty completion (message {number})")
     messages = with_system(messages, row, system_prompt)
     messages[0]["train"] = False
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    require(any(m["train"] for m in messages), "no assistant message to train on", ValueError)
+    require(any(m["train"] for m in messages), "no assistant message to train on")
     return {"messages": messages}
 
 
@@ -948,8 +929,8 @@ def to_prompt(row, format, system_prompt=None):
     """A row -> (the prompt as it stands in the row, its messages). ValueError with the reason."""
     messages = column_messages(row, format, train=False)
     require(messages[-1]["role"] != "assistant",
-            "the prompt ends with an assistant message; it must end with the user's", ValueError)
-    require(messages[-1]["content"].strip(), f"column '{format}' is empty", ValueError)
+            "the prompt ends with an assistant message; it must end with the user's")
+    require(messages[-1]["content"].strip(), f"column '{format}' is empty")
     return row[format], with_system(messages, row, system_prompt)
 
 
@@ -979,7 +960,7 @@ def to_pair(row, format, system_prompt=None):
     prompt = []
     for column in PAIR_FORMATS[format][:-2]:  # none for whole conversations
         prompt = column_messages(row, column, train=False)
-        require(prompt[-1]["content"].strip(), f"column '{column}' is empty", ValueError)
+        require(prompt[-1]["content"].strip(), f"column '{column}' is empty")
     chosen, rejected = (side_messages(row.get(side), side, format) for side in SIDES)
     shared, most = 0, min(len(chosen), len(rejected)) - 1  # the last message is the answer in any case
     while shared < most and chosen[shared] == rejected[shared]:
@@ -991,16 +972,15 @@ def to_pair(row, format, system_prompt=None):
     chosen, rejected = chosen[shared:], rejected[shared:]
     for name, side in zip(SIDES, (chosen, rejected)):
         require(side[0]["role"] == "assistant", f"'{name}' does not begin with an answer after what both "
-                "sides share: their prompts differ", ValueError)
+                "sides share: their prompts differ")
         for message in side:
             message["train"] = message["role"] == "assistant"
     require(prompt and prompt[-1]["role"] != "assistant",
-            "the prompt of chosen and rejected must end with a user message", ValueError)
+            "the prompt of chosen and rejected must end with a user message")
     if prompt[0]["role"] != "system":
         prompt = with_system(prompt, row, system_prompt)
     short, long = sorted((chosen, rejected), key=len)
-    require(len(short) == len(long) or long[:len(short)] != short,
-            "one side is the beginning of the other", ValueError)
+    require(len(short) == len(long) or long[:len(short)] != short, "one side is the beginning of the other")
     margin = 0 if row.get("margin") in (None, "") else row["margin"]
     margin = number_value(margin, "column 'margin' is no number:")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
@@ -1010,11 +990,9 @@ def to_scored(row, format, system_prompt=None):
     """prompt, completion and score (a number, or several named ones) -> ({"messages"}, {name: float})."""
     conversation = to_conversation(row, "prompt_completion", system_prompt)
     scores = row["score"] if isinstance(row.get("score"), dict) else {"score": row.get("score")}
-    require(scores, "column 'score' holds no score", ValueError)
-    for name, value in scores.items():
-        sentence = f"the score '{name}' is not a number (expected a finite number) but"
-        scores = {**scores, name: number_value(value, sentence)}
-    return conversation, scores
+    require(scores, "column 'score' holds no score")
+    sentence = "the score '{}' is not a number (expected a finite number) but"
+    return conversation, {name: number_value(value, sentence.format(name)) for name, value in scores.items()}
 
 
 # ---- from messages to training rows ------------------------------------------------------------------------
@@ -1093,19 +1071,16 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     def encode(pair, row):
         parts = [encode_conversation(tokenizer, pair["prompt"] + pair[side]) for side in SIDES]
         require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, so a completion of "
-                "several turns cannot be one example", ValueError)
+                "several turns cannot be one example")
         sides = [upto_answer(encodings[0]) for encodings in parts]
         return sides, encode_prompt(tokenizer, pair["prompt"])[-max_length:]
 
-    def answered(pair):
-        return all(m["content"].strip() for m in pair["chosen"] + pair["rejected"])
-
-    pairs, kept = [], [item for item in items if answered(item[0])]
+    pairs = []
+    kept = [item for item in items if all(m["content"].strip() for side in SIDES for m in item[0][side])]
     counts["dropped: an empty completion"] += len(items) - len(kept)
     for (sides, prompt_ids), pair, row, _ in convert_rows(kept, encode, skip_bad_rows):
         longest = max(len(side["mask"]) for side in sides)
-        answer = min(side["mask"].index(1) for side in sides)
-        part = kept_part(longest, answer, max_length)
+        part = kept_part(longest, min(side["mask"].index(1) for side in sides), max_length)
         chosen, rejected = (make_row(side["input_ids"][part], side["mask"][part]) for side in sides)
         counts["cut to max_length"] += longest > max_length
         if all(chosen[name].equal(rejected[name]) for name in ("input_ids", "mask")):
@@ -1158,10 +1133,8 @@ class Reward(NamedTuple):
 
 def extract_answer(text):
     """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
-    number; without a tag the last number of the text; None if there is none.
-
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000".
-    """
+    number; without a tag the last number of the text; None if there is none. Numbers come in one form: 1,000
+    and $1000.00 and 1000. are "1000"."""
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1].strip() if tagged else text
     number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
@@ -1199,12 +1172,9 @@ def format_reward(prompts, completions, **columns):
 
 
 def levenshtein(a, b):
-    """The fewest insertions, deletions and replacements of characters that turn a into b.
-
-    One column of the usual table at a time, as the bits of two integers (Myers 1999, in the form of Hyyrö
-    2003): bit i of up, down says that row i + 1 is one more, one less than row i. Some 600 times as fast as
-    cell by cell.
-    """
+    """The fewest insertions, deletions and replacements of characters that turn a into b. One column of the
+    usual table at a time, as the bits of two integers (Myers 1999, in the form of Hyyrö 2003): bit i of up,
+    down says that row i + 1 is one more, one less than row i. Some 600 times as fast as cell by cell."""
     ones, where = (1 << len(a)) - 1, {}
     for i, letter in enumerate(a):
         where[letter] = where.get(letter, 0) | 1 << i
@@ -1283,11 +1253,9 @@ main()
 
 def passes(completion, tests, stop):
     """1 if `tests` run to their end after the completion's code, 0 if not, None if there is none but blanks.
-
     In a process of its own: 10 s, 1 GiB, files of 16 MiB in a folder that is removed; no environment, no
     input, no output. Its process group is killed in any case, at once if the event `stop` is set. Only a
-    random token, written after the last test, counts as passed, so ending early fails.
-    """
+    random token, written after the last test, counts as passed, so ending early fails."""
     if not "".join(tests).strip():
         return None
     text, token, folder = text_of(completion), os.urandom(16).hex(), tempfile.mkdtemp()
@@ -1313,11 +1281,8 @@ def passes(completion, tests, stop):
 
 def code_reward(prompts, completions, tests=None, **columns):
     """1 if the row's `tests` pass after the completion's code (its last ``` block, or else all of it), 0 if
-    not, None where there are none.
-
-    This is no sandbox: it limits accidents, not malice. Files, the network, the token in the caller's frame,
-    an object that equals everything: all are within reach. Train in a container.
-    """
+    not, None where there are none. This is no sandbox: it limits accidents, not malice. Files, the network,
+    the token in the caller's frame, an object that equals everything are within reach. Use a container."""
     tests = [strings_of("tests", value) for value in tests or [None] * len(completions)]
     at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share the cores
     stop, pool = threading.Event(), ThreadPoolExecutor(max(1, at_once))
@@ -1333,8 +1298,9 @@ BUILT_IN = {"accuracy": accuracy, "format": format_reward, "edit_distance": edit
 NEEDS = {"accuracy": ("answer", "solution"), "edit_distance": ("answer", "solution"), "code": ("tests",)}
 
 
-def check_columns(rewards, train, held, dataset_name):
-    """UserError, before a model is loaded, if a row's columns are not what the built-in rewards read."""
+def try_rewards(rewards, train, held, args):
+    """UserError, before a model is loaded, if a row's columns are not what the built-in rewards read, or if a
+    reward fails when it is called once."""
     used = [name for name, reward in rewards.items() if reward.path is None]
     for prompt in train + held:
         columns = prompt["columns"]
@@ -1345,17 +1311,17 @@ def check_columns(rewards, train, held, dataset_name):
                 for test in strings_of("tests", columns.get("tests")):
                     compile(test, "the column 'tests'", "exec")  # or no completion of this row could pass
     for name in filter(NEEDS.get, used):
-        found = [prompt["columns"].get(column) for prompt in train for column in NEEDS[name]]
-        require(any(value is not None for value in found),
-                f"--reward_funcs {name} needs a column {' or '.join(map(repr, NEEDS[name]))}; {dataset_name} "
-                f"has {', '.join(train[0]['columns']) or 'no other column than the prompt'}")
+        missing = all(prompt["columns"].get(column) is None for prompt in train for column in NEEDS[name])
+        require(not missing, f"--reward_funcs {name} needs a column "
+                f"{' or '.join(map(repr, NEEDS[name]))}; {args.dataset_name} has "
+                f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
+    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
+          args.reward_timeout)
 
 
 def load_reward(name, weight, args, device):
     """One of --reward_funcs -> (label, Reward). UserError if its file, function or reward model is not there.
-
-    A reward model's function is given `turns` (what the policy saw), `completions` (texts) and `truncated`.
-    """
+    A reward model's is given `turns` (what the policy saw), `completions` (texts) and `truncated`."""
     if name in BUILT_IN:
         return name, Reward(BUILT_IN[name], weight)
     path, colon, part = name.rpartition(":")
@@ -1400,22 +1366,9 @@ def load_rewards(args, device="cpu"):
     return rewards
 
 
-def reward_sources(rewards):
-    """Fingerprints of the files and folders that rewards come from: a changed one is not resumed with."""
-    paths = sorted({reward.path for reward in rewards.values() if reward.path})
-    return [{path: fingerprint_of_file(path)} for path in paths]
-
-
-def like_prompt(text, prompt):
-    """A completion as TRL gives it to a reward function: a message where the prompt is messages."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-
-
 def call_reward(function, given, timeout):
     """Calls the function with those keyword arguments that it names, or all if it takes **kwargs.
-
-    TimeoutError in the middle of it once it has taken `timeout` seconds.
-    """
+    TimeoutError in the middle of it once it has taken `timeout` seconds."""
     def stop(*_):
         raise TimeoutError(f"no answer in {timeout:g} s (--reward_timeout)")
     parameters = inspect.signature(function).parameters
@@ -1430,25 +1383,16 @@ def call_reward(function, given, timeout):
         signal.signal(signal.SIGALRM, before)
 
 
-def first_failure(function, given, places, timeout):
-    """The place of the first completion on which the function fails by itself, or else the whole batch."""
-    lists = {name for name, value in given.items() if isinstance(value, list)}
-    for i, place in enumerate(places):
-        one = {name: given[name][i:i + 1] for name in lists}
-        try:
-            call_reward(function, given | one, timeout)
-        except (Exception, SystemExit):
-            return place
-    return "the whole batch"
-
-
 def checked_values(name, function, given, places, timeout):
     """What the function returns -> N floats, NaN for None. places (N): what an error calls a completion."""
     try:
         values = call_reward(function, given, timeout)
     except (Exception, SystemExit) as error:
-        narrow = not isinstance(error, TimeoutError)
-        where = first_failure(function, given, places, timeout) if narrow else "the whole batch"
+        rows = [] if isinstance(error, TimeoutError) else places
+        for i in range(len(rows)) if rows[1:] else ():  # the first that fails by itself is named
+            one = {k: v[i:i + 1] if isinstance(v, list) else v for k, v in given.items()}
+            checked_values(name, function, one, places[i:i + 1], timeout)
+        where = rows[0] if len(rows) == 1 else "the whole batch"
         raise UserError(f"reward function '{name}' raised {type(error).__name__}: "
                         f"{' '.join(str(error).split())}, on {where}") from error
     returned = f"reward function '{name}' returned"
@@ -1467,10 +1411,8 @@ def checked_values(name, function, given, places, timeout):
 
 def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     """Calls every reward once on all completions -> (values (N, F) fp32, NaN for None; {logged name: value}).
-
     prompts[i] is the prompt of rows[i]. UserError naming the reward and the completion on an exception, a
-    wrong length or type, or a number that is not finite; naming the reward if it takes too long.
-    """
+    wrong length or type, or a number that is not finite; naming the reward if it takes too long."""
     logged, values = {}, []
     texts = [row["text"] for row in rows]
     for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts,
@@ -1478,7 +1420,9 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     for_functions = {name: [prompt["columns"][name] for prompt in prompts] for name in prompts[0]["columns"]}
     for_functions |= {
         "prompts": [prompt["prompt"] for prompt in prompts],
-        "completions": [like_prompt(text, prompt["prompt"]) for text, prompt in zip(texts, prompts)],
+        "completions": [
+            text if isinstance(prompt["prompt"], str) else [{"role": "assistant", "content": text}]
+            for text, prompt in zip(texts, prompts)],  # a message where the prompt is messages
         "completion_ids": [row["completion_ids"] for row in rows],
         "trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
         "log_metric": logged.__setitem__,
@@ -1498,13 +1442,6 @@ def check_weights(names, weights):
     weights = weights or [1.0] * len(names)
     require(any(weights), "--reward_weights are all 0: nothing would be rewarded")
     return weights
-
-
-def try_rewards(rewards, train, held, args):
-    """Checks the rows' columns and calls every reward once; UserError before a model is loaded."""
-    check_columns(rewards, train, held, args.dataset_name)
-    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
-          args.reward_timeout)
 
 
 def mean_of(records):
@@ -1577,10 +1514,8 @@ def exact_match(rows, right):
 
 
 def pass_at_k(n, correct, k):
-    """The chance that at least one of k samples is right, if c of n are: 1 - C(n-c, k) / C(n, k).
-
-    Unbiased; Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2.
-    """
+    """The chance that at least one of k samples is right, if c of n are: 1 - C(n-c, k) / C(n, k). Unbiased;
+    Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
@@ -1596,11 +1531,9 @@ def vote(answers, weights=None):
 
 def verify(answers, right, scores):
     """Inference-time verification -> {"pass@k", "majority@k", "best_of@k", "weighted_vote@k": share right}.
-
     answers: of each of N prompts the n samples' (None: no answer), right: N; scores (N, n) of a reward model,
     or None. For k = 1, 2, 4 ... n the last three choose among the first k samples. A vote's weights are
-    softmax(scores): only differences between a reward model's scores mean anything.
-    """
+    softmax(scores): only differences between a reward model's scores mean anything."""
     n, metrics = len(answers[0]), {}
     for k in sorted({2**i for i in range(n.bit_length())} - {0} | {n}):
         correct = [group.count(truth) for group, truth in zip(answers, right)]
@@ -1631,7 +1564,7 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
     def encode(prompt):
         answer = column_messages(prompt["row"], "demonstration", "assistant")
         require(answer and answer[-1]["role"] == "assistant" and answer[-1]["content"].strip(),
-                "column 'demonstration' does not end with an answer", ValueError)
+                "column 'demonstration' does not end with an answer")
         return upto_answer(encode_conversation(tokenizer, prompt["turns"] + answer)[-1])
 
     given = [(p, p["place"]) for p in prompts if p["row"].get("demonstration") not in (None, "", [])]
@@ -1673,12 +1606,10 @@ def trains_adapter(args):
 
 
 def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
-    """The model, ready to train: trained weights fp32, all others frozen; LoRA and 4-bit as `args` say.
-
-    It is a policy that stops at every id of stop_token_ids or, with score_names, a reward model with one
-    output a name. `device` moves nothing: it says where a 4-bit base will be used. dropout=False sets every
-    rate to 0, since checkpointing needs train() mode.
-    """
+    """The model, ready to train: trained weights fp32, all others frozen; LoRA and 4-bit as `args` say. It is
+    a policy that stops at every id of stop_token_ids or, with score_names, a reward model with one output a
+    name. `device` moves nothing: it says where a 4-bit base will be used. dropout=False sets every rate to 0,
+    since checkpointing needs train() mode."""
     base, adapter = base_and_adapter(args.model_name_or_path)
     scores = score_names and score_config(score_names, tokenizer)
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
@@ -1757,10 +1688,8 @@ def score_config(names, tokenizer):
 
 def load_base(base, args, device="cpu", frozen=False, scores=None):
     """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
-
     With `scores` (a score_config) it is a reward model. A folder with a config but no weights starts from
-    random ones. If they stay frozen they are saved in output_dir/base: an adapter needs its base.
-    """
+    random ones. If they stay frozen they are saved in output_dir/base: an adapter needs its base."""
     dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     options = {"trust_remote_code": args.trust_remote_code}
@@ -1805,11 +1734,9 @@ def nf4(compute_dtype, device):
 
 
 def use_scoring_pad_token(tokenizer):
-    """Gives the tokenizer a pad token that ends no text, and returns its id.
-
-    transformers reads a reward model's score before the last run of pad tokens: were that the EOS of a text,
-    it would read the token before it. Any other token will do; no mask is derived from it.
-    """
+    """Gives the tokenizer a pad token that ends no text, and returns its id. transformers reads a reward
+    model's score before the last run of pad tokens: were that the EOS of a text, it would read the token
+    before it. Any other token will do; no mask is derived from it."""
     stops = stop_token_ids(tokenizer)
     if tokenizer.pad_token_id in (None, *stops):
         others = [tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1]
@@ -1819,11 +1746,9 @@ def use_scoring_pad_token(tokenizer):
 
 
 def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16):
-    """A reward model's folder (full, merged or adapter) -> (names of its scores, score).
-
-    score(conversations: lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the
-    last answer; one that is truncated gets no end-of-turn token.
-    """
+    """A reward model's folder (full, merged or adapter) -> (names of its scores, score); score(conversations:
+    lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the last answer; one that
+    is truncated gets no end-of-turn token."""
     base, adapter = base_and_adapter(folder)
     options = {"trust_remote_code": trust_remote_code}
     with explain(f"{folder} is no reward model that can be loaded"):
@@ -1846,13 +1771,11 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
     def score(conversations, truncated=None):
         answers = [upto_answer(encode_conversation(tokenizer, messages)[-1]) for messages in conversations]
         rows = [answer["input_ids"][-limit:] for answer in answers]
-        for i, cut in enumerate(truncated or []):
-            if cut and rows[i][-1] in stops:
+        for i, no_end in enumerate(truncated or []):
+            if no_end and rows[i][-1] in stops:
                 rows[i] = rows[i][:-1]
-        scores = torch.zeros(len(rows), config.num_labels)
-        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(rows), batch_size):
-            at = by_length[start:start + batch_size]
+        scores, lengths = torch.zeros(len(rows), config.num_labels), [len(row) for row in rows]
+        for at in cut(lengths, batch_size * max(lengths)):
             batch = tokenizer.pad({"input_ids": [rows[i] for i in at]}, padding_side="right",
                                   return_attention_mask=True, return_tensors="pt").to(device)
             scores[at] = model(**batch).logits.float().cpu()
@@ -1883,11 +1806,9 @@ def check_cut(model, checkpoint, args):
 
 
 def make_reference(model, args, device):
-    """The frozen reference policy -> (model to call, context to call it in); says how it is made.
-
-    LoRA on a plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that
-    adapter. Full fine-tuning: a frozen copy of the model. Call it before the first update.
-    """
+    """The frozen reference policy -> (model to call, context to call it in); says how it is made. LoRA on a
+    plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that adapter.
+    Full fine-tuning: a frozen copy of the model. Call it before the first update."""
     adapter = base_and_adapter(args.model_name_or_path)[1]
     if not isinstance(model, PeftModel):
         say("reference a frozen copy of the model")
@@ -1934,17 +1855,14 @@ def save_model(model, tokenizer, folder, state=None):
     with written_whole(folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=state, **options)
         # a reward model generates nothing: its config tells the names of its scores, beside an adapter too
-        config = model.generation_config if model.can_generate() else model.config
-        config.save_pretrained(unfinished)
+        (model.generation_config if model.can_generate() else model.config).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
 
 def merge_adapter(args, model, tokenizer, adapter, device):
-    """Merges the trained model's adapter, saved as `adapter`, into its base and writes merged/.
-
-    A 4-bit base is dequantised first: merging into its original weights, or in 4 bits, is some ten times less
-    exact. It prints how far the logits moved.
-    """
+    """Merges the trained model's adapter, saved as `adapter`, into its base and writes merged/. A 4-bit base
+    is dequantised first: merging into its original weights, or in 4 bits, is some ten times less exact. It
+    prints how far the logits moved."""
     scores = None if model.can_generate() else score_config(list(model.config.id2label.values()), tokenizer)
     base = load_base(base_and_adapter(adapter)[0], args, device, True, scores).to(device)
     ids = torch.arange(64, device=device).view(8, 8) % len(tokenizer)
@@ -1967,18 +1885,15 @@ def merge_adapter(args, model, tokenizer, adapter, device):
 # ---- processes ---------------------------------------------------------------------------------------------
 
 def make_accelerator(args):
-    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it.
-
-    Buffers are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation
-    stays 1, whatever the launcher says: a script divides by the whole step's denominator itself.
-    Every process loads the weights, or what is copied before sharding (a reference) would be empty on some.
-    """
+    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it. Buffers
+    are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation stays 1,
+    whatever the launcher says: a script divides by the whole step's denominator itself. Every process loads
+    the weights, or what is copied before sharding (a reference) would be empty on some."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     require(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "false",
             "DeepSpeed is not supported: use FSDP (fsdp_version: 2) in the accelerate config")
     if args.bf16 is None:
-        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-        cpu = cpu or not torch.accelerator.is_available()
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
                               project_dir=args.output_dir,
@@ -2007,13 +1922,13 @@ def unsharded(module):
 
 
 def whole(value):
-    """A tensor that FSDP has sharded, gathered from all processes on the CPU; anything else as it is."""
+    """A tensor, gathered from all processes on the CPU if FSDP has sharded it."""
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def like(value, parameter):
     """A whole tensor, sharded as the parameter is if it has its shape."""
-    if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         value = value.to(parameter.device)
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
@@ -2030,19 +1945,16 @@ OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"
 
 
 def open_run(args):
-    """Checks args.output_dir and finds where to go on. -> the checkpoint's state or None.
-
-    It removes nothing: Run.start does when data and model have been found good. UserError if the folder holds
-    a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that
-    changes the mathematics differs from the checkpoint's.
-    """
+    """Checks args.output_dir and finds where to go on. -> the checkpoint's state or None. It removes nothing:
+    Run.start does when data and model have been found good. UserError if the folder holds a run and neither
+    --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that changes the
+    mathematics differs from the checkpoint's."""
     require(trains_adapter(args) or not args.load_in_4bit,
             "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
     require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
     require(args.audit or not args.audit_step, "--audit_step is the step to show: add --audit FILE.html")
     if args.audit:  # output_dir is only read, where there is something to resume
-        folder = os.path.dirname(args.audit) or "."
-        require(args.audit.endswith(".html") and os.access(folder, os.W_OK),
+        require(args.audit.endswith(".html") and os.access(os.path.dirname(args.audit) or ".", os.W_OK),
                 f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
     else:
         with explain(f"--output_dir {args.output_dir}", OSError):
@@ -2089,17 +2001,15 @@ def find_checkpoint(args):
     wanted, folder = args.resume_from_checkpoint, os.path.join(args.output_dir, "checkpoints")
     if wanted is None:
         return None, None
-    for old in steps_in(folder) if wanted == "latest" else [wanted]:
-        require(not os.path.exists(os.path.join(old, "state.json")), f"{old} was written by an earlier "
+    for path in reversed(steps_in(folder)) if wanted == "latest" else [wanted]:
+        known = wanted == "latest" or os.path.isdir(path)
+        require(known, f"--resume_from_checkpoint {path}: no such folder (or say 'latest')")
+        require(not os.path.exists(os.path.join(path, "state.json")), f"{path} was written by an earlier "
                 "version, which has to finish this run; or start a new --output_dir")
-    if wanted != "latest":
-        require(os.path.isdir(wanted), f"--resume_from_checkpoint {wanted}: no such folder (or say 'latest')")
-        with explain(f"--resume_from_checkpoint {wanted}"):
-            return wanted, load_checkpoint(wanted)
-    for path in reversed(steps_in(folder)):
         try:
             return path, load_checkpoint(path)
         except Exception as error:
+            require(wanted == "latest", f"--resume_from_checkpoint {path}: {reason_of(error)}")
             say(f"resume   passing over {path}: {reason_of(error)}")
     say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
     return None, None
@@ -2134,15 +2044,8 @@ def load_checkpoint(folder):
     path = os.path.join(folder, "state.pt")
     with zipfile.ZipFile(path) as file:  # torch.load alone does not look at the checksums
         folders = any(info.external_attr for info in file.infolist())  # of which it would read nothing
-        require(not folders and file.testzip() is None, "damaged: its checksums do not fit", ValueError)
+        require(not folders and file.testzip() is None, "damaged: its checksums do not fit")
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def mapped(function, value):
-    """The function applied to all that a dict of dicts holds: bitsandbytes nests its 8-bit moments."""
-    if isinstance(value, dict):
-        return {key: mapped(function, inner) for key, inner in value.items()}
-    return function(value)
 
 
 @torch.no_grad()
@@ -2156,7 +2059,7 @@ def restore(module, optimizer, state):
             p.copy_(like(saved, p))
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = {place: mapped(partial(like, parameter=parameters[place]), values)
+        moments = {place: recursively_apply(like, values, parameters[place])  # 8-bit ones are nested
                    for place, values in state["optimizer"].items()}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -2192,16 +2095,15 @@ def fingerprint(rows):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 class Run:
-    """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once.
-
-    .state is what a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's
-    fingerprint and what the script names; .kept are tensors that go into it too.
-    """
+    """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once. Its .state is what
+    a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's fingerprint and
+    what the script names; .kept are tensors that go into it too."""
 
     def __init__(self, args, **state):
         self.args, self.accelerator = args, make_accelerator(args)
         self.device = self.accelerator.device
         self.place = self.accelerator.process_index, self.accelerator.num_processes
+        # a script's defaults that depend on LoRA or FSDP: they are printed and saved as they were used
         args.resolve(trains_adapter(args), self.accelerator.is_fsdp2)
         self.checkpoint = open_run(args)  # until start: what to go on from, or None
         self.state = {"step": 0, "num_tokens": 0, "data": None} | state
@@ -2220,19 +2122,19 @@ class Run:
         """Updates made so far."""
         return self.state["step"]
 
-    def check_data(self, rows):
-        """Keeps the fingerprint of all that training depends on; UserError if the checkpoint has another."""
-        data = fingerprint(rows)
+    def check_data(self, rows, rewards=()):
+        """Keeps the fingerprint of all that training depends on, of the rewards the files and folders that
+        they come from; UserError if the checkpoint has another."""
+        paths = sorted({reward.path for reward in rewards} - {None})
+        data = fingerprint([*rows, *({path: fingerprint_of_file(path)} for path in paths)])
         require(self.state["data"] in (None, data), "the checkpoint was written with other training data or "
                 "rewards (or another chat template or tokenizer): give the same, or a new --output_dir")
         self.state["data"] = data
 
     def prepare(self, module, optimizer):
-        """accelerate's prepare -> (wrapped module, optimizer); what is saved is `module`.
-
-        Under FSDP2 the forward runs under autocast, as accelerate does elsewhere: FSDP's own bf16 would round
-        what comes out. One forward is made at once, which FSDP needs before `unsharded`.
-        """
+        """accelerate's prepare -> (wrapped module, optimizer); what is saved is `module`. Under FSDP2 the
+        forward runs under autocast, as accelerate does elsewhere: FSDP's own bf16 would round what comes out.
+        One forward is made at once, which FSDP needs before `unsharded`."""
         sharded = self.accelerator.is_fsdp2
         if sharded:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -2262,8 +2164,12 @@ class Run:
                 shutil.rmtree(path, ignore_errors=True)
                 with suppress(FileNotFoundError):
                     os.remove(path)
-            elif path.endswith(".jsonl"):
-                cut_back(path, self.step)
+            elif path.endswith(".jsonl") and os.path.exists(path):
+                # what a killed run wrote after its last checkpoint is written again; half a line may end it
+                with open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept:
+                    with suppress(ValueError):
+                        kept.writelines(takewhile(lambda line: json.loads(line)["step"] <= self.step, file))
+                os.replace(path + ".tmp", path)
         if self.writes:
             with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
                 json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
@@ -2291,12 +2197,10 @@ class Run:
 
     def micro_batches(self, groups, fields=(), module=None, micro_batch_tokens=None):
         """The rows of one step as padded micro-batches (pad_rows), longest first. `groups` are rows, or lists
-        of rows that stay together, as pairs do: then all chosen rows come first.
-
-        The gradients of `module`, where one is trained, are synchronised in the last alone. A micro-batch has
-        .rows, .places (of its groups in the step) and .last too. Every process gets equally many: a missing
-        one has no rows, and tensors of rows whose mask and fields are 0.
-        """
+        of rows that stay together, as pairs do: then all chosen rows come first. The gradients of `module`,
+        where one is trained, are synchronised in the last alone. A micro-batch has .rows, .places (of its
+        groups in the step) and .last too. Every process gets equally many: a missing one has no rows, and
+        tensors of rows whose mask and fields are 0."""
         groups = [group if isinstance(group, list) else [group] for group in groups]
         lengths = [len(group) * max(len(row["input_ids"]) for row in group) for group in groups]
         batches = cut(lengths, micro_batch_tokens or self.args.micro_batch_tokens, *self.place)
@@ -2338,10 +2242,6 @@ class Run:
         outputs = self.over_rows(rows, lambda mb: module(mb.input_ids, mb.mask, temperature))
         for row, values in zip(rows, outputs):
             row |= {name: x[:len(row["input_ids"])] for name, x in zip(names, values)}
-
-    def sums(self):
-        """What a step adds up: see Sums."""
-        return Sums(self)
 
     def write(self, name, record):
         """One line of metrics.jsonl or samples.jsonl."""
@@ -2435,10 +2335,9 @@ class Run:
         folder = os.path.join(self.args.output_dir, "checkpoints")
         weights = {name: whole(p) for name, p in self.module.named_parameters() if p.requires_grad}
         state = {**self.state, "weights": weights, "kept": self.kept, "args": asdict(self.args),
-                 "optimizer": mapped(whole, self.optimizer.state_dict()["state"])}
+                 "optimizer": recursively_apply(whole, self.optimizer.state_dict()["state"])}
         finite = []
-        mapped(lambda x: finite.append(not torch.is_tensor(x) or x.sum().isfinite()),
-               {0: weights, 1: state["optimizer"]})
+        recursively_apply(lambda x: finite.append(x.sum().isfinite()), [weights, state["optimizer"]])
         require(all(finite), f"step {self.step}: the weights are no longer finite and are not saved; the "
                 "checkpoints are whole. Try a lower --learning_rate")
         if self.accelerator.is_main_process:
@@ -2468,19 +2367,6 @@ class Run:
             finish(self.args, self.accelerator, model, self.tokenizer)
 
 
-def cut_back(path, step):
-    """Keeps the lines up to `step`: what a killed run wrote after its last checkpoint is written again."""
-    if not os.path.exists(path):
-        return
-    with (open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept,
-          suppress(ValueError)):  # half a line: the run was killed while writing it
-        for line in file:
-            if json.loads(line)["step"] > step:
-                break
-            kept.write(line)
-    os.replace(path + ".tmp", path)
-
-
 class Sums:
     """What a step adds up over its micro-batches. One add() feeds metrics and page: they cannot differ."""
 
@@ -2491,11 +2377,8 @@ class Sums:
     def add(self, mb, parts, shown=None, mask=None, page=None):
         """One micro-batch. parts {name: tensor of any shape} are summed; "loss" (B, T): what each token adds
         to the step's loss. shown {name: (B, T)}: averaged over the tokens of mask (B, T), else of mb.mask.
-
-        The page shows these and what is in mb; or `page()` -> {"share": (B, T), "mask": (B, T), "columns":
-        {name: (B, T) or (B, 1)}, "constants": (B,) what a row adds at no token} where a loss is no sum over
-        tokens.
-        """
+        The page shows these and what is in mb; or, where a loss is no sum over tokens, `page()` -> {"share",
+        "mask": (B, T), "columns": {name: (B, T) or (B, 1)}, "constants": (B,), a row's share at no token}."""
         mask = mb.mask if mask is None else mask
         means = {"trained_tokens": mask, **shown} if shown else {}
         for name, x in means.items():
@@ -2533,9 +2416,8 @@ class Sums:
 
 PAGE_ROWS = 64  # rows that are shown in full; of the others the sum is stated
 HEADINGS = {"logprobs": "log-prob", "old_logprobs": "old log-prob", "ref_logprobs": "ref. log-prob",
-            "sampled_logprobs": "sampled log-prob", "nll_weight": "NLL weight",
-            "token_rewards": "reward", "values": "old value", "new_values": "value", "returns": "return",
-            "advantages": "advantage"}
+            "sampled_logprobs": "sampled log-prob", "nll_weight": "NLL weight", "token_rewards": "reward",
+            "values": "old value", "new_values": "value", "returns": "return", "advantages": "advantage"}
 
 AUDIT_PAGE = string.Template(r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$name, step $step</title>
@@ -2581,14 +2463,10 @@ const token = e => e.target.closest && e.target.closest('.tokens span');
 function show(t) {
   document.querySelectorAll('.on').forEach(x => x.classList.remove('on'));
   t.classList.add('on');
-  const table = t.closest('article').querySelector('table'), list = document.createElement('dl');
-  const cells = table.tBodies[0].rows[[...t.parentNode.children].indexOf(t)].cells;
-  [...table.tHead.rows[0].cells].forEach((head, k) => {
-    const box = list.appendChild(document.createElement('div'));
-    box.appendChild(document.createElement('dt')).textContent = head.textContent;
-    box.appendChild(document.createElement('dd')).textContent = cells[k].textContent.trim() || '–';
-  });
-  panel.replaceChildren(list);
+  const [head, ...rows] = t.closest('article').querySelector('table').rows;
+  const cells = rows[[...t.parentNode.children].indexOf(t)].cells;
+  panel.innerHTML = '<dl>' + [...head.cells].map((name, k) =>
+    '<div><dt>' + name.innerHTML + '<dd>' + (cells[k].innerHTML.trim() || '–') + '</div>').join('') + '</dl>';
   panel.hidden = false;
 }
 every.forEach(row => [...row.children].forEach((t, i) => t.tabIndex = i ? -1 : 0));
@@ -2608,11 +2486,9 @@ addEventListener('keydown', e => {
 
 
 def page_rows(mb, share, mask, columns, constants=None):
-    """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})].
-
+    """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})], with
     share (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of
-    other shapes are left out; constants (B,): what a row adds at no token.
-    """
+    other shapes are left out; constants (B,): what a row adds at no token."""
     kept = {"mask": mask}
     if "clip_ratio/low_mean" in columns:  # -1, 0 or 1: an arrow
         columns = columns | {"clipped": columns["clip_ratio/high_mean"].float()
@@ -2666,8 +2542,7 @@ def page_row(title, note, texts, columns, greatest):
 
 def write_page(run, rows, loss, about):
     """--audit FILE.html: `rows` of page_rows as one page that loads nothing and has its tables without
-    JavaScript too; `about` says how the shares are made. UserError if they do not add up to the step's loss.
-    """
+    JavaScript too; `about` says how shares are made. UserError if they do not add up to the step's loss."""
     args, rows = run.args, sorted(rows, key=lambda row: row[0])
     parts = [constant + columns["share"].sum().item() for *_, constant, columns in rows]
     total = math.fsum(parts)

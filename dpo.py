@@ -306,7 +306,7 @@ def pair_shares(mb, args):
 def evaluate(model, policy, pairs, add_reference, run):
     """-> (the figures of held-out pairs and, where they have answers, greedy eval/accuracy; its table)."""
     model.eval()
-    sums = run.sums()
+    sums = common.Sums(run)
     for mb in run.micro_batches(groups_of(pairs), FIELDS):
         add_reference(mb)
         mb.logprobs, _, _ = policy(mb.input_ids, mb.mask)
@@ -407,7 +407,7 @@ def main(args):
         groups = groups_of([train[i] for i in numbers])  # the denominator is that of the whole step
 
         # 4. The gradient, a micro-batch at a time: any cut gives the same.
-        sums = run.sums()
+        sums = common.Sums(run)
         for mb in run.micro_batches(groups, FIELDS, policy):  # (2B, T), or (2B, 1): a number a row
             add_reference(mb)  # first: it may switch adapters, and backward runs the policy's layers again
             mb.logprobs, _, _ = policy(mb.input_ids, mb.mask)  # (2B, T), 0 where the mask is 0

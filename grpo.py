@@ -594,7 +594,7 @@ def main(args):
     rewards = common.load_rewards(args, run.device)
     train, held = common.load_prompts(args, run.tokenizer)
     gate = common.add_demonstrations(train, rewards, args, run.tokenizer)  # None without --demo_threshold
-    run.check_data([*train, *common.reward_sources(rewards)])
+    run.check_data(train, rewards.values())
     common.try_rewards(rewards, train, held, args)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
     rollouts = number_of_rollouts(args, train, held, updates)
@@ -654,7 +654,7 @@ def main(args):
             has_nll = any(row["nll"] for row in chosen)  # on every process: they add up the same names
 
             # 7. The gradient, a micro-batch at a time: any cut gives the same.
-            sums = run.sums()
+            sums = common.Sums(run)
             for mb in run.micro_batches(chosen, fields, policy):  # tensors (B, T), or (B, 1): a number a row
                 mb.logprobs, entropy, _ = policy(mb.input_ids, mb.mask, args.temperature)  # (B, T)
                 # A demonstration is in the NLL alone: with mask and log-probs 0 its ratio is 1 and its k3 0.

@@ -626,7 +626,7 @@ def main(args):
     rewards = common.load_rewards(args, run.device)
     train, held = common.load_prompts(args, run.tokenizer)
     demonstrations = load_demonstrations(args, run.tokenizer, held) if args.sft_dataset else []
-    run.check_data([*train, *demonstrations, *common.reward_sources(rewards)])
+    run.check_data([*train, *demonstrations], rewards.values())
     common.try_rewards(rewards, train, held, args)
     completions = min(len(train), args.batch_size) * args.num_generations
     require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
@@ -687,7 +687,7 @@ def main(args):
             extra = nll_rows(demonstrations, run.step, len(sampled), args)
 
             # 7. The gradient, a micro-batch at a time: any cut gives the same.
-            sums = run.sums()
+            sums = common.Sums(run)
             for mb in run.micro_batches(chosen + extra, fields, policy):  # (B, T), or (B, 1): a number a row
                 mb.logprobs, mb.new_values, entropy = policy(mb.input_ids, mb.mask, args.temperature)
                 # A demonstration is in the NLL alone: with mask and log-probs 0 its ratio is 1.

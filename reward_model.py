@@ -324,7 +324,7 @@ def main(args):
 
         # 4. The gradient, a micro-batch at a time: any cut gives the same, but for dropout.
         torch.manual_seed(stream(args.seed, "dropout", step, run.place[0]).initial_seed())
-        sums = run.sums()
+        sums = common.Sums(run)
         for mb in run.micro_batches(groups, module=scorer):  # input_ids and mask (B, T), whole pairs
             losses, scores = score_and_loss(scorer, mb, names, args)  # (N,) and (N, 2) or (N, K)
             # What each token adds to the step's loss, (B, T). It is all at the last one; a pair's is halved.

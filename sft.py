@@ -423,7 +423,7 @@ def main(args):
         torch.manual_seed(stream(args.seed, "dropout", run.step, process).initial_seed())
 
         # 4. The gradient, a micro-batch at a time: any cut gives the same, but for dropout.
-        sums = run.sums()
+        sums = common.Sums(run)
         for mb in run.micro_batches(rows, module=policy):  # tensors (B, T)
             delta = starting_delta(model, mb, args, run.step)  # (B, T, d), or None
             # DDP synchronises one backward a step: the last one, in the last micro-batch fgm's second
