@@ -193,8 +193,9 @@ def test_raw_text_has_one_bos_and_one_eos_and_all_of_it_counts(tokenizer):
 
 def test_a_template_without_an_end_of_turn_token_gets_eos():
     t = make_tokenizer(BARE)
-    assert encode(t, chat("a", "b", "c", "d")) == [
-        "user:\na\nassistant:\n[[b]]\nuser:\nc\nassistant:\n[[d<|end|>]]"]
+    assert encode(t, chat("a", "b", "c", "d")) == [  # a row each: no answer may be trained without its end
+        "user:\na\nassistant:\n[[b<|end|>]]",
+        "user:\na\nassistant:\nb\nuser:\nc\nassistant:\n[[d<|end|>]]"]
     assert encode(t, chat("a", "b"), completion_only_loss=False) == ["[[user:\na\nassistant:\nb<|end|>]]"]
     assert common.stop_token_ids(t) == [t.eos_token_id]
 
@@ -247,7 +248,7 @@ def test_a_token_that_is_half_prompt_stays_untrained_and_is_counted(trim):
     t = make_tokenizer(template, corpus=["Q: two= four", "= four", "= four five"] * 20, trim=trim)
     messages = chat("two", "four five")
     prompt, (example,) = common.encode_prompt(t, messages[:1]), common.encode_conversation(t, messages)
-    assert example["input_ids"][:len(prompt)] != prompt and example["moved"] == 1
+    assert example["input_ids"][:len(prompt)] != prompt and example["notes"] == {common.MOVED: 1}
     text = marked(t, example)
     assert text.replace("[[", "").replace("]]", "") == "Q: two= four five<|end|>"
     assert text.startswith("Q: two= f") and text.endswith("five<|end|>]]") and "[[" in text
@@ -332,8 +333,8 @@ def test_make_row_never_trains_on_token_0():
 
 
 def test_upto_answer_ends_with_the_end_of_turn_and_keeps_the_rest(tokenizer):
-    part = {"input_ids": [1, 2, 3, 4, 5, 6], "mask": [0, 1, 0, 1, 0, 0], "moved": 1}
-    assert common.upto_answer(part) == {"input_ids": [1, 2, 3, 4], "mask": [0, 1, 0, 1], "moved": 1}
+    part = {"input_ids": [1, 2, 3, 4, 5, 6], "mask": [0, 1, 0, 1, 0, 0], "notes": {"x": 1}}
+    assert common.upto_answer(part) == {"input_ids": [1, 2, 3, 4], "mask": [0, 1, 0, 1], "notes": {"x": 1}}
     assert part["mask"] == [0, 1, 0, 1, 0, 0]
     chatml = TEMPLATES["chatml"][0]
     (part,) = common.encode_conversation(chatml, chat("a", "b"))
