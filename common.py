@@ -866,7 +866,7 @@ def read_items(name, args, tokenizer, formats, convert, also=()):
     items = convert_rows(rows, checked, args.skip_bad_rows, name)
     say(f"data     {name}: format {format}, {len(rows):,} rows")
     if unused:
-        say("data     not used: " + ", ".join(f"{what} ({n:,} rows)" for what, n in unused.items()))
+        say("data     not used: " + ", ".join(f"{what} ({n:,} rows)" for what, n in sorted(unused.items())))
     warn_of_texts(tokenizer, items, formats[format])
     return items, format
 

@@ -416,8 +416,8 @@ def load_demonstrations(args, tokenizer, held):
     kept = [item for item in items if common.prompt_key(item[0].get("messages", [])) not in held]
     rows = common.encode_rows(kept, lambda conversation, row: common.encode_sft(tokenizer, conversation),
                               longest, counts, args.skip_bad_rows)
-    say(f"data     {len(rows):,} examples of at most {longest} tokens for the SFT term; {len(items) - len(kept):,}"
-        f" rows of held-out prompts left out{common.counted(counts)}")
+    say(f"data     {len(rows):,} examples for the SFT term; {len(items) - len(kept):,} rows of held-out "
+        f"prompts left out{common.counted(counts)}")
     require(rows, f"{args.sft_dataset}: no row to train on is left")
     return rows
 
