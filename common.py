@@ -518,7 +518,7 @@ def load_tokenizer(args):
     path = args.chat_template_path
     if path:
         with (explain(f"cannot read --chat_template_path {path}", (OSError, UnicodeDecodeError)),
-              open(path, encoding="utf-8-sig") as file):
+              open(path, encoding="utf-8") as file):
             tokenizer.chat_template = file.read()
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
