@@ -9,6 +9,7 @@ Sections   errors · arguments · rows and micro-batches · decoding · tokens a
            the audit page
 """
 
+import ast
 import asyncio
 import copy
 import csv
@@ -39,8 +40,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from functools import lru_cache, partial
-from itertools import groupby, repeat, takewhile
+from itertools import accumulate, groupby, repeat, takewhile
 from operator import ge, gt, itemgetter, le, lt
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
@@ -154,6 +156,7 @@ class Args:
     trust_remote_code: bool = arg(False, "run Python code that comes with the model")
     chat_template_path: str | None = arg(None, "Jinja file that replaces the chat template")
     chat_template_kwargs: str | None = arg(None, "JSON object of values that the chat template is given")
+    date: str | None = arg(None, "what a chat template takes for today; default: the day the run began")
     load_in_4bit: bool = arg(False, "QLoRA: hold the frozen base in 4 bits (NF4, double quantisation)")
     lora_r: int = arg(0, "rank of the LoRA adapters; 0 trains all weights", least=0)
     lora_alpha: int = arg(32, "scale of LoRA: its update is multiplied by lora_alpha / lora_r")
@@ -200,6 +203,8 @@ class Args:
                 "nothing to do: give --max_steps or --num_train_epochs")
         require(self.dataset_name,
                 "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
+        with explain(f"--date {self.date}: expected a day such as 2026-03-01", ValueError):
+            datetime.strptime(self.date or "2026-03-01", "%Y-%m-%d")
         tracker = self.log_with  # without its package accelerate would go on unlogged
         require(tracker is None or importlib.util.find_spec(tracker),
                 f"--log_with {tracker} needs the package '{tracker}': pip install {tracker}")
@@ -335,7 +340,7 @@ def parse_args(args_class, argv=None):
     if example:
         before = os.path.join(args.output_dir, "args.json")
         if os.path.exists(before) and not args.audit and not typed["overwrite_output_dir"]:
-            with explain(f"{before} is not readable", (OSError, ValueError)), open(before) as file:
+            with explain(f"{before} is not readable", (OSError, ValueError)), open(before, "rb") as file:
                 theirs = json.load(file).get("model_name_or_path")
             require(theirs == args.model_name_or_path, f"{args.output_dir} holds a run of {theirs}, which "
                     "the small example would replace: choose another --output_dir, or --overwrite_output_dir")
@@ -508,16 +513,45 @@ def load_tokenizer(args):
                      (ValueError, TypeError)):
             # saved with the tokenizer: a reward model scores what it was trained on
             tokenizer.init_kwargs["template_kwargs"] = {**json.loads(args.chat_template_kwargs or "{}")}
+    if isinstance(tokenizer.chat_template, str):  # a byte order mark would begin every prompt
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
+    if "strftime_now" in tokenizer.get_chat_template():
+        tokenizer.init_kwargs["template_date"] = args.date  # saved: a reward model scores by the same day
+        say(f"template it shows today's date, which is {args.date} in all of this run (--date)")
     with explain(path or f"the tokenizer of {source}", ValueError):  # not to be blamed on the data
-        trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
-        check_whole(render(tokenizer, trial), trial)
+        check_template(tokenizer)
     return tokenizer
+
+
+def check_template(tokenizer):
+    """ValueError if the template loses messages, or has a header for answers that prompts would lack."""
+    trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
+    text, asked = render(tokenizer, trial), render(tokenizer, trial[:1])
+    check_whole(text, trial)
+    header = text[len(asked):].partition("a first answer")[0].strip()
+    ignored = text.startswith(asked) and render(tokenizer, trial[:1], add_generation_prompt=True) == asked
+    require(not (ignored and header), f"the chat template has no generation prompt: '{header}' before an "
+            "answer would be trained and no prompt would end with it; end the template with {% if "
+            f"add_generation_prompt %}}{header}{{% endif %}}")
+
+
+def on_day(template, date):
+    """The template with the date written out: today's would be an input that no run keeps. ValueError."""
+    def written(call):
+        return repr(datetime.strptime(date, "%Y-%m-%d").strftime(call[2]))
+    fixed = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", written, template)
+    require("strftime_now(" not in fixed, "the chat template asks for the date in a way that cannot be held "
+            "fixed; give another --chat_template_path")
+    return fixed
 
 
 def render(tokenizer, messages, add_generation_prompt=False):
     """The chat template applied, as text with special tokens. ValueError with the template's complaint."""
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     options = tokenizer.init_kwargs.get("template_kwargs", {})
+    date = tokenizer.init_kwargs.get("template_date")
+    if date:
+        options = options | {"chat_template": on_day(tokenizer.get_chat_template(), date)}
     try:
         return tokenizer.apply_chat_template(plain, tokenize=False,
                                              add_generation_prompt=add_generation_prompt, **options)
@@ -548,11 +582,15 @@ def stop_token_ids(tokenizer, generation_config=None):
 
 @lru_cache
 def end_of_turn(tokenizer, template):
-    """The id of the special token that the template puts after an answer, or None; kept for each template."""
-    text = render(tokenizer, [turn("user", "hi"), turn("assistant", "stopword")])
-    after = text.rpartition("stopword")[2].lstrip()
-    after = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return after[0] if after and after[0] in tokenizer.added_tokens_decoder else None
+    """The id of the special token that the template puts after an answer, or else before the next question
+    (GLM-4), or None; kept for each template."""
+    asked, said = turn("user", "hi"), turn("assistant", "stopword")
+    for messages in ([asked, said], [asked, said, asked]):
+        after = render(tokenizer, messages).rpartition("stopword")[2].lstrip()
+        after = tokenizer(after, add_special_tokens=False)["input_ids"]
+        if after and after[0] in tokenizer.added_tokens_decoder:
+            return after[0]
+    return None
 
 
 def encode_prompt(tokenizer, messages):
@@ -562,9 +600,16 @@ def encode_prompt(tokenizer, messages):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+# what encode_conversation notes of a row
+MOVED = "with a span moved to a token boundary"
+UNASKED = ("with an answer that does not begin as the chat template's generation prompt does (<think>?): "
+           "other text is trained than will be sampled")
+
+
 def find_answer(tokenizer, messages, k, text):
-    """Where message k, without its header, stands in `text`, the rendering of all messages -> (start, end).
-    None if the template renders it, or what precedes it, differently once more messages follow."""
+    """Where message k, without its header, stands in `text`, the rendering of all messages -> (start, end,
+    whether the generation prompt precedes it). None if the template renders it, or what precedes it,
+    differently once more messages follow."""
     head = render(tokenizer, messages[:k], add_generation_prompt=True)
     upto = text if k == len(messages) - 1 else render(tokenizer, messages[:k + 1])
     start = len(head)
@@ -575,24 +620,28 @@ def find_answer(tokenizer, messages, k, text):
         start = min(start, at) if at >= 0 else start  # both may begin with "<"
         if not text.startswith(before):
             return None
-    return (start, len(upto)) if text.startswith(upto) else None
+    return (start, len(upto), text.startswith(head)) if text.startswith(upto) else None
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
-    """messages -> [{"input_ids": [...], "mask": [...], "moved": n}], usually one. ValueError. An answer is
-    what the final rendering has from the end of the generation prompt to the end-of-turn token, which is
-    included. A template that rewrites earlier turns (thinking models) gives a row for each trained turn.
-    `moved` counts tokens that belong half to an answer and half to what surrounds it: not trained."""
+    """messages -> [{"input_ids": [...], "mask": [...], "notes": Counter}], usually one. ValueError. An answer
+    is what the final rendering has from the end of the generation prompt to the first stop token, which is
+    included: nothing after it is ever sampled. A template that rewrites earlier turns (thinking models), or
+    ends none but the last, gives a row for each trained turn. `notes` is for the printed report. A token that
+    belongs half to an answer and half to what surrounds it is not trained."""
     text = render(tokenizer, messages)
     trained = [k for k, message in enumerate(messages) if message["train"]]
+
+    def a_row_a_turn():
+        parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
+        return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
     if not completion_only_loss:
         trained = trained[-1:]  # everything counts; only the end is to be found
     spans = [find_answer(tokenizer, messages, k, text) for k in trained]
     if None in spans:
         require(trained != [len(messages) - 1],
                 "the chat template changes the prompt when the answer follows it")
-        parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
-        return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
+        return a_row_a_turn()
     check_whole(text, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
@@ -600,20 +649,24 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
     # some tokenizers leave a token's leading space out of its offsets
     starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends])]
     mask = [0 if completion_only_loss else 1] * len(ids)
-    moved, stops = 0, set(stop_token_ids(tokenizer))
-    for start, end in spans:
+    stops, notes = set(stop_token_ids(tokenizer)), Counter()
+    for start, end, asked in spans:
         first, last = bisect_left(starts, start), bisect_right(ends, end)
-        moved += (first > 0 and ends[first - 1] > start) + (last < len(ids) and starts[last] < end)
-        backwards = range(last, first, -1)
-        stop = next((i for i in backwards if ids[i - 1] in stops), None)
-        if stop is None:  # no end-of-turn token: trailing white space belongs to the template
+        moved = (first > 0 and ends[first - 1] > start) or (last < len(ids) and starts[last] < end)
+        notes |= Counter({MOVED: moved, UNASKED: not asked})
+        # the token after the span may be the next role's, with which some templates end an answer
+        stop = next((i + 1 for i, token in enumerate(ids[first:last + 1], first) if token in stops), None)
+        if stop is None and completion_only_loss and end < len(text):
+            return a_row_a_turn()  # so that each answer has an end
+        if stop is None:  # trailing white space belongs to the template
+            backwards = range(last, first, -1)
             stop = next((i for i in backwards if text[starts[i - 1]:ends[i - 1]].strip()), first)
             if end == len(text):  # and EOS takes its place
                 ids = ids[:stop] + [tokenizer.eos_token_id]
                 mask = mask[:stop] + [1]
         mask[first:stop] = [1] * (stop - first)
     require(any(mask), "no trained token is left after tokenizing")
-    return [{"input_ids": ids, "mask": mask, "moved": moved}]
+    return [{"input_ids": ids, "mask": mask, "notes": notes}]
 
 
 # ---- showing things to a person ----------------------------------------------------------------------------
@@ -671,6 +724,16 @@ PAIR_FORMATS = {"sharegpt_pair": ("conversations", "chosen", "rejected"),
                 "prompt_pair": ("prompt", "chosen", "rejected"), "conversation_pair": ("chosen", "rejected")}
 SCORE_FORMATS = {"prompt_completion_score": ("prompt", "completion", "score")}
 SIDES = ("chosen", "rejected")
+
+# What a row may hold beside its format's columns, and a message beside its role and text. BESIDE is used, by
+# the format's first column; MEANT, and LEFT_OUT of messages and of strings beside a prompt, would change what
+# is said: refused where they hold something. All else is counted and named (or reaches the reward functions).
+BESIDE = {"instruction": {"input", "history", "system"}, "prompt": {"history", "system"},
+          "question": {"history", "system"}, "text": set()}  # of conversations: the system message
+MEANT = {"tools", "functions", "documents", "image", "images", "audio", "audios", "video", "videos",
+         "system_prompt", "chat_template_kwargs"}
+LEFT_OUT = {"thinking", "reasoning", "reasoning_content", "tool_calls", "function_call", "refusal"}
+WEIGHTS = {"weight", "train", "training", "loss"}  # of messages: 1 (true) counts, 0 (false) does not
 
 
 def read_rows(name, skip_bad_rows=False):
@@ -770,19 +833,69 @@ def find_format(rows, formats, chosen=None):
     return chosen or fitting[0]
 
 
-def read_items(name, args, formats, convert):
-    """-> ([(converted, row, place)], format) of a dataset; convert is to_conversation or the like."""
-    rows = read_rows(name, args.skip_bad_rows)
+def read_items(name, args, tokenizer, formats, convert, also=()):
+    """-> ([(converted, row, place)], format) of a dataset; convert is to_conversation or the like. `also` are
+    columns that the caller uses, None if all are. What is not used, and what looks wrong, is said."""
+    rows, unused = read_rows(name, args.skip_bad_rows), Counter()
     format = find_format(rows, formats, args.format)
-    items = convert_rows(rows, lambda row: convert(row, format, args.system_prompt), args.skip_bad_rows, name)
+
+    def checked(row):
+        spare = unused_names(row, formats[format], also)
+        converted = convert(row, format, args.system_prompt)
+        unused.update(spare)
+        return converted
+    items = convert_rows(rows, checked, args.skip_bad_rows, name)
     say(f"data     {name}: format {format}, {len(rows):,} rows")
+    if unused:
+        say("data     not used: " + ", ".join(f"{what} ({n:,} rows)" for what, n in sorted(unused.items())))
+    warn_of_texts(tokenizer, items, formats[format])
     return items, format
 
 
-def read_split(args, formats, convert, key, counts=None):
+def unused_names(row, columns, also):
+    """The columns of a row, and the keys of its messages, that hold something and are not used -> {name}.
+    ValueError if one would change what the row says."""
+    beside, spare = BESIDE.get(columns[0], {"system"}), set()
+    used, refused = beside.union(columns), MEANT | {"system", "history"}
+    if also is not None:  # else reward functions are given them
+        refused |= {"weight", "train"} | (LEFT_OUT | {"input"} if "history" in beside else set())
+    for name, value in row.items():
+        if name in used:
+            messages = unpacked(value) if name in columns else None
+            messages = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+            keys = {key for m in messages for key in m} - {"role", "from", "content", "value"} - WEIGHTS
+            spare |= {f"'{key}' of messages" for key in keys}
+        elif value not in (None, "", [], {}, "[]", "{}"):
+            whole = name in ("weight", "train") and value in (1, "1", "1.0")
+            require(name not in refused or whole, f"column '{name}' would change what the row says and is "
+                    f"not used beside {', '.join(columns)}: remove it, or put it into them")
+            spare |= {f"column '{name}'"} if also is not None and name not in also else set()
+    return spare
+
+
+def warn_of_texts(tokenizer, items, columns):
+    """Says how many rows have text that the tokenizer takes for special tokens, or answers that repeat the
+    prompt, and shows where."""
+    def say_where(places, what):
+        if places:
+            say(f"warning  {len(places):,} rows have {what}: {', '.join(places[:3])}")
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(sorted(map(re.escape, tokens), key=len, reverse=True)) or "(?!)")
+    found = [(special.search(repr(said)), place) for said, _, place in items]  # its keys hold no token
+    say_where([f"{token[0]} ({place})" for token, place in found if token],
+              "text that the tokenizer reads as special tokens")
+    twice = []
+    for _, row, place in items:
+        prompt, *answers = (str(row.get(name)).strip() for name in columns)
+        twice += [place] * (prompt != "" and any(answer.startswith(prompt) for answer in answers))
+    if 2 * len(twice) >= len(items) and columns[0] in BESIDE:  # of a few it may be the answer
+        say_where(twice, "answers that begin with the whole prompt, which then comes in twice")
+
+
+def read_split(args, tokenizer, formats, convert, key, counts=None, also=()):
     """-> (training items, held-out items, [the format of each file]). Without --eval_dataset_name, hold_out
     splits by key(converted). With `counts` (a Counter) repeated training rows are dropped and counted."""
-    items, format = read_items(args.dataset_name, args, formats, convert)
+    items, format = read_items(args.dataset_name, args, tokenizer, formats, convert, also)
     if counts is not None:
         unique = {}
         for item in items:
@@ -790,7 +903,7 @@ def read_split(args, formats, convert, key, counts=None):
         counts["duplicates dropped"] += len(items) - len(unique)
         items = list(unique.values())
     if args.eval_dataset_name:
-        held, held_format = read_items(args.eval_dataset_name, args, formats, convert)
+        held, held_format = read_items(args.eval_dataset_name, args, tokenizer, formats, convert, also)
         return items, held, [format, held_format]
     train, held = hold_out(items, [key(converted) for converted, _, _ in items], args.eval_fraction)
     return train, held, [format]
@@ -813,10 +926,14 @@ def hold_out(items, prompts, fraction, most=200):
     return parts
 
 
+def counted(counts):
+    """A Counter of what happened to rows, as the end of a printed line."""
+    return "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
+
+
 def say_split(args, train, held, noun, counts):
     """Says how many there are and what `counts` counted; UserError if none is left to train on."""
-    notes = "".join(f"; {n:,} {what}" for what, n in counts.items() if n)
-    say(f"data     {len(train):,} {noun}s to train on, {len(held):,} to evaluate{notes}")
+    say(f"data     {len(train):,} {noun}s to train on, {len(held):,} to evaluate{counted(counts)}")
     require(train, f"{args.dataset_name}: no {noun} to train on is left")
 
 
@@ -851,9 +968,36 @@ def turn(role, content, train=True):
     return {"role": role, "content": content, "train": train and role == "assistant"}
 
 
+def unpacked(value):
+    """Messages that a CSV has turned into text, JSON or Python's repr, as a list again; any other value as it
+    is. ValueError where such text cannot be read."""
+    if not isinstance(value, str) or not re.match(r"\s*[\[{]", value):
+        return value
+    with suppress(*UNREADABLE):
+        found = parsed(value)
+        messages = found if isinstance(found, list) else [found]
+        told = [str(m.get("role", m.get("from"))) for m in messages if "content" in m or "value" in m]
+        return messages if ROLES.keys() & told and len(told) == len(messages) else value
+    torn = re.match(r"(?s)\s*\[\s*\{.*\}\s*\]\s*$", value) and re.search(r"(['\"])(role|from)\1\s*:", value)
+    check_value(not torn, "messages as text that is neither JSON nor Python's repr (write .jsonl):", value)
+    return value
+
+
+UNREADABLE = (ValueError, SyntaxError, RecursionError, MemoryError, AttributeError, TypeError)  # raised by
+
+
+def parsed(text):
+    """JSON, or else Python's repr -> its value. ValueError, SyntaxError and the like."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text.strip())
+
+
 def to_messages(value, train=True):
     """A list of {"role", "content"} or {"from", "value"} -> [turn]. ValueError with the reason. `train` is
     for the assistant's turns; a message's own "weight" 0 (OpenAI fine-tuning files) takes it out."""
+    value = unpacked(value)
     check_value(isinstance(value, list) and value, "expected a non-empty list of messages, got", value)
     messages = []
     for number, message in enumerate(value):
@@ -864,35 +1008,82 @@ def to_messages(value, train=True):
         require(isinstance(role, str) and role in ROLES, f"{at} has the unknown role {role!r}"
                 f"{' (tool calls are not supported)' if is_tool else ''}; "
                 "known are system, user (human), assistant (gpt)")
-        for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
-            require(not message.get(key), f"{at} has {key}, which is not supported")
+        for key in sorted((MEANT | LEFT_OUT).intersection(message)):  # never dropped without a word
+            require(not message[key], f"{at} has {key}, which is not supported: put it into the content as "
+                    "the chat template shows it, or remove it")
+        weights = [message[key] for key in WEIGHTS.intersection(message) if message[key] is not None]
+        for weight in weights:
+            check_value(weight in (0, 1), f"{at} counts (1, true) or not (0, false); its weight is", weight)
         if isinstance(content, list):  # parts: text alone can be trained on
             require(all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content),
                     f"{at} has parts that are not text, which is not supported")
             content = "".join(text_value(part.get("text"), "text of a part") for part in content)
         content = text_value(content, f"content of {at} ({ROLES[role]})")
-        messages.append(turn(ROLES[role], content, train and message.get("weight", 1) != 0))
+        messages.append(turn(ROLES[role], content, train and 0 not in weights))
     return messages
 
 
 def column_messages(row, column, role="user", train=True):
-    """A column of messages, or a string (an instruction with its input) as one turn of `role` -> [turn]."""
-    value = row.get(column)
-    if isinstance(value, list):
-        return to_messages(value, train)
+    """A column of messages, a transcript, or a string (an instruction with its input) as one turn of `role`
+    -> [turn]."""
+    value = unpacked(row.get(column))
+    if isinstance(value, (list, dict)):
+        return to_messages(value if isinstance(value, list) else [value], train)
     text = text_value(value, f"column '{column}'")
     if column == "instruction" and row.get("input"):
         text += "\n" + text_value(row["input"], "column 'input'")
+    elif re.match(r"\s*Human:", text) and "\n\nAssistant:" in text:
+        return transcript(text, train)
     return [turn(role, text, train)]
 
 
+def prompt_messages(row, column, train=False):
+    """The turns of a prompt's column, none of them trained, after those of the row's `history`."""
+    messages, history = column_messages(row, column, train=False), row.get("history") or []
+    if isinstance(row[column], str) and messages[-1] == turn("assistant", "", train=False):
+        messages.pop()  # a transcript that ends where the answer begins
+    if isinstance(history, str):
+        with suppress(*UNREADABLE):
+            history = parsed(history)
+    check_value(isinstance(history, list), "column 'history' is no list but", history)
+    require(not history or len(messages) == 1, f"column 'history' stands beside a conversation in '{column}'")
+    before = []
+    for pair in history:
+        require(isinstance(pair, (list, tuple)) and len(pair) == 2,
+                f"column 'history' holds {pair!r} where a [user, assistant] pair is expected")
+        for role, text in zip(("user", "assistant"), pair):
+            before.append(turn(role, text_value(text, "history"), train))
+    return before + messages
+
+
+def joined(prompt, said, column):
+    """The prompt's turns and those of a column beside it -> one conversation. Where the latter holds the
+    prompt too, as one turn or several, it comes in once. ValueError where one does not follow the other."""
+    last, first = prompt[-1]["role"], said[0]["role"]
+    texts = ["".join(m["content"].split()) for m in said]
+    ends, whole = [0, *accumulate(map(len, texts))], "".join(texts)
+    for k in range(len(prompt) if first != "assistant" else 0):  # the first k messages it may lack
+        asked = "".join("".join(m["content"].split()) for m in prompt[k:])
+        if k and "system" in (first, prompt[k]["role"]):
+            break
+        for start in ends[:-1] if all(m["role"] == "system" for m in prompt[:k]) else [0]:
+            known = bisect_right(ends, start + len(asked)) - 1
+            if whole.startswith(asked, start) and start + len(asked) == ends[known] and (
+                    said[known - 1]["role"] == last):
+                return prompt[:k] + [{**m, "train": False} for m in said[:known]] + said[known:]
+    require(last == "system" or (last == "assistant") != (first == "assistant"), f"column '{column}' begins "
+            f"with a message of role {first}, which neither follows nor repeats the prompt")
+    return prompt + said
+
+
 def with_system(messages, row, system_prompt):
-    """Puts the row's `system` first, else system_prompt unless the messages begin with a system turn."""
-    if row.get("system"):
-        system_prompt = text_value(row["system"], "column 'system'")
-    elif messages[0]["role"] == "system":
+    """Puts the row's `system` first, else system_prompt, unless the messages begin with a system turn."""
+    own = text_value(row.get("system") or "", "column 'system'")
+    if messages[0]["role"] == "system":
+        require(own.strip() in ("", messages[0]["content"].strip()),
+                "column 'system' and the messages have different system messages")
         return messages
-    return [turn("system", system_prompt), *messages] if system_prompt else messages
+    return [turn("system", own or system_prompt), *messages] if own or system_prompt else messages
 
 
 def to_conversation(row, format, system_prompt=None):
@@ -905,15 +1096,9 @@ def to_conversation(row, format, system_prompt=None):
     if format in ("messages", "conversations"):
         messages = to_messages(row.get(format))
     else:
-        messages, (prompt, completion) = [], SFT_FORMATS[format]
-        history = row.get("history") if format == "alpaca" else None
-        for pair in history or []:
-            require(isinstance(pair, list) and len(pair) == 2,
-                    f"column 'history' holds {pair!r} where a [user, assistant] pair is expected")
-            for role, text in zip(("user", "assistant"), pair):
-                messages.append(turn(role, text_value(text, "history")))
-        messages += column_messages(row, prompt, train=False)
-        messages += column_messages(row, completion, "assistant")
+        prompt, completion = SFT_FORMATS[format]
+        said = column_messages(row, completion, "assistant")
+        messages = joined(prompt_messages(row, prompt, train=True), said, completion)
     for number, message in enumerate(messages):
         require(message["role"] != "assistant" or message["content"].strip(),
                 f"empty completion (message {number})")
@@ -927,49 +1112,38 @@ def to_conversation(row, format, system_prompt=None):
 
 def to_prompt(row, format, system_prompt=None):
     """A row -> (the prompt as it stands in the row, its messages). ValueError with the reason."""
-    messages = column_messages(row, format, train=False)
+    messages = prompt_messages(row, format)
     require(messages[-1]["role"] != "assistant",
             "the prompt ends with an assistant message; it must end with the user's")
     require(messages[-1]["content"].strip(), f"column '{format}' is empty")
-    return row[format], with_system(messages, row, system_prompt)
+    return unpacked(row[format]), with_system(messages, row, system_prompt)
 
 
-def transcript(text):
-    """hh-rlhf's "\\n\\nHuman: ... \\n\\nAssistant: ..." -> messages. Raises ValueError if it is none."""
-    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
-    whole = len(parts) >= 4 and not parts[0].strip() and parts[-2] == "Assistant"
-    check_value(whole, "expected a transcript that ends with '\\n\\nAssistant: ...', or messages, or a "
-                "column 'prompt' beside the strings; got", text)
-    said = zip(parts[1::2], parts[2::2])
-    return [turn(ROLES[who.lower()], text.strip(), train=False) for who, text in said]
+NO_PROMPT = ("expected a transcript that ends with '\\n\\nAssistant: ...', or messages, or a column 'prompt' "
+             "beside the strings; got")
 
 
-def side_messages(value, side, format):
-    """The value of a column 'chosen' or 'rejected' -> [turn], none of them trained as yet. ValueError."""
-    if isinstance(value, str):
-        return transcript(value) if format == "conversation_pair" else [turn("assistant", value, train=False)]
-    value = [value] if isinstance(value, dict) else value
-    check_value(isinstance(value, list), f"column '{side}' is neither a string nor messages but", value)
-    return to_messages(value, train=False)
+def transcript(text, train=False):
+    """hh-rlhf's "\\n\\nHuman: ... \\n\\nAssistant: ..." -> messages."""
+    said = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())[1:]
+    return [turn(ROLES[who.lower()], text.strip(), train) for who, text in zip(said[::2], said[1::2])]
 
 
 def to_pair(row, format, system_prompt=None):
     """A row of any preference format -> {"prompt", "chosen", "rejected": [turn]; "margin"}. ValueError.
     Whole conversations and transcripts are split after the messages that they share. A side may come out
     empty: encode_pairs drops and counts such pairs."""
-    prompt = []
+    both = [column_messages(row, side, "assistant", train=False) for side in SIDES]
     for column in PAIR_FORMATS[format][:-2]:  # none for whole conversations
-        prompt = column_messages(row, column, train=False)
+        prompt = prompt_messages(row, column)
         require(prompt[-1]["content"].strip(), f"column '{column}' is empty")
-    chosen, rejected = (side_messages(row.get(side), side, format) for side in SIDES)
-    shared, most = 0, min(len(chosen), len(rejected)) - 1  # the last message is the answer in any case
-    while shared < most and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared:
-        beginning = chosen[:shared]  # whole conversations hold the prompt themselves
-        asked = any(m in beginning for m in prompt if m["role"] == "user")
-        prompt = beginning if asked or chosen[:len(prompt)] == prompt else prompt + beginning
-    chosen, rejected = chosen[shared:], rejected[shared:]
+        both = [joined(prompt, said, side) for said, side in zip(both, SIDES)]
+    for said, side in zip(both, SIDES):
+        check_value(len(said) > 1 or not isinstance(row[side], str), NO_PROMPT, row[side])
+    (chosen, rejected), shared = both, 0
+    while shared < min(map(len, both)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1  # the last message is the answer in any case
+    prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     for name, side in zip(SIDES, (chosen, rejected)):
         require(side[0]["role"] == "assistant", f"'{name}' does not begin with an answer after what both "
                 "sides share: their prompts differ")
@@ -977,8 +1151,7 @@ def to_pair(row, format, system_prompt=None):
             message["train"] = message["role"] == "assistant"
     require(prompt and prompt[-1]["role"] != "assistant",
             "the prompt of chosen and rejected must end with a user message")
-    if prompt[0]["role"] != "system":
-        prompt = with_system(prompt, row, system_prompt)
+    prompt = with_system(prompt, row, system_prompt)
     short, long = sorted((chosen, rejected), key=len)
     require(len(short) == len(long) or long[:len(short)] != short, "one side is the beginning of the other")
     margin = 0 if row.get("margin") in (None, "") else row["margin"]
@@ -1037,7 +1210,7 @@ def encode_text(tokenizer, text):
         ids = ids[1:]
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids = ids + [tokenizer.eos_token_id]
-    return {"input_ids": ids, "mask": [1] * len(ids), "moved": 0}
+    return {"input_ids": ids, "mask": [1] * len(ids), "notes": {}}
 
 
 def encode_sft(tokenizer, conversation, completion_only_loss=True):
@@ -1048,18 +1221,18 @@ def encode_sft(tokenizer, conversation, completion_only_loss=True):
 
 
 def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
-    """[(converted, row, place)] -> training rows. encode(converted, row) -> [{"input_ids", "mask", "moved"}];
-    their other fields go into the rows. `counts` (a Counter) says what was split, cut, moved or dropped."""
+    """[(converted, row, place)] -> training rows. encode(converted, row) -> [{"input_ids", "mask", "notes"}];
+    their other fields go into the rows. `counts` (a Counter) says what was split, cut, noted or dropped."""
     rows = []
     for parts, *_ in convert_rows(items, encode, skip_bad_rows):
         counts["rows split into turns"] += len(parts) > 1
         for part in parts:
-            whole, mask, moved = (part.pop(name) for name in ("input_ids", "mask", "moved"))
+            whole, mask, notes = (part.pop(name) for name in ("input_ids", "mask", "notes"))
             row = make_row(*truncate(whole, mask, max_length), **part)
             if row["trained"]:
                 rows.append(row)
             counts["cut to max_length"] += len(whole) > max_length
-            counts["spans moved to a token boundary"] += moved > 0
+            counts.update(notes)
             counts["without a trained token dropped"] += not row["trained"]
     return rows
 
@@ -1070,8 +1243,8 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     dropped; `counts` (a Counter) says how many, and what was cut."""
     def encode(pair, row):
         parts = [encode_conversation(tokenizer, pair["prompt"] + pair[side]) for side in SIDES]
-        require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, so a completion of "
-                "several turns cannot be one example")
+        require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, or does not end them, "
+                "so a completion of several turns cannot be one example")
         sides = [upto_answer(encodings[0]) for encodings in parts]
         return sides, encode_prompt(tokenizer, pair["prompt"])[-max_length:]
 
@@ -1083,6 +1256,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
         part = kept_part(longest, min(side["mask"].index(1) for side in sides), max_length)
         chosen, rejected = (make_row(side["input_ids"][part], side["mask"][part]) for side in sides)
         counts["cut to max_length"] += longest > max_length
+        counts.update(sides[0]["notes"] | sides[1]["notes"])
         if all(chosen[name].equal(rejected[name]) for name in ("input_ids", "mask")):
             counts["dropped: the two sides are identical"] += 1
         elif not chosen["trained"] or not rejected["trained"]:
@@ -1114,7 +1288,8 @@ def load_prompts(args, tokenizer):
                             "row": row, "columns": {name: row.get(name) for name in columns}})
         return prompts
 
-    train, held, _ = read_split(args, PROMPT_FORMATS, to_prompt, lambda item: prompt_key(item[1]))
+    train, held, _ = read_split(args, tokenizer, PROMPT_FORMATS, to_prompt,
+                                lambda item: prompt_key(item[1]), also=None)
     train, held = encode(train), encode(held)
     say_split(args, train, held, "prompt", counts)
     show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
@@ -1327,7 +1502,7 @@ def load_reward(name, weight, args, device):
     path, colon, part = name.rpartition(":")
     path, part = (path, part) if colon and not os.path.exists(name) else (name, None)
     if os.path.isdir(path):
-        names, score_texts = load_reward_model(path, device, args.trust_remote_code)
+        names, score_texts = load_reward_model(path, device, args.trust_remote_code, date=args.date)
         require(part or len(names) == 1, f"reward '{name}': it has several scores ({', '.join(names)}): say "
                 f"which, as {name}:{names[0]}")
         part = part or names[0]
@@ -1560,16 +1735,19 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
     if args.demo_threshold is None:
         return None
     longest, too_long = args.max_prompt_length + args.max_completion_length, 0
+    notes = Counter()
 
     def encode(prompt):
         answer = column_messages(prompt["row"], "demonstration", "assistant")
         require(answer and answer[-1]["role"] == "assistant" and answer[-1]["content"].strip(),
                 "column 'demonstration' does not end with an answer")
-        return upto_answer(encode_conversation(tokenizer, prompt["turns"] + answer)[-1])
+        whole = joined(prompt["turns"], answer, "demonstration")
+        return upto_answer(encode_conversation(tokenizer, whole)[-1])
 
     given = [(p, p["place"]) for p in prompts if p["row"].get("demonstration") not in (None, "", [])]
     require(given, "--demo_threshold: no prompt has a demonstration in a column 'demonstration'")
     for part, prompt, _ in convert_rows(given, encode, args.skip_bad_rows, args.dataset_name):
+        notes.update(part["notes"])
         if len(part["input_ids"]) <= longest:
             prompt["demonstration"] = make_row(part["input_ids"], part["mask"], sampled=0.0, score=0.0,
                                                 nll=True, note="demonstration, ")
@@ -1577,7 +1755,7 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
     require(len(given) > too_long, f"--demo_threshold: all demonstrations are longer than {longest} tokens, "
             "--max_prompt_length and --max_completion_length together")
     say(f"data     {len(given) - too_long:,} of {len(prompts):,} prompts have a demonstration"
-        + (f"; {too_long:,} are too long" if too_long else ""))
+        + (f"; {too_long:,} are too long" if too_long else "") + counted(notes))
     names = list(rewards)
     gate = next((names.index(name) for name in ("accuracy", "code") if name in names), 0)
     say(f"data     a demonstration steps in where a group's mean of '{names[gate]}' is at most "
@@ -1745,14 +1923,15 @@ def use_scoring_pad_token(tokenizer):
     return tokenizer.pad_token_id
 
 
-def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16):
-    """A reward model's folder (full, merged or adapter) -> (names of its scores, score); score(conversations:
+def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16, date=None):
+    """A reward model's folder (full, merged or adapter) -> (names of its scores, score). score(conversations:
     lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the last answer; one that
     is truncated gets no end-of-turn token."""
     base, adapter = base_and_adapter(folder)
     options = {"trust_remote_code": trust_remote_code}
     with explain(f"{folder} is no reward model that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer.init_kwargs.setdefault("template_date", date)  # the day of its training goes before
         config = AutoConfig.from_pretrained(folder, **options)
         if hasattr(config, "quantization_config"):  # an adapter that was trained on a 4-bit base
             del config.quantization_config
@@ -1965,6 +2144,7 @@ def open_run(args):
         check_free(args)
         return None
     then = checkpoint["args"]
+    args.date = args.date or then.get("date")
     for name, value in sorted(asdict(args).items()):
         require(name in MAY_CHANGE or then.get(name) == value,
                 f"{path} was written with --{name} {then.get(name)} and this run has {value}: "
@@ -2109,6 +2289,7 @@ class Run:
         self.state = {"step": 0, "num_tokens": 0, "data": None} | state
         if self.checkpoint:
             self.state = {name: self.checkpoint[name] for name in self.state}
+        args.date = args.date or gather_object([time.strftime("%Y-%m-%d")])[0]  # midnight may be near
         self.tokenizer = load_tokenizer(args)
         self.kept, self.warned, self.last, self.total_steps, self.audit_step = {}, set(), self.step, 0, None
         self.flat_rollouts = 0

@@ -411,13 +411,13 @@ def load_demonstrations(args, tokenizer, held):
     """--sft_dataset -> training rows for the NLL term of PPO-ptx, without the prompts that are held out."""
     own, counts, longest = copy.copy(args), Counter(), args.max_prompt_length + args.max_completion_length
     own.format = None  # --format is about the prompts
-    items, _ = common.read_items(args.sft_dataset, own, common.SFT_FORMATS, common.to_conversation)
+    items, _ = common.read_items(args.sft_dataset, own, tokenizer, common.SFT_FORMATS, common.to_conversation)
     held = {common.prompt_key(prompt["turns"]) for prompt in held}
     kept = [item for item in items if common.prompt_key(item[0].get("messages", [])) not in held]
     rows = common.encode_rows(kept, lambda conversation, row: common.encode_sft(tokenizer, conversation),
                               longest, counts, args.skip_bad_rows)
     say(f"data     {len(rows):,} examples for the SFT term; {len(items) - len(kept):,} rows of held-out "
-        f"prompts left out, {counts['cut to max_length']:,} cut to {longest} tokens")
+        f"prompts left out{common.counted(counts)}")
     require(rows, f"{args.sft_dataset}: no row to train on is left")
     return rows
 

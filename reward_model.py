@@ -159,7 +159,8 @@ def load_groups(args, tokenizer):
     def key(item):
         return common.prompt_key(item["prompt"] if isinstance(item, dict) else item[0]["messages"])
 
-    *items, formats = common.read_split(args, common.PAIR_FORMATS | common.SCORE_FORMATS, convert, key)
+    *items, formats = common.read_split(args, tokenizer, common.PAIR_FORMATS | common.SCORE_FORMATS, convert,
+                                        key, also=["margin"])
     of_pairs = [format in common.PAIR_FORMATS for format in formats]
     require(len(set(of_pairs)) == 1, "training and evaluation data must both be pairs or both be scored rows")
     if of_pairs[0]:

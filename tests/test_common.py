@@ -193,8 +193,9 @@ def test_raw_text_has_one_bos_and_one_eos_and_all_of_it_counts(tokenizer):
 
 def test_a_template_without_an_end_of_turn_token_gets_eos():
     t = make_tokenizer(BARE)
-    assert encode(t, chat("a", "b", "c", "d")) == [
-        "user:\na\nassistant:\n[[b]]\nuser:\nc\nassistant:\n[[d<|end|>]]"]
+    assert encode(t, chat("a", "b", "c", "d")) == [  # a row each: no answer may be trained without its end
+        "user:\na\nassistant:\n[[b<|end|>]]",
+        "user:\na\nassistant:\nb\nuser:\nc\nassistant:\n[[d<|end|>]]"]
     assert encode(t, chat("a", "b"), completion_only_loss=False) == ["[[user:\na\nassistant:\nb<|end|>]]"]
     assert common.stop_token_ids(t) == [t.eos_token_id]
 
@@ -247,7 +248,7 @@ def test_a_token_that_is_half_prompt_stays_untrained_and_is_counted(trim):
     t = make_tokenizer(template, corpus=["Q: two= four", "= four", "= four five"] * 20, trim=trim)
     messages = chat("two", "four five")
     prompt, (example,) = common.encode_prompt(t, messages[:1]), common.encode_conversation(t, messages)
-    assert example["input_ids"][:len(prompt)] != prompt and example["moved"] == 1
+    assert example["input_ids"][:len(prompt)] != prompt and example["notes"] == {common.MOVED: 1}
     text = marked(t, example)
     assert text.replace("[[", "").replace("]]", "") == "Q: two= four five<|end|>"
     assert text.startswith("Q: two= f") and text.endswith("five<|end|>]]") and "[[" in text
@@ -291,6 +292,100 @@ def test_load_tokenizer(tmp_path, capsys):
             common.load_tokenizer(SimpleNamespace(**{**vars(args), name: value}))
 
 
+# ---- templates that do not behave ---------------------------------------------------------------------------
+
+NO_PROMPT = TINY_TEMPLATE.partition("{% if add")[0]
+INST = "{% for m in messages %}{{ '[INST]' + m['content'] + '[/INST]' if m['role'] == 'user' else m['content'] + '<|end|>' }}{% endfor %}"
+
+
+def load(folder, template, **more):
+    """load_tokenizer of the tiny model under another chat template."""
+    (folder / "t.jinja").write_bytes(template.encode())
+    args = dict(model_name_or_path=f"{TINY}/model", trust_remote_code=False, chat_template_kwargs=None)
+    return common.load_tokenizer(SimpleNamespace(**args | {"chat_template_path": str(folder / "t.jinja")} | more))
+
+
+def test_a_template_without_generation_prompt_is_refused_where_answers_have_a_header(tmp_path):
+    with pytest.raises(common.UserError, match=r"t.jinja: the chat template has no generation prompt: '<.assistant.>'.*"
+                       r"end the template with {% if add_generation_prompt %}<.assistant.>{% endif %}"):
+        load(tmp_path, NO_PROMPT)
+    t = load(tmp_path, INST)  # an answer follows the question at once: nothing is missing
+    assert encode(t, chat("a", "b")) == ["[INST]a[/INST][[b<|end|>]]"]
+    always = NO_PROMPT.replace("{% endfor", "{% if m['role'] == 'user' %}<|assistant|>{% endif %}{% endfor").replace(
+        "'<|' + m['role'] + '|>'", "('' if m['role'] == 'assistant' else '<|user|>')")
+    assert encode(load(tmp_path, always), chat("a", "b")) == ["<|user|>a<|end|><|assistant|>[[b<|end|>]]"]
+
+
+def test_a_byte_order_mark_before_a_template_is_no_part_of_it(tmp_path):
+    assert encode(load(tmp_path, "\ufeff" + TINY_TEMPLATE), chat("a", "b")) == ["<|user|>a<|end|><|assistant|>[[b<|end|>]]"]
+    t = make_tokenizer(TINY_TEMPLATE, TINY_SPECIALS)
+    t.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(("\ufeff" + TINY_TEMPLATE).encode())
+    assert load(tmp_path, "", chat_template_path=None, model_name_or_path=str(tmp_path)).chat_template == TINY_TEMPLATE
+
+
+def test_the_mask_ends_at_the_first_stop_token():
+    """phi-3 puts EOS behind its end of turn, and a text may hold one: a rollout samples neither."""
+    phi = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|stop|>\n' }}{% endfor %}"
+    phi += "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    t = make_tokenizer(phi, ["<|user|>", "<|assistant|>", "<|stop|>"])
+    first, second = "<|user|>\na<|stop|>\n<|assistant|>\n", "<|stop|>\n<|user|>\nc<|stop|>\n<|assistant|>\n"
+    assert encode(t, chat("a", "b", "c", "d")) == [f"{first}[[b<|stop|>]]\n<|end|>", f"{first}b{second}[[d<|stop|>]]\n<|end|>"]
+    assert encode(t, chat("a", "b<|end|>")) == ["<|user|>\na<|stop|>\n<|assistant|>\n[[b<|end|>]]<|stop|>\n<|end|>"]
+
+
+def test_a_template_that_ends_an_answer_with_the_next_role_trains_that():
+    """GLM-4: no end of turn; the model stops by asking for the next message."""
+    glm = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}" + TAIL.replace("HEAD", r"'<|assistant|>\n'")
+    t = make_tokenizer(glm, ["<|user|>", "<|assistant|>"])
+    assert encode(t, chat("a", "b", "c", "d")) == ["<|user|>\na<|assistant|>\n[[b<|user|>]]\nc<|assistant|>\n[[d<|end|>]]"]
+    assert common.stop_token_ids(t) == sorted(t.convert_tokens_to_ids(["<|user|>", "<|end|>"]))
+
+
+def test_answers_that_begin_otherwise_than_sampled_ones_are_counted(tokenizer):
+    r1, counts = make_tokenizer(R1, IM, "<|endoftext|>"), common.Counter()
+    items = [({"messages": chat("a", text)}, {}, "here") for text in ("b", "c")]
+    common.encode_rows(items, lambda said, row: common.encode_sft(r1, said), 99, counts)
+    assert counts[common.UNASKED] == 2 and "2 with an answer that does not begin as" in common.counted(counts)
+    (pair,), counts = [(common.to_pair({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt_pair"), {}, "here")], common.Counter()
+    common.encode_pairs([pair], r1, 99, counts)
+    assert counts[common.UNASKED] == 1
+    counts.clear()
+    common.encode_rows(items, lambda said, row: common.encode_sft(tokenizer, said), 99, counts)
+    assert counts[common.UNASKED] == 0
+
+
+DATED = "{% if strftime_now is defined %}{{ strftime_now(FORMAT) + '\n' }}{% endif %}" + TINY_TEMPLATE
+
+
+def test_the_day_in_a_template_is_the_runs_own(tmp_path, monkeypatch):
+    """A resume or a repetition the next day trains on the same text; the template itself is saved as it is."""
+    (tmp_path / "t.jinja").write_text(DATED.replace("FORMAT", "'%d %b %Y'"))
+    flags = [f"{TINY}/sft.json", "--chat_template_path", f"{tmp_path}/t.jinja", "--output_dir", f"{tmp_path}/o"]
+    real, day = common.time.strftime, ["2026-03-01"]
+    monkeypatch.setattr(common.time, "strftime", lambda form, *when: real(form, *when) if when else day[0])
+    one = common.Run(common.parse_args(sft.Args, flags))
+    assert encode(one.tokenizer, chat("a", "b")) == ["01 Mar 2026\n<|user|>a<|end|><|assistant|>[[b<|end|>]]"]
+    one.tokenizer.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == (tmp_path / "t.jinja").read_text()
+    day[0] = "2026-03-02"
+    monkeypatch.setattr(common, "find_checkpoint", lambda args: ("step-1", {"args": dict(vars(one.args)), **one.state}))
+    two = common.Run(common.parse_args(sft.Args, flags))
+    assert two.args.date == "2026-03-01" and encode(two.tokenizer, chat("a", "b")) == encode(one.tokenizer, chat("a", "b"))
+    with pytest.raises(common.UserError, match="with --date 2026-03-01 and this run has 2026-03-02"):
+        common.Run(common.parse_args(sft.Args, [*flags, "--date", "2026-03-02"]))
+    with pytest.raises(common.UserError, match="--date 1 March: expected a day such as 2026-03-01"):
+        common.parse_args(sft.Args, [*flags, "--date", "1 March"])
+
+
+def test_a_day_that_cannot_be_fixed_is_refused_and_a_scorer_keeps_its_own(tmp_path):
+    with pytest.raises(common.UserError, match="asks for the date in a way that cannot be held fixed"):
+        load(tmp_path, "{% set f = '%d' %}" + DATED.replace("FORMAT", "f"), date="2026-03-01")
+    load(tmp_path, DATED.replace("FORMAT", '"%A"'), date="2026-03-01").save_pretrained(tmp_path / "saved")
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert common.render(saved, chat("a")).startswith("Sunday\n<|user|>")
+
+
 # ---- cutting and padding -----------------------------------------------------------------------------------
 
 def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end():
@@ -332,8 +427,8 @@ def test_make_row_never_trains_on_token_0():
 
 
 def test_upto_answer_ends_with_the_end_of_turn_and_keeps_the_rest(tokenizer):
-    part = {"input_ids": [1, 2, 3, 4, 5, 6], "mask": [0, 1, 0, 1, 0, 0], "moved": 1}
-    assert common.upto_answer(part) == {"input_ids": [1, 2, 3, 4], "mask": [0, 1, 0, 1], "moved": 1}
+    part = {"input_ids": [1, 2, 3, 4, 5, 6], "mask": [0, 1, 0, 1, 0, 0], "notes": {"x": 1}}
+    assert common.upto_answer(part) == {"input_ids": [1, 2, 3, 4], "mask": [0, 1, 0, 1], "notes": {"x": 1}}
     assert part["mask"] == [0, 1, 0, 1, 0, 0]
     chatml = TEMPLATES["chatml"][0]
     (part,) = common.encode_conversation(chatml, chat("a", "b"))
@@ -600,6 +695,168 @@ def test_rows_that_cannot_be_trained_on(row, kind, sentence):
 def test_prompts_that_cannot_be_asked(row, kind, sentence):
     with pytest.raises(ValueError, match=sentence):
         common.to_prompt(row, kind)
+
+
+SAYS = lambda who, text, **more: {"role": who, "content": text, **more}  # noqa: E731
+
+
+def read(folder, rows, script=sft, *flags):
+    """The rows of a file through the script's own reading -> what it loads."""
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = common.parse_args(script.Args, [f"{TINY}/{script.__name__}.json", "--dataset_name", f"{folder}/d.jsonl", "--eval_fraction", "0", *flags])
+    loader = {sft: "load_rows", dpo: "load_pairs", reward_model: "load_groups"}.get(script)
+    return (getattr(script, loader) if loader else common.load_prompts)(args, common.load_tokenizer(args))
+
+
+@pytest.mark.parametrize("more", [{"thinking": "c"}, {"reasoning": "c"}, {"reasoning_content": "c"}, {"tool_calls": [1]}, {"refusal": "c"},
+                                  {"weight": 0.5}, {"weight": "0"}, {"train": "no"}, {"tools": [1]}, {"images": ["x"]}])
+def test_a_key_of_a_message_that_changes_its_meaning_is_refused_with_its_place(more, tmp_path):
+    good = [SAYS(U, "a"), SAYS(A, "b", **{key: None for key in more})]
+    for script, row in ((sft, {"messages": [SAYS(U, "a"), SAYS(A, "b", **more)]}), (grpo, {"prompt": [SAYS(U, "a", **more)], "answer": "1"}),
+                        (dpo, {"prompt": "q", "chosen": [SAYS(A, "b", **more)], "rejected": "c"})):
+        with pytest.raises(common.UserError, match=rf"d.jsonl:1: message \d (has {list(more)[0]}, which is not|counts .1, true. or not)"):
+            read(tmp_path, [row], script)
+    read(tmp_path, [{"messages": good}])
+
+
+def test_messages_that_do_not_count():
+    told = [SAYS(U, "a"), *(SAYS(A, "b", **more) for more in ({}, {"train": False}, {"weight": 0.0}, {"loss": False}, {"train": True, "weight": None}))]
+    assert [m["train"] for m in common.to_messages(told)] == [False, True, False, False, False, True]
+
+
+STRINGS = {sft: {"prompt": "a", "completion": "b"}, dpo: {"prompt": "a", "chosen": "b", "rejected": "c"},
+           grpo: {"prompt": "a", "answer": "1"}, reward_model: {"prompt": "a", "completion": "b", "score": 1}}
+
+
+@pytest.mark.parametrize("more, scripts", [
+    ({"tools": [{"name": "f"}]}, STRINGS), ({"tools": '[{"name": "f"}]'}, STRINGS), ({"images": ["x.png"]}, STRINGS),
+    ({"system_prompt": "be"}, STRINGS), ({"input": "a long text"}, [sft, dpo, reward_model]), ({"weight": 0.5}, [sft, dpo, reward_model]),
+    ({"train": False}, [sft, dpo, reward_model]), ({"reasoning": "c"}, [sft, dpo, reward_model])])
+def test_a_column_that_changes_what_a_row_says_is_refused_with_its_place(more, scripts, tmp_path):
+    name, = more
+    for script in scripts:
+        with pytest.raises(common.UserError, match=f"d.jsonl:2: column '{name}' would change what the row says and is not used"):
+            read(tmp_path, [STRINGS[script] | {name: [] if name != "weight" else 1}, STRINGS[script] | more], script)
+    if grpo not in scripts:  # a reward function is given it
+        assert read(tmp_path, [STRINGS[grpo] | more], grpo)[0][0]["columns"][name] == more[name]
+
+
+def test_a_conversation_has_no_room_for_a_history_or_a_second_system_message(tmp_path):
+    told = [SAYS(S, "be"), SAYS(U, "a"), SAYS(A, "b")]
+    for row, reason in (({"messages": told, "history": [["c", "d"]]}, "column 'history' would change"), ({"text": "a", "system": "be"}, "'system' would"),
+                        ({"messages": told, "system": "other"}, "different system messages"),
+                        ({"prompt": told[:2], "completion": "b", "history": [["c", "d"]]}, "'history' stands beside a conversation")):
+        with pytest.raises(common.UserError, match=reason):
+            read(tmp_path, [row])
+    assert len(common.to_conversation({"messages": told, "system": "be "}, "messages")["messages"]) == 3
+
+
+@pytest.mark.parametrize("history", [[["55+44", "99"]], "[['55+44', '99']]", '[["55+44", "99"]]'])
+def test_the_history_reaches_every_prompt(history, tmp_path, tokenizer):
+    opening, more = "<|user|>55+44<|end|><|assistant|>99<|end|><|user|>a<|end|><|assistant|>", {"history": history}
+    (example,), _ = read(tmp_path, [STRINGS[sft] | more])
+    assert marked(tokenizer, example) == opening.replace("99<|end|>", "[[99<|end|>]]") + "[[b<|end|>]]"
+    (pair,), _ = read(tmp_path, [STRINGS[dpo] | more], dpo)
+    assert [marked(tokenizer, row) for row in pair["rows"]] == [opening + f"[[{text}<|end|>]]" for text in "bc"]
+    (prompt,), _ = read(tmp_path, [STRINGS[grpo] | more], grpo)
+    assert tokenizer.decode(prompt["prompt_ids"]) == opening and (prompt["prompt"], prompt["columns"]["history"]) == ("a", history)
+    for kind, formats in (("instruction", common.PROMPT_FORMATS), ("question", common.PROMPT_FORMATS)):
+        assert len(common.to_prompt({kind: "a", **more}, kind)[1]) == 3
+    assert len(common.to_pair({"instruction": "a", "chosen": "b", "rejected": "c", **more}, "alpaca_pair")["prompt"]) == 3
+
+
+@pytest.mark.parametrize("history", [float("nan"), 3, "nan", {"a": "b"}, [3], "[['a']]"])
+def test_a_history_that_is_no_list_of_pairs(history, tmp_path):
+    rows = [STRINGS[sft] | {"history": history}, STRINGS[sft] | {"history": []}]
+    with pytest.raises(common.UserError, match="d.jsonl:1: column 'history' (is no list but|holds)"):
+        read(tmp_path, rows)
+    assert len(read(tmp_path, rows, sft, "--skip_bad_rows")[0]) == 1
+
+
+def test_what_is_not_used_is_named_once_with_its_count(tmp_path, capsys):
+    told = {"messages": [SAYS(U, "a", name="ann"), SAYS(A, "b", id=7)], "source": "web", "prompt": "a", "score": None}
+    read(tmp_path, [told | {"answer": "1"}, told | {"source": ""}])
+    assert [line for line in capsys.readouterr().out.splitlines() if "not used" in line] == [
+        "data     not used: 'id' of messages (2 rows), 'name' of messages (2 rows), column 'prompt' (2 rows), column 'source' (1 rows)"]
+    read(tmp_path, [STRINGS[grpo] | {"source": "web"}], grpo)
+    read(tmp_path, [STRINGS[reward_model] | {"margin": 1}], reward_model)
+    assert "not used" not in capsys.readouterr().out
+    read(tmp_path, [STRINGS[dpo] | {"margin": 1}], dpo)
+    assert "not used: column 'margin' (1 rows)" in capsys.readouterr().out
+
+
+# ---- text that is not what it seems -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("written", [repr, json.dumps], ids=["repr", "json"])
+def test_messages_that_a_csv_has_turned_into_strings(written, tokenizer):
+    asked, told, worse = [SAYS(U, "it's\n1")], [SAYS(A, 'a "b"')], [{"from": "gpt", "value": "c"}]
+    said = common.to_conversation({"prompt": written(asked), "completion": written(told)}, "prompt_completion")
+    want = "<|user|>it's\n1<|end|><|assistant|>[[a \"b\"<|end|>]]"
+    assert encode(tokenizer, said["messages"]) == [want]
+    for kind in ("messages", "conversations"):
+        assert encode(tokenizer, common.to_conversation({kind: written(asked + told)}, kind)["messages"]) == [want]
+    pair = common.to_pair({"prompt": "q", "chosen": written(told[0]), "rejected": written(worse)}, "prompt_pair")
+    assert [m["content"] for side in ("prompt", "chosen", "rejected") for m in pair[side]] == ["q", 'a "b"', "c"]
+    assert common.to_prompt({"prompt": written(asked)}, "prompt")[0] == asked  # reward functions get messages
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"from": "Paris", "to": "Rome"}', '[{"role": "cook", "content": "soup"}]', "[] is empty", "{% x %}",
+                                  '{"role": "user", "content": x}', "[{'type': 'PER', 'text': 'Bob'}]", '[{"role": ["user"], "content": "a"}]', "['a', 3]"])
+def test_text_that_is_no_messages_stays_text(text):
+    assert common.column_messages({"completion": text}, "completion", "assistant") == [common.turn(A, text)]
+
+
+def test_messages_that_were_torn_are_refused():
+    """What numpy writes has no commas between the messages."""
+    with pytest.raises(ValueError, match="messages as text that is neither JSON nor Python's repr .write .jsonl.: "):
+        common.to_prompt({"prompt": "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"}, "prompt")
+
+
+Q, R = "\n\nHuman: q\n\nAssistant:", "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
+ASKED = [SAYS(U, "q"), SAYS(A, "a"), SAYS(U, "r")]
+
+
+@pytest.mark.parametrize("prompt, said, want", [
+    ("q ", [SAYS(U, "q"), SAYS(A, "a")], "q +a"), ("be. q", [SAYS(S, "be."), SAYS(U, "q"), SAYS(A, "a")], "be. q +a"),
+    ([SAYS(S, "be"), SAYS(U, "q")], [SAYS(U, "q"), SAYS(A, "a")], "be q +a"), (Q, "a", "q +a"), ("q", Q + " a", "q +a"), (Q, Q + " a", "q +a"),
+    (Q, [SAYS(U, "q"), SAYS(A, "a")], "q +a"), ("r", [*ASKED, SAYS(A, "b")], "q a r +b"), (ASKED, [*ASKED, SAYS(A, "b")], "q a r +b"),
+    ("q", [*ASKED, SAYS(A, "b")], "q +a r +b"), (ASKED, [SAYS(U, "r"), SAYS(A, "b")], "q a r +b"), (R, "b", "q a r +b"), ("r", R + " b", "q a r +b"),
+    (ASKED[:2], [SAYS(U, "r"), SAYS(A, "b")], "q a r +b"), ([SAYS(S, "be")], [SAYS(U, "q"), SAYS(A, "a")], "be q +a"), ("Human: q", "a", "Human: q +a")])
+def test_a_prompt_beside_a_conversation_that_holds_it_comes_in_once(prompt, said, want):
+    got = common.to_conversation({"prompt": prompt, "completion": said}, "prompt_completion")["messages"]
+    assert " ".join("+" * m["train"] + m["content"] for m in got) == want
+    worse = said + "!" if isinstance(said, str) else [*said[:-1], SAYS(A, said[-1]["content"] + "!")]
+    pair = common.to_pair({"prompt": prompt, "chosen": said, "rejected": worse}, "prompt_pair")
+    assert " ".join(m["content"] for m in pair["prompt"] + pair["chosen"]) == want.replace("+", "")
+    assert [len(pair[side]) for side in common.SIDES] == [1, 1] and pair["rejected"][0]["content"] == pair["chosen"][0]["content"] + "!"
+
+
+@pytest.mark.parametrize("prompt, said", [
+    ("q", [SAYS(U, "other"), SAYS(A, "a")]), ("q", [SAYS(S, "be"), SAYS(U, "other"), SAYS(A, "a")]), ([SAYS(U, "q"), SAYS(A, "Sure")], "a"),
+    ([SAYS(S, "be"), SAYS(U, "q")], [SAYS(S, "other"), SAYS(U, "q"), SAYS(A, "a")]), ("q", [SAYS(U, "q and more"), SAYS(A, "a")])])
+def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused(prompt, said):
+    for row, convert, kind in (({"completion": said}, common.to_conversation, "prompt_completion"),
+                               ({"chosen": said, "rejected": said}, common.to_pair, "prompt_pair")):
+        with pytest.raises(ValueError, match="which neither follows nor repeats the prompt"):
+            convert({"prompt": prompt, **row}, kind)
+
+
+def test_a_transcript_becomes_messages_for_a_rollout_too(tokenizer):
+    prompt, messages = common.to_prompt({"prompt": R}, "prompt")
+    assert prompt == R and tokenizer.decode(common.encode_prompt(tokenizer, messages)) == (
+        "<|user|>q<|end|><|assistant|>a<|end|><|user|>r<|end|><|assistant|>")
+
+
+def test_text_with_special_tokens_and_answers_with_their_prompt_are_counted_and_shown(tmp_path, capsys):
+    read(tmp_path, [STRINGS[sft], {"prompt": "c", "completion": "d<|end|>"}, {"prompt": "<|user|>e", "completion": "f"}])
+    out = capsys.readouterr().out
+    assert f"2 rows have text that the tokenizer reads as special tokens: <|end|> ({tmp_path}/d.jsonl:2), <|user|> ({tmp_path}/d.jsonl:3)\n" in out
+    read(tmp_path, [{"prompt": "1+1", "chosen": "1+1 is 2", "rejected": "1+1 is 3"}, STRINGS[dpo]], dpo)
+    out = capsys.readouterr().out
+    assert f"1 rows have answers that begin with the whole prompt, which then comes in twice: {tmp_path}/d.jsonl:1\n" in out
+    read(tmp_path, [STRINGS[grpo]], grpo)
+    read(tmp_path, [STRINGS[sft]] * 3 + [{"prompt": "hi", "completion": "hi there"}])
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_find_format_names_what_it_found_and_what_it_knows():

@@ -229,10 +229,11 @@ def test_the_system_prompt_reaches_every_format(row, format):
     ({"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]}, "conversation_pair", "prompts differ"),
     ({"chosen": HH + "a", "rejected": HH.replace("bye", "wait") + "b"}, "conversation_pair", "prompts differ"),
     ({"chosen": "a", "rejected": "b"}, "conversation_pair", "expected a transcript"),
-    ({"prompt": "q", "chosen": 3, "rejected": "b"}, "prompt_pair", "'chosen' is neither a string nor messages"),
+    ({"prompt": "q", "chosen": 3, "rejected": "b"}, "prompt_pair", "column 'chosen' is not a string but 3"),
     ({"prompt": "", "chosen": "a", "rejected": "b"}, "prompt_pair", "'prompt' is empty"),
     ({"prompt": "q", "chosen": [{"role": "robot", "content": "a"}], "rejected": "b"}, "prompt_pair", "unknown role 'robot'"),
-    ({"prompt": [bot("q")], "chosen": "a", "rejected": "b"}, "prompt_pair", "must end with"),
+    ({"prompt": [bot("q")], "chosen": "a", "rejected": "b"}, "prompt_pair", "neither follows nor repeats the prompt"),
+    ({"chosen": [bot("a")], "rejected": [bot("b")]}, "conversation_pair", "must end with"),
 ])
 def test_malformed_pairs(row, format, reason):
     with pytest.raises(ValueError, match=reason):
