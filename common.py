@@ -12,7 +12,9 @@ Sections   errors · arguments · rows and micro-batches · decoding · tokens a
 import asyncio
 import copy
 import csv
+import decimal
 import difflib
+import faulthandler
 import glob
 import hashlib
 import html
@@ -32,15 +34,18 @@ import tempfile
 import textwrap
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import groupby, repeat
+from itertools import groupby, islice, repeat
 from operator import itemgetter
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
@@ -49,6 +54,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says every retry; the error comes at the end
 
 import pandas
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -97,17 +103,27 @@ def reason_of(error):
 @contextmanager
 def user_errors():
     """Prints a UserError as one sentence on stderr (first process only) and exits with code 2."""
+    code = 1  # of what is not caught here
     try:
         yield
+        code = 0
     except UserError as error:
         say(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code := 2)
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(code := 141)
     except KeyboardInterrupt:  # a Run catches it once training starts: nothing has begun
         say("stopped before training; nothing was changed", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(code := 130)
+    except SystemExit as leaving:
+        code = leaving.code
+        raise
+    finally:
+        if any(thread.is_alive() for thread in LEFT_BEHIND):  # Python would wait for them, for ever perhaps
+            timer = threading.Timer(GRACE, EXIT, (code,))
+            timer.daemon = True
+            timer.start()
 
 
 def say(*text, file=None):
@@ -475,9 +491,11 @@ def answer_greedily(run, model, rows):
             completions = prompts and complete_greedily(model, prompts, stop_ids, args.max_completion_length)
         for i, prompt, completion in zip(places, prompts, completions):
             text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
-            right += extract_answer(text) == answer
+            hit = (completion[-1] in stop_ids
+                   and extract_answer(text, answer) == extract_answer(answer, answer))
+            right += hit
             table.append({"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "completion": text,
-                          "answer": answer, "right": str(extract_answer(text) == answer)})
+                          "answer": answer, "right": str(hit)})
     right = run.accelerator.reduce(torch.tensor(float(right), device=run.device), "sum").item()
     return right / len(rows) if rows else None, table[:3]
 
@@ -1156,21 +1174,79 @@ class Reward(NamedTuple):
     score: str | None = None  # which score of the reward model; None: it is none
 
 
-def extract_answer(text):
-    """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
-    number; without a tag the last number of the text; None if there is none.
+MARKERS = {  # what stands around an answer; the reference's own comes first, and a heading is no answer
+    "####": r"####([^\n]*\d[^\n]*)", "<answer>": r"<answer>((?:(?!<answer>).)*?)</answer>",
+    "\\boxed": r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"}
+REWRITES = [(re.compile(pattern, re.IGNORECASE), new) for pattern, new in (  # so that a number is one word
+    (r"\\(?:left|right|!)|\\(?=[$%])", ""), (r"\{,\}|(?<=\d)(?:\\,|[\u00a0\u2009\u202f])(?=\d{3})", ","),
+    (r"\\(?:boxed|fbox|mbox|text\w*|math\w*)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(?:(?<=\d)[ \t]+)?\\[cdt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))", r"&\1\3/\2\4"),
+    (r"[ \t]*\\(?:times|cdot|div|pm|sqrt)(?![a-z])\s*", "×"),
+    (r"(?<=[\w)}])[ \t]+([+/^×÷·])[ \t]+(?=[-$]?[\d&])", r"\1"),
+    (r"(?:(?<=[\d)}])|(?<=\b[a-z])|(?<=\d[a-z]))[ \t]+([-*]|\*\*|to|or|and)[ \t]+(?=[-$]?[\d&])", r"\1"),
+    (r"(?<![\w.,/])(\d+)[ \t]+(?=\d+/\d)", r"\1&"), (r"(?<![\w.,])(\d{1,3})[ \t]+(?=\d{3}(?!\d))", r"\1_"),
+    (r"(?<=\d)[ \t]+(?=(?:hundred|thousand|[mb]illion|trillion|dozen|\\?pi|π)s?\b)", ""),
+    (r"(?<=\d),[ \t]+(?=[^\n()\[\]{}]*\d[)\]}])", ","),  # (1, 2) is no number
+    (r"(?<![^\W\d_])(?:[cdkm]?m|in|ft|yd|mi|inch(?:es)?|feet|met(?:er|re)s?|miles|units?)"
+     r"(?:\^?\{?[23]\}?|[²³])", ""))]  # cm^2 is a unit
+SIGNS = dict.fromkeys(map(ord, "−‐‑‒–﹣－"), "-") | {ord("⁄"): "/", ord("—"): " "}
+DIGIT = re.compile(r"[\d²³¹⁰-₉]")
+LONGEST = 1000  # characters of a number
+NUMBER = re.compile(r"""
+    (?P<sign>[-+]?) (?:[A-Z]{0,3}[$€£¥₹])? (?P<minus>-?)
+    (?: (?:(?P<units>\d*)&)? (?P<top>-?\d+)/(?P<bottom>\d+)
+      | (?P<decimal>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)?(?:\.\d*)?(?<=[\d.])) (?P<power>[eE][-+]?\d{1,3})? )
+    (?:%|°[CF]?|[-/]?(?!(?:[^\W\d_mgshlLCF]|pi|hundreds?|thousands?|[mb]illions?|trillions?|dozens?)$)
+       [^\W\d_]+(?:[-/][^\W\d_]+)*[²³]?)?  # a unit; one letter may be a variable, as in 5x
+    """, re.VERBOSE)
 
-    Numbers come in one form: 1,000 and $1000.00 and 1000. are "1000".
+
+def read_number(text):
+    """The last number of a text in the one form that equal numbers have, or None if there is none.
+
+    1,000 and $1000.00 and 1e3 are "1000"; 1/2 and \\frac{1}{2} are "0.5", 1/3 is "1/3"; 50% is "50": % is a
+    unit, as cm is. The last word with a digit must be a number as a whole: 11:30, 2^3, 3-4, "3 or 4", 1.2.3,
+    2024-01-05, (1, 2), 5x and \\sqrt{3} are none, and then there is none.
     """
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    text = tagged[-1].strip() if tagged else text
-    number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
-    found = re.findall(number, text)
-    if not found:
-        return text.lower() or None if tagged else None
-    minus, minus_too, whole, decimals = found[-1]
-    value = f"{whole.replace(',', '').lstrip('0') or 0}.{decimals}".rstrip("0").rstrip(".")
-    return "-" + value if (minus or minus_too) and value != "0" else value
+    text = re.sub("[¼-¾⅐-⅞]", lambda found: "&" + unicodedata.normalize("NFKC", found[0]), text)
+    end = max((found.end() for found in DIGIT.finditer(text)), default=0)
+    text = text[max(0, end - 2 * LONGEST):end + LONGEST].translate(SIGNS)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    if not re.search(r"[^\W\d_]", text):  # numbers alone: 1, 2 is a list
+        text = re.sub(r",\s+", ",", text)
+    word = next((word for word in reversed(text.split()) if DIGIT.search(word)), "")
+    parts = re.split(r"[=≈<>|\"`“”;→⇒]|:(?!\d)|(?<!\d):|\.\.+|…", word)
+    part = next((part for part in reversed(parts) if DIGIT.search(part)), "")
+    part = part.lstrip("([{'*_~#$\\!,").rstrip(")]}'*_~$€£¥₹\\!,.?")
+    found = NUMBER.fullmatch(part) if len(part) < LONGEST else None
+    if not found or found["sign"] and found["minus"] or found["bottom"] and not int(found["bottom"]):
+        return None
+    top, power = found["top"], found["power"] or ""
+    value = Fraction(int(top), int(found["bottom"])) if top else Fraction(
+        (found["decimal"].replace(",", "").rstrip(".") or "0") + power)
+    value = (value + int(found["units"] or 0)) * (-1) ** ((found["sign"] == "-") + bool(found["minus"]))
+    above, _, below = str(value).partition("/")
+    if pow(10, 4 * LONGEST, int(below or 1)):  # its decimals do not end
+        return str(value)
+    with decimal.localcontext(decimal.Context(4 * LONGEST)):
+        return f"{decimal.Decimal(above) / decimal.Decimal(below or 1):f}"
+
+
+def extract_answer(text, reference=None):
+    """What a text answers: the last number (read_number) of its last marked part, or the words there, in
+    lower case, if it has no digit; without a mark the last number of the text. None: no answer.
+
+    The mark is the reference's (####, \\boxed, <answer>) where both have it, else <answer> or \\boxed.
+    """
+    own = [mark for mark in MARKERS if mark in (reference or "")]
+    for mark in [*own, "<answer>", "\\boxed"]:
+        found = re.findall(MARKERS[mark], text or "", re.DOTALL)
+        if found and not DIGIT.search(found[-1]):
+            return found[-1].strip().lower() or None
+        if found:
+            return read_number(found[-1])
+    return read_number(text or "")
 
 
 def text_of(completion):
@@ -1178,18 +1254,27 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def references(n, columns, read):
-    """read(the column `answer`, or else `solution`, as a string) of each of n rows; None without either."""
+def readable(reference):
+    """A reference as a string if extract_answer finds an answer in it, else None."""
+    return str(reference) if extract_answer(str(reference), str(reference)) is not None else None
+
+
+def references(n, columns):
+    """The column `answer`, or else `solution`, as a string, of each of n rows; None without either."""
     answers, solutions = (columns.get(name) or [None] * n for name in ("answer", "solution"))
     known = [solution if answer is None else answer for answer, solution in zip(answers, solutions)]
-    return [None if reference is None else read(str(reference)) for reference in known]
+    return [None if reference is None else str(reference) for reference in known]
 
 
-def accuracy(prompts, completions, **columns):
-    """1 if extract_answer gives the reference's answer, 0 if not, None where the reference has none."""
-    right = references(len(completions), columns, extract_answer)
-    given = [extract_answer(text_of(completion)) for completion in completions]
-    return [None if r is None else float(g == r) for g, r in zip(given, right)]
+def accuracy(prompts, completions, truncated=None, **columns):
+    """1 if a completion that was not cut gives the reference's answer (extract_answer), 0 if not, None where
+    the reference has none that can be read."""
+    def value(completion, cut, reference):
+        right = extract_answer(reference, reference)
+        return None if right is None else float(
+            not cut and extract_answer(text_of(completion), reference) == right)
+    cut = truncated or [False] * len(completions)
+    return list(map(value, completions, cut, references(len(completions), columns)))
 
 
 def format_reward(prompts, completions, **columns):
@@ -1222,9 +1307,9 @@ def edit_distance(prompts, completions, **columns):
     def similarity(completion, reference):
         if reference is None:
             return None
-        text = text_of(completion).strip()
+        text, reference = text_of(completion).strip(), reference.strip()
         return 1 - levenshtein(text, reference) / max(len(text), len(reference), 1)
-    return list(map(similarity, completions, references(len(completions), columns, str.strip)))
+    return list(map(similarity, completions, references(len(completions), columns)))
 
 
 STRINGS = {"schema": ("a list of keys", json.loads), "tests": ("a string or strings", lambda text: [text])}
@@ -1349,6 +1434,14 @@ def check_columns(rewards, train, held, dataset_name):
         require(any(value is not None for value in found),
                 f"--reward_funcs {name} needs a column {' or '.join(map(repr, NEEDS[name]))}; {dataset_name} "
                 f"has {', '.join(train[0]['columns']) or 'no other column than the prompt'}")
+    if "accuracy" in used:
+        known = [(prompt, text) for prompt, text in zip(train, references_of(train)) if text is not None]
+        unread = [f"{text[-80:]!r} of {prompt['place']}" for prompt, text in known if not readable(text)]
+        require(len(unread) < len(known), "--reward_funcs accuracy reads a number in no answer, such as "
+                f"{''.join(unread[:1])}: give numbers, <answer>words</answer> or another reward")
+        if unread:
+            say(f"warning  accuracy does not apply to {len(unread):,} of {len(train):,} prompts: it reads no "
+                f"number in their answers, such as {unread[0]}")
 
 
 def load_reward(name, weight, args, device):
@@ -1381,7 +1474,8 @@ def load_reward(name, weight, args, device):
     spec = importlib.util.spec_from_file_location("reward_file_" + os.path.basename(path)[:-3], path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     try:
-        spec.loader.exec_module(module)
+        with guarded(name):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"reward '{name}': importing {path} raised {type(error).__name__}: "
                         f"{' '.join(str(error).split())}") from None
@@ -1411,56 +1505,142 @@ def like_prompt(text, prompt):
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def call_reward(function, given, timeout):
-    """Calls the function with those keyword arguments that it names, or all if it takes **kwargs.
+GRACE = 5.0  # seconds to clean up in, for a reward that was stopped
+EXIT = os._exit  # while a reward runs os._exit is another
+LEFT_BEHIND = set()  # threads that rewards have started
 
-    TimeoutError in the middle of it once it has taken `timeout` seconds.
+
+class Pressed(KeyboardInterrupt):
+    """Ctrl-C while a reward runs before training: not an exception of the reward's."""
+
+
+def press(*_):
+    raise Pressed
+
+
+def end_at_once(sentence):
+    """Ends this process and those it started, with the sentence and code 2, whatever thread runs what."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+    script = os.path.basename(sys.argv[0])
+    os.write(2, f"{script}: error: {sentence}; the checkpoints are whole\n".encode())
+    EXIT(2)
+
+
+@contextmanager
+def guarded(name, timeout=math.inf):
+    """Runs a reward's code, which may do anything: TimeoutError in the middle of it after so many seconds; if
+    it goes on after that, or calls os._exit, the process ends. Puts back signals' handlers and the folder.
+
+    A thread watches, since SIGALRM belongs to the reward. C code that lets no thread run is stopped by a
+    timer of CPU time (a regular expression looks at signals), or else ended by faulthandler, with code 1.
     """
+    timeout, pid, threads = min(timeout, 1e8), os.getpid(), threading.enumerate()
+    late, called = f"no answer in {timeout:g} s (--reward_timeout)", f"reward function '{name}'"
+    deadline, main, done, stopped = time.monotonic() + timeout, threading.get_ident(), threading.Event(), []
+    grace = GRACE + (os.environ.get("RANK", "0") != "0")  # the first process speaks first
+
+    def end():
+        end_at_once(f"{called} raised TimeoutError: {late}, and goes on all the same")
+
     def stop(*_):
-        raise TimeoutError(f"no answer in {timeout:g} s (--reward_timeout)")
+        after = -1 if done.is_set() else time.monotonic() - deadline
+        if after > grace:
+            end()
+        if after > 0 and not stopped:
+            stopped.append(True)
+            raise TimeoutError(late)
+
+    def watch():
+        if not done.wait(timeout):
+            signal.pthread_kill(main, signal.SIGVTALRM)
+            if not done.wait(grace):
+                end()
+
+    def leave(code):
+        if os.getpid() == pid:  # a child that the reward forked may
+            end_at_once(f"{called} called os._exit({code})")
+        EXIT(code)
+
+    folder, before = os.getcwd(), {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    if before[signal.SIGINT] is signal.default_int_handler:
+        signal.signal(signal.SIGINT, press)
+    signal.signal(signal.SIGVTALRM, stop)  # and stays: a late one finds `done` set
+    signal.setitimer(signal.ITIMER_VIRTUAL, timeout, 1.0)
+    faulthandler.dump_traceback_later(timeout + 2 * grace, exit=True, file=2)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    os._exit = leave
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        done.set()
+        os._exit = EXIT
+        watcher.join()
+        faulthandler.cancel_dump_traceback_later()
+        for timer in signal.ITIMER_VIRTUAL, signal.ITIMER_REAL:
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            if signal.getsignal(number) is not signal.SIG_DFL:  # after a first Ctrl-C: a second one ends at once
+                signal.signal(number, handler)
+        os.chdir(folder)
+        LEFT_BEHIND.update(t for t in threading.enumerate() if not (t.daemon or t in threads))
+    if time.monotonic() > deadline:  # it caught what stopped it
+        raise TimeoutError(late)
+
+
+def call_reward(function, given, n):
+    """Calls the function with copies of those keyword arguments that it names, or of all if it takes **kwargs
+    -> what it returns, as a list where that is one value for each of n completions."""
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, timeout)
-    try:
-        values = function(**{k: v for k, v in given.items() if takes_all or k in parameters})
-        return asyncio.run(values) if inspect.isawaitable(values) else values
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    values = function(**{
+        name: [copy.deepcopy(one) for one in value] if isinstance(value, list) else copy.copy(value)
+        for name, value in given.items() if takes_all or name in parameters})
+    values = asyncio.run(values) if inspect.isawaitable(values) else values
+    unordered = isinstance(values, (str, bytes, bytearray, Mapping, Set, pandas.DataFrame))
+    if unordered or not hasattr(values, "__iter__"):
+        return values
+    return list(values if hasattr(values, "__len__") else islice(values, n + 1))
 
 
-def first_failure(function, given, places, timeout):
+def first_failure(name, function, given, places, timeout):
     """The place of the first completion on which the function fails by itself, or else the whole batch."""
     lists = {name for name, value in given.items() if isinstance(value, list)}
-    for i, place in enumerate(places):
-        one = {name: given[name][i:i + 1] for name in lists}
-        try:
-            call_reward(function, given | one, timeout)
-        except (Exception, SystemExit):
-            return place
+    with suppress(TimeoutError), guarded(name, timeout):
+        for i, place in enumerate(places):
+            try:
+                call_reward(function, given | {name: given[name][i:i + 1] for name in lists}, 1)
+            except Pressed:
+                raise
+            except BaseException as error:
+                return "the whole batch" if isinstance(error, TimeoutError) else place
     return "the whole batch"
 
 
 def checked_values(name, function, given, places, timeout):
     """What the function returns -> N floats, NaN for None. places (N): what an error calls a completion."""
     try:
-        values = call_reward(function, given, timeout)
-    except (Exception, SystemExit) as error:
+        with guarded(name, timeout):
+            values = call_reward(function, given, len(places))
+    except Pressed:
+        raise
+    except BaseException as error:
         narrow = not isinstance(error, TimeoutError)
-        where = first_failure(function, given, places, timeout) if narrow else "the whole batch"
-        raise UserError(f"reward function '{name}' raised {type(error).__name__}: "
-                        f"{' '.join(str(error).split())}, on {where}") from error
+        where = first_failure(name, function, given, places, timeout) if narrow else "the whole batch"
+        said = " ".join([f"{type(error).__name__}:", *str(error).split()]).rstrip(":")
+        raise UserError(f"reward function '{name}' raised {said}, on {where}") from error
     returned = f"reward function '{name}' returned"
-    require(hasattr(values, "__iter__") and not isinstance(values, str),
-            f"{returned} {type(values).__name__}, not a list of numbers")
-    values = list(values)
+    require(isinstance(values, list), f"{returned} {type(values).__name__}, not a list of numbers")
     require(len(values) == len(places), f"{returned} {len(values)} values for {len(places)} completions")
     for value, place in zip(values, places):
         size = math.inf  # of what is no number
-        with suppress(TypeError, ValueError, RuntimeError):
+        with suppress(Exception):
             size = 0.0 if value is None else abs(float(value))
-        require(size < 1e30 and not isinstance(value, str), f"{returned} {value!r} for {place}; "
+        require(size < 1e30 and not isinstance(value, (str, bytes, bytearray)),
+                f"{returned} {repr(value)[:80]} for {place}; "
                 "expected a finite number, or None for not applicable")
     return [math.nan if value is None else float(value) for value in values]
 
@@ -1472,21 +1652,25 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     wrong length or type, or a number that is not finite; naming the reward if it takes too long.
     """
     logged, values = {}, []
-    texts = [row["text"] for row in rows]
-    for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts,
-                  "truncated": [row["truncated"] for row in rows]}
+
+    def log_metric(name, value):
+        logged[str(name)] = float(value)
+    texts, cut = [row["text"] for row in rows], {"truncated": [row["truncated"] for row in rows]}
+    for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts} | cut
     for_functions = {name: [prompt["columns"][name] for prompt in prompts] for name in prompts[0]["columns"]}
     for_functions |= {
         "prompts": [prompt["prompt"] for prompt in prompts],
         "completions": [like_prompt(text, prompt["prompt"]) for text, prompt in zip(texts, prompts)],
         "completion_ids": [row["completion_ids"] for row in rows],
         "trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
-        "log_metric": logged.__setitem__,
+        "log_metric": log_metric,
         "log_extra": lambda name, values: None}
     places = [f"the completion {text[:80]!r} of row {prompt['place']}"
               for text, prompt in zip(texts, prompts)]
     for name, reward in rewards.items():
         given = for_functions if reward.score is None else for_models
+        if reward.path is None:  # built in: told what TRL tells nobody, whether a completion was cut
+            given = given | cut
         values.append(checked_values(name, reward.function, given, places, timeout))
     return torch.tensor(values).T, logged
 
@@ -1512,10 +1696,22 @@ def mean_of(records):
     return pandas.DataFrame(records).mean().to_dict() if any(records) else {}
 
 
-def right_answers(prompts):
-    """extract_answer of each prompt's column `answer`, or else `solution`; None where it has neither."""
+def references_of(prompts):
+    """references() of prompts."""
     columns = {name: [prompt["columns"].get(name) for prompt in prompts] for name in ("answer", "solution")}
-    return references(len(prompts), columns, extract_answer)
+    return references(len(prompts), columns)
+
+
+def right_answers(prompts):
+    """The answer that each prompt's reference gives; None where it has none."""
+    return [extract_answer(reference, reference) for reference in references_of(prompts)]
+
+
+def given_answers(rows):
+    """The answer that each completion gives, read as `accuracy` reads it; None for one that was cut."""
+    known = references_of([row["prompt"] for row in rows])
+    return [None if row["truncated"] else extract_answer(row["text"], reference)
+            for row, reference in zip(rows, known)]
 
 
 def rollout_metrics(rows, rewards, first=None):
@@ -1571,8 +1767,7 @@ def warn_of_flat(run, flat, what):
 
 def exact_match(rows, right):
     """-> {"accuracy": share of the completions, of those with a right answer, that end with it}."""
-    asked = [(row["text"], answer) for row, answer in zip(rows, right) if answer is not None]
-    matches = [extract_answer(text) == answer for text, answer in asked]
+    matches = [given == answer for given, answer in zip(given_answers(rows), right) if answer is not None]
     return {"accuracy": sum(matches) / len(matches)} if matches else {}
 
 
