@@ -1191,11 +1191,11 @@ REWRITES = [(re.compile(pattern, re.IGNORECASE), new) for pattern, new in (  # s
      r"(?:\^?\{?[23]\}?|[²³])", ""))]  # cm^2 is a unit
 SIGNS = dict.fromkeys(map(ord, "−‐‑‒–﹣－"), "-") | {ord("⁄"): "/", ord("—"): " "}
 DIGIT = re.compile(r"[\d²³¹⁰-₉]")
-LONGEST = 1000  # characters of a number
+LONGEST = 300  # characters of a number
 NUMBER = re.compile(r"""
     (?P<sign>[-+]?) (?:[A-Z]{0,3}[$€£¥₹])? (?P<minus>-?)
     (?: (?:(?P<units>\d*)&)? (?P<top>-?\d+)/(?P<bottom>\d+)
-      | (?P<decimal>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)?(?:\.\d*)?(?<=[\d.])) (?P<power>[eE][-+]?\d{1,3})? )
+      | (?P<decimal>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)?(?:\.\d*)?(?<=[\d.])) (?P<power>[eE][-+]?\d{1,2})? )
     (?:%|°[CF]?|[-/]?(?!(?:[^\W\d_mgshlLCF]|pi|hundreds?|thousands?|[mb]illions?|trillions?|dozens?)$)
        [^\W\d_]+(?:[-/][^\W\d_]+)*[²³]?)?  # a unit; one letter may be a variable, as in 5x
     """, re.VERBOSE)
@@ -1583,7 +1583,7 @@ def guarded(name, timeout=math.inf):
         for timer in signal.ITIMER_VIRTUAL, signal.ITIMER_REAL:
             signal.setitimer(timer, 0)
         for number, handler in before.items():
-            if signal.getsignal(number) is not signal.SIG_DFL:  # after a first Ctrl-C: a second one ends at once
+            if signal.getsignal(number) is not signal.SIG_DFL:  # SIG_DFL: Ctrl-C came, a second one ends all
                 signal.signal(number, handler)
         os.chdir(folder)
         LEFT_BEHIND.update(t for t in threading.enumerate() if not (t.daemon or t in threads))
