@@ -14,6 +14,7 @@ import asyncio
 import copy
 import csv
 import difflib
+import faulthandler
 import glob
 import hashlib
 import html
@@ -37,12 +38,14 @@ import warnings
 import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
+from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import accumulate, groupby, repeat, takewhile
+from itertools import accumulate, groupby, islice, repeat, takewhile
 from operator import ge, gt, itemgetter, le, lt
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
@@ -51,6 +54,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says every retry; the error comes at the end
 
 import pandas
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -465,9 +469,11 @@ def answer_greedily(run, model, rows):
             completions = prompts and complete_greedily(model, prompts, stop_ids, args.max_completion_length)
         for i, prompt, completion in zip(places, prompts, completions):
             text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
-            right += extract_answer(text) == answer
+            hit = (completion[-1] in stop_ids
+                   and extract_answer(text, answer) == extract_answer(answer, answer))
+            right += hit
             table.append({"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "completion": text,
-                          "answer": answer, "right": str(extract_answer(text) == answer)})
+                          "answer": answer, "right": str(hit)})
     right = run.accelerator.reduce(torch.tensor(float(right), device=run.device), "sum").item()
     return right / len(rows) if rows else None, table[:3]
 
@@ -1306,19 +1312,57 @@ class Reward(NamedTuple):
     score: str | None = None  # which score of the reward model; None: it is none
 
 
-def extract_answer(text):
-    """The last number in a text's last <answer>...</answer>, or the words there, in lower case, if it has no
-    number; without a tag the last number of the text; None if there is none. Numbers come in one form: 1,000
-    and $1000.00 and 1000. are "1000"."""
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    text = tagged[-1].strip() if tagged else text
-    number = r"(?<![0-9.])(-?)\$?(-?)((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?)(?:\.([0-9]+))?(?<=[0-9])"
-    found = re.findall(number, text)
-    if not found:
-        return text.lower() or None if tagged else None
-    minus, minus_too, whole, decimals = found[-1]
-    value = f"{whole.replace(',', '').lstrip('0') or 0}.{decimals}".rstrip("0").rstrip(".")
-    return "-" + value if (minus or minus_too) and value != "0" else value
+MARKS = {  # what stands around an answer
+    "####": r"####(.*)", "<answer>": r"(?s)<answer>((?:(?!<answer>).)*?)</answer>",
+    "\\boxed": r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"}
+SIGNS = str.maketrans("−‐‑‒–⁄", "-----/", "$€£¥\u202f")  # to what they mean; the last are left out
+REWRITES = [(re.compile(pattern), new) for pattern, new in (  # so that a number, or what is none, is one word
+    (r"\{,\}|\\,|\\!", ","), (r"\^\{([^{}]*)\}", r"^\1"), (r"\\sqrt\s*\{?", "√"),
+    (r"\\(?:times|cdot)\s*", "×"), (r"(?<=\d)\s*(?=\\[dt]?frac)", "+"),
+    (r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d))", r"\1\3/\2\4"),
+    (r"(?<=[\w)}])\s*([+*/×·^])\s*(?=[-(]?\d)", r"\1"), (r"(?<=\d) (-|\*\*) (?=\d)", r"\1"),
+    (r"(?<![\w./])(\d+)\s+(?=\d+/\d)", r"\1+"), (r"(?<=\d)\s+(?=(?:hundred|thousand|million|billion)\b)", ""),
+    (r"(?<!\d):|:(?!\d)", " "), (r"\b(?:[cdkm]?m|in|ft)\^[23]", ""))]
+NUMBER = re.compile(r"""
+    (-?) (?: (?:(\d+)\+)? (-?\d+)/(\d+)
+           | ((?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:(?<=\d)[eE][-+]?\d{1,2})?) )
+    (?:%|°?[CF]|[mgsl]|(?!hundred|thousand|million|billion)[a-zA-Z]{2,}(?:/[a-z]+)?)?  # a unit
+    """, re.VERBOSE)
+
+
+def read_number(text):
+    """The last number of a text in the one form that equal numbers have, or None if there is none: 1,000 and
+    $1000.00 and 1e3 are "1000"; 1/2 and \\frac{1}{2} are "0.5", 1/3 is "1/3"; 50% is "50": % is a unit, as cm
+    is. The last word with a digit counts, and as a whole: 11:30, 2^3, 3-4 and 1.2.3 are no numbers."""
+    text = text[-2000:].translate(SIGNS)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
+    words = re.findall(r"[^\s=≈<>|\"'`(){}\[\]\\_~]*\d[^\s=≈<>|\"'`(){}\[\]\\_~]*", text)
+    word = words[-1].lstrip("*#!?,;:").rstrip("*#!?,;:.") if words else "-"
+    found = NUMBER.fullmatch(word) if len(word) < 300 else None
+    if not found or found[4] and not int(found[4]):
+        return None
+    minus, units, top, bottom, decimals = found.groups()
+    value = Fraction(int(top), int(bottom)) if bottom else Fraction(decimals.replace(",", ""))
+    value = (value + int(units or 0)) * (-1 if minus else 1)
+    places = next((n for n in range(100) if 10**n % value.denominator == 0), None)
+    if places is None:  # its decimals do not end
+        return str(value)
+    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
+    return "-" * (value < 0) + digits[:len(digits) - places] + ("." + digits[-places:] if places else "")
+
+
+def extract_answer(text, reference=None):
+    """What a text answers: the last number (read_number) of its last marked part, or the words there, in
+    lower case, if it has no digit; without a mark the last number of the text. None: no answer. The mark is
+    the reference's (####, \\boxed, <answer>) where both have it, else <answer> or \\boxed."""
+    text, own = text or "", [mark for mark in MARKS if mark in (reference or "")]
+    for mark in [*own, "<answer>", "\\boxed"]:
+        marked = re.findall(MARKS[mark], text)
+        if marked:
+            words = re.search(r"\d", marked[-1]) is None
+            return marked[-1].strip().lower() or None if words else read_number(marked[-1])
+    return read_number(text)
 
 
 def text_of(completion):
@@ -1326,18 +1370,27 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def references(n, columns, read):
-    """read(the column `answer`, or else `solution`, as a string) of each of n rows; None without either."""
+def readable(reference):
+    """A reference as a string if extract_answer finds an answer in it, else None."""
+    return str(reference) if extract_answer(str(reference), str(reference)) is not None else None
+
+
+def references(n, columns):
+    """The column `answer`, or else `solution`, as a string, of each of n rows; None without either."""
     answers, solutions = (columns.get(name) or [None] * n for name in ("answer", "solution"))
     known = [solution if answer is None else answer for answer, solution in zip(answers, solutions)]
-    return [None if reference is None else read(str(reference)) for reference in known]
+    return [None if reference is None else str(reference) for reference in known]
 
 
-def accuracy(prompts, completions, **columns):
-    """1 if extract_answer gives the reference's answer, 0 if not, None where the reference has none."""
-    right = references(len(completions), columns, extract_answer)
-    given = [extract_answer(text_of(completion)) for completion in completions]
-    return [None if r is None else float(g == r) for g, r in zip(given, right)]
+def accuracy(prompts, completions, truncated=None, **columns):
+    """1 if a completion that was not cut gives the reference's answer (extract_answer), 0 if not, None where
+    the reference has none that can be read."""
+    def value(completion, cut, reference):
+        right = extract_answer(reference, reference)
+        return None if right is None else float(
+            not cut and extract_answer(text_of(completion), reference) == right)
+    cut = truncated or [False] * len(completions)
+    return list(map(value, completions, cut, references(len(completions), columns)))
 
 
 def format_reward(prompts, completions, **columns):
@@ -1367,9 +1420,9 @@ def edit_distance(prompts, completions, **columns):
     def similarity(completion, reference):
         if reference is None:
             return None
-        text = text_of(completion).strip()
+        text, reference = text_of(completion).strip(), reference.strip()
         return 1 - levenshtein(text, reference) / max(len(text), len(reference), 1)
-    return list(map(similarity, completions, references(len(completions), columns, str.strip)))
+    return list(map(similarity, completions, references(len(completions), columns)))
 
 
 STRINGS = {"schema": ("a list of keys", json.loads), "tests": ("a string or strings", lambda text: [text])}
@@ -1490,6 +1543,14 @@ def try_rewards(rewards, train, held, args):
         require(not missing, f"--reward_funcs {name} needs a column "
                 f"{' or '.join(map(repr, NEEDS[name]))}; {args.dataset_name} has "
                 f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
+    if "accuracy" in used:
+        known = [(prompt, text) for prompt, text in zip(train, references_of(train)) if text is not None]
+        unread = [f"{text[-80:]!r} of {prompt['place']}" for prompt, text in known if not readable(text)]
+        require(len(unread) < len(known), "--reward_funcs accuracy reads a number in no answer, such as "
+                f"{''.join(unread[:1])}: give numbers, <answer>words</answer> or another reward")
+        if unread:
+            say(f"warning  accuracy does not apply to {len(unread):,} of {len(train):,} prompts: it reads no "
+                f"number in their answers, such as {unread[0]}")
     score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
           args.reward_timeout)
 
@@ -1541,27 +1602,65 @@ def load_rewards(args, device="cpu"):
     return rewards
 
 
-def call_reward(function, given, timeout):
-    """Calls the function with those keyword arguments that it names, or all if it takes **kwargs.
-    TimeoutError in the middle of it once it has taken `timeout` seconds."""
+GRACE = 5.0  # seconds until a reward that goes on after a TimeoutError ends the run
+
+
+def end_at_once(sentence):
+    """Ends this process and those that it started, with the sentence and code 2, whatever runs in it."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+    os.write(2, f"{os.path.basename(sys.argv[0])}: error: {sentence}\n".encode())
+    os._exit(2)
+
+
+@contextmanager
+def limited(name, timeout):
+    """TimeoutError in the middle of a reward's code after so many seconds. A reward that catches it or has
+    set SIGALRM itself goes on: then a thread ends the process; faulthandler, if C code lets no thread run."""
+    late, deadline = f"no answer in {timeout:g} s (--reward_timeout)", time.monotonic() + timeout
+
     def stop(*_):
-        raise TimeoutError(f"no answer in {timeout:g} s (--reward_timeout)")
-    parameters = inspect.signature(function).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        raise TimeoutError(late)
+    sentence = f"reward function '{name}' gave {late}, and goes on; the checkpoints are whole"
+    watchdog = threading.Timer(timeout + GRACE, end_at_once, [sentence])
+    watchdog.daemon = True
+    watchdog.start()
+    faulthandler.dump_traceback_later(timeout + 2 * GRACE, exit=True, file=sys.__stderr__)
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
-        values = function(**{k: v for k, v in given.items() if takes_all or k in parameters})
-        return asyncio.run(values) if inspect.isawaitable(values) else values
+        yield
+        if time.monotonic() > deadline:
+            raise TimeoutError(late)  # it has caught the first
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+        watchdog.cancel()
+
+
+def call_reward(function, given, n):
+    """Calls the function with copies of those keyword arguments that it names, or of all if it takes
+    **kwargs: what it does to them changes nothing for others -> its values as a list, where they have an
+    order; of an endless one n + 1."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    values = function(**{
+        name: [copy.deepcopy(one) for one in value] if isinstance(value, list) else copy.copy(value)
+        for name, value in given.items() if takes_all or name in parameters})
+    values = asyncio.run(values) if inspect.isawaitable(values) else values
+    unordered = isinstance(values, (str, bytes, Mapping, Set, pandas.DataFrame))
+    if unordered or not hasattr(values, "__iter__"):
+        return values
+    return list(values if hasattr(values, "__len__") else islice(values, n + 1))
 
 
 def checked_values(name, function, given, places, timeout):
     """What the function returns -> N floats, NaN for None. places (N): what an error calls a completion."""
     try:
-        values = call_reward(function, given, timeout)
+        with limited(name, timeout):
+            values = call_reward(function, given, len(places))
     except (Exception, SystemExit) as error:
         rows = [] if isinstance(error, TimeoutError) else places
         for i in range(len(rows)) if rows[1:] else ():  # the first that fails by itself is named
@@ -1571,15 +1670,14 @@ def checked_values(name, function, given, places, timeout):
         raise UserError(f"reward function '{name}' raised {type(error).__name__}: "
                         f"{' '.join(str(error).split())}, on {where}") from error
     returned = f"reward function '{name}' returned"
-    require(hasattr(values, "__iter__") and not isinstance(values, str),
-            f"{returned} {type(values).__name__}, not a list of numbers")
-    values = list(values)
+    require(isinstance(values, list), f"{returned} {type(values).__name__}, not a list of numbers")
     require(len(values) == len(places), f"{returned} {len(values)} values for {len(places)} completions")
     for value, place in zip(values, places):
         size = math.inf  # of what is no number
-        with suppress(TypeError, ValueError, RuntimeError):
+        with suppress(Exception):
             size = 0.0 if value is None else abs(float(value))
-        require(size < 1e30 and not isinstance(value, str), f"{returned} {value!r} for {place}; "
+        require(size < 1e30 and not isinstance(value, (str, bytes, bytearray)),
+                f"{returned} {repr(value)[:80]} for {place}; "
                 "expected a finite number, or None for not applicable")
     return [math.nan if value is None else float(value) for value in values]
 
@@ -1589,9 +1687,11 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     prompts[i] is the prompt of rows[i]. UserError naming the reward and the completion on an exception, a
     wrong length or type, or a number that is not finite; naming the reward if it takes too long."""
     logged, values = {}, []
-    texts = [row["text"] for row in rows]
-    for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts,
-                  "truncated": [row["truncated"] for row in rows]}
+
+    def log_metric(name, value):
+        logged[str(name)] = float(value)
+    texts, cut = [row["text"] for row in rows], {"truncated": [row["truncated"] for row in rows]}
+    for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts} | cut
     for_functions = {name: [prompt["columns"][name] for prompt in prompts] for name in prompts[0]["columns"]}
     for_functions |= {
         "prompts": [prompt["prompt"] for prompt in prompts],
@@ -1600,12 +1700,14 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
             for text, prompt in zip(texts, prompts)],  # a message where the prompt is messages
         "completion_ids": [row["completion_ids"] for row in rows],
         "trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
-        "log_metric": logged.__setitem__,
+        "log_metric": log_metric,
         "log_extra": lambda name, values: None}
     places = [f"the completion {text[:80]!r} of row {prompt['place']}"
               for text, prompt in zip(texts, prompts)]
     for name, reward in rewards.items():
         given = for_functions if reward.score is None else for_models
+        if reward.path is None:  # built in: told what TRL tells nobody, whether a completion was cut
+            given = given | cut
         values.append(checked_values(name, reward.function, given, places, timeout))
     return torch.tensor(values).T, logged
 
@@ -1624,10 +1726,22 @@ def mean_of(records):
     return pandas.DataFrame(records).mean().to_dict() if any(records) else {}
 
 
-def right_answers(prompts):
-    """extract_answer of each prompt's column `answer`, or else `solution`; None where it has neither."""
+def references_of(prompts):
+    """references() of prompts."""
     columns = {name: [prompt["columns"].get(name) for prompt in prompts] for name in ("answer", "solution")}
-    return references(len(prompts), columns, extract_answer)
+    return references(len(prompts), columns)
+
+
+def right_answers(prompts):
+    """The answer that each prompt's reference gives; None where it has none."""
+    return [extract_answer(reference, reference) for reference in references_of(prompts)]
+
+
+def given_answers(rows):
+    """The answer that each completion gives, read as `accuracy` reads it; None for one that was cut."""
+    known = references_of([row["prompt"] for row in rows])
+    return [None if row["truncated"] else extract_answer(row["text"], reference)
+            for row, reference in zip(rows, known)]
 
 
 def rollout_metrics(rows, rewards, first=None):
@@ -1683,8 +1797,7 @@ def warn_of_flat(run, flat, what):
 
 def exact_match(rows, right):
     """-> {"accuracy": share of the completions, of those with a right answer, that end with it}."""
-    asked = [(row["text"], answer) for row, answer in zip(rows, right) if answer is not None]
-    matches = [extract_answer(text) == answer for text, answer in asked]
+    matches = [given == answer for given, answer in zip(given_answers(rows), right) if answer is not None]
     return {"accuracy": sum(matches) / len(matches)} if matches else {}
 
 

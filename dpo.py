@@ -232,7 +232,7 @@ def load_pairs(args, tokenizer):
     for pair in train + held:
         answer = pair.pop("row").get("answer")
         if answer is not None and args.max_completion_length:
-            pair["answer"] = common.extract_answer(str(answer))
+            pair["answer"] = common.readable(answer)
     common.say_split(args, train, held, "pair", counts)
     return train, held
 

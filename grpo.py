@@ -59,7 +59,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common  # first: it quiets the libraries below
-from common import arg, parse_args, require, say, stream
+from common import accuracy, arg, parse_args, require, say, stream
 
 import torch
 import torch.nn.functional as F
@@ -533,7 +533,7 @@ def evaluate(complete, held, rewards, args):
         judges = torch.tensor([reward.weight if reward.score else 0.0 for reward in rewards.values()])
         scores = torch.tensor([[(judges * row["rewards_per_func"]).nansum() for row in group]
                                for group in groups])
-        answers = [[common.extract_answer(row["text"]) for row in group] for group in groups]
+        answers = [common.given_answers(group) for group in groups]
         metrics |= common.verify(answers, common.right_answers(asked), scores if judges.any() else None)
     metrics = {f"eval/{name}": value for name, value in metrics.items()
                if not name.endswith(("/std", "/weighted"))}

@@ -288,7 +288,7 @@ def load_rows(args, tokenizer):
         if args.max_completion_length and "messages" in conversation and answer is not None:
             prompt_ids = common.encode_prompt(tokenizer, conversation["messages"][:-1])
             parts[-1] |= {"prompt_ids": prompt_ids[-args.max_length:],
-                          "answer": common.extract_answer(str(answer))}
+                          "answer": common.readable(answer)}
         return parts
 
     counts = Counter()

@@ -1,14 +1,23 @@
 """The rewards of common.py: built-in ones by hand, TRL's calling convention, what is refused, what code may not do."""
 
 import asyncio
+import functools
+import itertools
 import json
 import math
 import os
 import random
+import re
+import signal
+import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
+import numpy
+import pandas
 import pytest
+import torch
 from conftest import TINY, in_child, run
 
 import common
@@ -19,15 +28,41 @@ from common import Reward
 
 # ---- calling -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, answer", [
-    ("18", "18"), ("18.", "18"), ("18.00", "18"), ("$18", "18"), ("1,000", "1000"), ("so -7", "-7"), ("-$7", "-7"), ("$-7", "-7"),
-    ("16-3", "3"), ("x=3.50 litres", "3.5"), ("#### 5\n#### 72", "72"), ("1,2,3", "3"), ("0.5", "0.5"), (".5", "0.5"), ("007", "7"),
-    ("-0", "0"), ("12345678901234567890123456789012", "12345678901234567890123456789012"), ("no number", None), ("", None),
-    ("3 <answer> 65 </answer> 7", "65"), ("<answer>1</answer><answer>2</answer>", "2"), ("<answer>Paris</answer>", "paris"),
-    ("<answer></answer>", None), ("95**88**77", "77"), ("50%", "50"), ("3/4", "4"), ("10,000.50", "10000.5"),
-])
-def test_extract_answer(text, answer):
-    assert common.extract_answer(text) == answer
+@pytest.mark.parametrize("answer, texts", [
+    ("18", ["18", "18.", "18.00", "$18", "18 cm", "18cm", "18 cm^2", "18 m²", "60 of 18km/h", "**18**", "so **18**.", r"\(18\)", "$18$", "(18)", "18!",
+            r"\$18", "€18", "18€", "x = 18", "**Answer:** 18", "answer:18", "9+9=18", "<<9+9=18>>18", "18</s>", '{"answer": 18}', "５ １８", "Step 5 **18**",
+            r"\boxed{18} of 20", r"\boxed{\text{18 cm}} 3", "36/2", "#### 5\n#### 18"]),
+    ("1000", ["1,000", "1000", "1000.0", "$1,000.00", "1e3", "1E+3", "1{,}000", r"1\,000", "1\u202f000"]), ("100000", ["1e5"]),
+    ("0.5", ["0.5", ".5", "1/2", "1 / 2", r"\frac{1}{2}", r"is $\dfrac12$."]), ("-0.5", ["-1/2", r"$-\frac{1}{2}$", r"\frac{-1}{2}"]),
+    ("2.5", ["2 1/2", r"2\frac{1}{2}"]), ("3/7", ["3/7", r"\frac{3}{7}", "6/14"]), ("0.0015", ["1.5e-3"]), ("10000.5", ["10,000.50"]),
+    ("-7", ["so -7", "-$7", "$-7", "\u22127", "–7", "-€7", "5 -7"]), ("7", ["007", "5\n7"]), ("0", ["-0"]), ("3.5", ["x=3.50 litres"]),
+    ("12345678901234567890123456789012", ["12345678901234567890123456789012"]), ("50", ["50%", r"50\%", "50 percent"]),
+    ("65", ["3 <answer> 65 </answer> 7", "<answer>1</answer><answer>65</answer>"]), ("paris", ["<answer>Paris</answer>", r"\boxed{Paris} 3"]),
+    (None, ["no number", "", ".", "<answer></answer>", "<answer>11:30</answer>", "11:30", "3:4", "2^3", "2**3", "2 ^ 3", "2^{10}", "10²", r"2\times 3", "2 × 3", "1×10^5", "95**88**77",
+            "3-4", "16-3", "3–4", "3 - 4", "2024-01-05", "01/05/2024", "1.2.3", "1,2,3", "3,5", "1,000,00",
+            "5x", "x+3", "y = 2x + 5", "x^2", r"\sqrt{3}", r"2\sqrt{3}", "5k", "5 million", "--7", "1/0", "GPT-4", "v2",
+            "1e999999999", "9" * 5000]),])
+def test_extract_answer(answer, texts):
+    """Numbers compare as numbers, and what is no number as a whole is none: never its last digits."""
+    assert {text: common.extract_answer(text) for text in texts} == dict.fromkeys(texts, answer)
+    assert answer is None or common.vote([common.extract_answer(text) for text in texts]) == answer, "equal numbers vote together"
+
+
+def test_reading_an_answer_takes_no_time_to_speak_of():
+    start = time.perf_counter()
+    for part in ("1, ", "5 and ", "<answer>", "\\boxed{", "\\frac{", "{", "a1:", "9", "1 1/2 ", "5 "):
+        common.extract_answer(part * 10_000 + "1")
+    assert time.perf_counter() - start < 3
+
+
+def test_the_references_mark_counts_and_a_cut_completion_does_not():
+    def value(completion, answer, cut=False):
+        return common.accuracy(None, [completion], [cut], answer=[answer])[0]
+    assert value("#### 72\n100% sure", "6 * 12\n#### 72") == value("is 72", "#### 72") == value(r"\boxed{72} of 3", "#### 72") == 1
+    assert value("72\n#### 5", "#### 72") == value(r"\boxed{3} and 5", r"\boxed{5}") == value("<answer>5</answer> \\boxed{3}", r"\boxed{5}") == 0
+    assert value("#### Step 2: sum\nso 72", "72") == 1, "a heading is no answer where the reference has no ####"
+    assert value("72", "72", cut=True) == 0 and value("1/2", "0.5") == 1 and value("50%", "0.5") == 0
+    assert value("30", "11:30") is value("", "Paris") is value("", None) is None
 
 
 def test_built_in_rewards():
@@ -36,6 +71,26 @@ def test_built_in_rewards():
     assert common.accuracy(None, ["5"]) == [None]
     good, nested = "<think>a\nb</think>\n<answer>1</answer>", "<think>a</think><think>b</think><answer>1</answer>"
     assert common.format_reward(None, [good, nested, "x" + good, good + "x"]) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_only_built_in_rewards_are_told_what_was_cut_and_evaluation_reads_as_accuracy_does():
+    seen, whole = {}, sampled("7", "7.0", "8")
+    for row, prompt in zip(whole, rows(3, answer="#### 7", truncated="a column")):
+        row |= {"prompt": prompt, "truncated": row["text"] == "7.0"}
+    rewards = {"accuracy": Reward(common.accuracy, 1.0), "mine": Reward(lambda completions, **more: seen.update(more) or [0] * 3, 1.0, "r.py")}
+    values, _ = common.score(rewards, rows(3, answer="#### 7", truncated="a column"), whole, 0, 1)
+    assert values[:, 0].tolist() == [1, 0, 0] and seen["truncated"] == ["a column"] * 3
+    assert common.given_answers(whole) == ["7", None, "8"] and common.exact_match(whole, ["7"] * 3) == {"accuracy": 1 / 3}
+    assert common.exact_match(whole, [None] * 3) == {} and common.readable("Paris") is None and common.readable(7) == "7"
+
+
+def test_answers_that_accuracy_cannot_read_are_said_or_refused(capsys):
+    rewards, good, bad = {"accuracy": Reward(common.accuracy, 1.0)}, rows(2, answer="7"), rows(1, answer="11:30")
+    args = SimpleNamespace(dataset_name="d.jsonl", reward_timeout=5)
+    common.try_rewards(rewards, good + bad, [], args)
+    assert "accuracy does not apply to 1 of 3 prompts: it reads no number in their answers, such as '11:30' of file:1" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="accuracy reads a number in no answer, such as '11:30' of file:1: give numbers"):
+        common.try_rewards(rewards, bad, [], args)
 
 
 def rows(n=2, prompt="1+1", **columns):
@@ -113,9 +168,12 @@ def test_reward_functions_written_for_trl_run_unchanged(chat, tmp_path):
 @pytest.mark.parametrize("returned, sentence", [
     ([1.0], "returned 1 values for 2 completions"), (1.0, "returned float, not a list"), ([1.0, math.nan], "returned nan for the"),
     ([1.0, "good"], "'good' for the completion 'b' of row file:2"), (None, "returned NoneType"), ([1.0, math.inf], "returned inf"),
+    ({"a": 1.0, "b": 0.0}, "returned dict, not a list"), ({0.0, 1.0}, "returned set, not a list"), ({0: 1, 1: 0}.keys(), "returned dict_keys, not a"),
+    (b"ab", "returned bytes, not a list"), (pandas.DataFrame([[1.0, 0.0]] * 2), "returned DataFrame, not a list"), (["1", "2"], "returned '1' for"),
+    ([[1.0], [2.0]], "returned [1.0] for"), ([b"1", 1], "returned b'1' for"), ([10**400, 1], "returned 1000"), (itertools.repeat(1.0), "returned 3 values"),
 ])
 def test_wrong_rewards_are_named(returned, sentence):
-    with pytest.raises(common.UserError, match="reward function 'f'.*" + sentence.replace("(", r"\(")):
+    with pytest.raises(common.UserError, match="reward function 'f'.*" + re.escape(sentence)):
         common.score({"f": Reward(lambda completions: returned, 1.0)}, rows(), sampled("a", "b"), 0, 1)
 
 
@@ -139,11 +197,96 @@ def test_columns_that_only_some_rows_have_are_none_elsewhere(tmp_path):
     assert [p["columns"] for p in train] == [{"level": None}, {"level": 3}]
 
 
-def test_numpy_scalars_ints_and_bools_are_numbers():
-    import numpy
-    values, _ = common.score({"f": Reward(lambda completions: numpy.array([1, 2]), 1.0), "g": Reward(lambda completions: [True, numpy.float32(.5)], 1.0)},
-                           rows(), sampled("a", "b"), 0, 1)
-    assert values.tolist() == [[1, 1], [2, 0.5]]
+class Called:
+    def __call__(self, completions, **more):
+        return [1, 2]
+
+
+async def awaited(completions):
+    return (float(i) for i in (1, 2))
+
+
+@pytest.mark.parametrize("function", [
+    lambda completions: numpy.array([1, 2]), lambda completions: (True, numpy.float32(2)), lambda completions: torch.tensor([1, 2], dtype=torch.bfloat16),
+    lambda completions: pandas.Series([1, 2]), lambda completions: (i for i in (1, 2)), lambda completions: {"a": 1, "b": 2}.values(), Called(), awaited,
+    functools.partial(lambda shift, completions: [shift, 2], 1), lambda completions: [numpy.bool_(True), 2]])
+def test_any_ordered_numbers_of_any_callable_are_rewards(function):
+    assert common.score({"f": Reward(function, 1.0)}, rows(), sampled("a", "b"), 0, 1)[0].tolist() == [[1], [2]]
+
+
+def test_a_function_that_changes_its_arguments_changes_nobody_elses():
+    """Prompts, completions, nested columns and the trainer's state are each function's and each row's own."""
+    seen, chat, meta = [], [{"role": "user", "content": "hi"}], {"tests": ["a"]}
+
+    def spoils(prompts, completions, completion_ids, meta, trainer_state):
+        seen.append(json.dumps([prompts, completions, completion_ids, meta, trainer_state.global_step]))
+        prompts[0][0]["content"] = completions[0][0]["content"] = "x"
+        meta[0]["tests"].append("b")
+        assert meta[1]["tests"] == ["a"], "the two rows of a prompt have a column each"
+        completion_ids[0].clear(), completions.clear(), prompts.clear()
+        trainer_state.global_step = 99
+        return [0.0, 1.0]
+    prompts, sample = rows(1, prompt=chat, meta=meta) * 2, sampled("a", "b")
+    common.score({"one": Reward(spoils, 1.0), "two": Reward(spoils, 1.0)}, prompts, sample, 3, 9)
+    assert seen[0] == seen[1] and meta == {"tests": ["a"]} and chat[0]["content"] == "hi" and sample[0]["completion_ids"] == [1]
+
+
+HANGS = """
+import asyncio, re, signal, subprocess, time
+
+def sleep():
+    while True: time.sleep(0.05)
+def retries(completions):
+    while True:
+        try: sleep()
+        except Exception: pass
+def catches_all(completions):
+    while True:
+        try: sleep()
+        except BaseException: pass
+def own_alarm(completions):
+    signal.signal(signal.SIGALRM, lambda *_: None); signal.alarm(1); signal.alarm(0); sleep()
+def returns_after_all(completions):
+    try: sleep()
+    except Exception: return [1.0, 1.0]
+async def waits(completions): await asyncio.sleep(60)
+def children(completions):
+    subprocess.Popen(["sleep", "61.5"]); catches_all(completions)
+def in_c(completions): return [sum(range(10**13))]
+def leave(completions): raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("retries", "'retries' gave no answer in 0.2 s (--reward_timeout), and goes on"), ("catches_all", "and goes on"), ("own_alarm", "and goes on"),
+    ("returns_after_all", "raised TimeoutError: no answer in 0.2 s"), ("waits", "raised TimeoutError: no answer in 0.2 s"), ("children", "and goes on"),
+    ("in_c", "Timeout"), ("leave", "raised SystemExit: 0, on the completion 'a' of row file:1")])
+def test_a_reward_that_does_not_end_or_ends_the_process_ends_the_run(name, sentence, monkeypatch, capfd):
+    """Whatever it catches, and whoever has the alarm: code 2, one sentence that names it, and no process of its own left."""
+    monkeypatch.setattr(common, "GRACE", 0.3)
+    exec(HANGS, module := {})
+
+    def child():
+        with common.user_errors():
+            common.score({name: Reward(module[name], 1.0, "r.py")}, rows(), sampled("a", "b"), 0, 1, timeout=0.2)
+    start = time.monotonic()
+    status, error = os.WEXITSTATUS(in_child(child)), capfd.readouterr().err
+    assert time.monotonic() - start < 10 and sentence in error
+    if name == "in_c":  # nothing but faulthandler runs then: with the stack and code 1
+        assert status == 1 and "in in_c" in error
+    else:
+        assert status == 2 and error.count("\n") == 1 and f": error: reward function '{name}' " in error
+    assert subprocess.run(["pgrep", "-f", "^sleep 61.5"], stdout=subprocess.DEVNULL).returncode == 1
+
+
+def test_a_reward_that_draws_random_numbers_of_its_own_does_not_change_training(tmp_path):
+    """What training draws comes from (seed, step) alone: reseeding from the clock changes no weight and no sample."""
+    (tmp_path / "r.py").write_text(
+        "import random, time, numpy, torch\ndef calm(completions):\n    return [sum(map(ord, c)) % 7 for c in completions]\ndef wild(completions):\n    random.seed()\n"
+        "    numpy.random.seed(None)\n    torch.manual_seed(time.time_ns())\n    random.random(), numpy.random.rand(), torch.rand(1)\n    return calm(completions)\n")
+    flags = ["--eval_fraction", 0, "--batch_size", 2, "--max_steps", 2, "--num_generations", 2, "--max_completion_length", 8, "--lora_r", 4, "--temperature", 1.5]
+    calm, wild = (run(grpo, tmp_path / name, *flags, "--reward_funcs", f"{tmp_path}/r.py:{name}") for name in ("calm", "wild"))
+    assert [m["loss"] for m in calm] == [m["loss"] for m in wild] and calm[1]["entropy"] == wild[1]["entropy"] and calm[0]["grad_norm"] > 0
 
 
 def test_a_reward_file_may_hold_a_dataclass_and_reward_models_side_by_side_have_their_own_names(tmp_path, monkeypatch):
@@ -151,7 +294,7 @@ def test_a_reward_file_may_hold_a_dataclass_and_reward_models_side_by_side_have_
                                    "def one(completions, **more):\n    return [Kept(1).x] * len(completions)\n")
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", f"{tmp_path}/r.py:one"])
     assert common.load_rewards(args)["one"].function(["a", "b"]) == [1, 1]
-    monkeypatch.setattr(common, "load_reward_model", lambda *a: (["score"], None))
+    monkeypatch.setattr(common, "load_reward_model", lambda *a, **more: (["score"], None))
     for folder, label in (("kind", "kind_score"), ("safe", "safe_score"), ("rm/model", "rm_score"), ("rm/merged", "rm_score")):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         args.reward_funcs = [str(tmp_path / folder)]
