@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from types import SimpleNamespace
 
@@ -617,7 +617,7 @@ def test_find_format_names_what_it_found_and_what_it_knows():
 @dataclass
 class Args(common.Args):
     dataset_name: str | None = arg("data.jsonl", "")
-    learning_rate: float | None = arg(None, "", ["--lr"])
+    learning_rate: float | None = arg(None, "", aliases=["--lr"])
     batch_size: int = arg(4, "")
     num_train_epochs: float = arg(1.0, "")
     checkpointing: bool = arg(True, "")
@@ -841,3 +841,66 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_stays(tmp_path):
         with pytest.raises(common.UserError, match="step-00000004 was written by an earlier version"):
             common.find_checkpoint(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path)))
     assert old.exists()
+
+
+# Every flag that needs another one: (flag, a value, what makes it act; with nothing of it, it cannot), by script.
+LORA, MOVED, NO_EVALUATION = ["--lora_r", "4"], ["--num_minibatches", "2"], ["--eval_fraction", "0"]
+ALL = [("load_in_4bit", "True", LORA, []), ("merge", "True", LORA, []), ("lora_alpha", "64", LORA, []), ("lora_target_modules", "q_proj", LORA, []),
+       ("modules_to_save", "lm_head", LORA, []), ("audit_step", "2", ["--audit", "a.html"], []), ("eval_fraction", "0.2", [], ["--eval_dataset_name", "e.jsonl"]),
+       ("eval_steps", "7", [], NO_EVALUATION)]
+DROPOUT, ANSWERS = ("lora_dropout", "0.1", LORA, []), ("max_completion_length", "9", [], NO_EVALUATION)
+ROLLOUT = [("kl_warn", "9", ["--kl_coef", "0.1"], ["--kl_coef", "0"]), ("epsilon", "0.1", MOVED, ["--num_iterations", "1", "--num_minibatches", "1"])]
+TABLE = {
+    sft: [DROPOUT, ANSWERS, ("adversarial_epsilon", "0.2", ["--adversarial", "fgm"], ["--adversarial", "neftune"]),
+          ("neftune_noise_alpha", "9", ["--adversarial", "neftune"], ["--adversarial", "fgm"]), ("freeze_layers", "0.5", [], LORA)],
+    dpo: [ANSWERS, ("label_smoothing", "0.1", [], ["--loss_type", "ipo"])],
+    reward_model: [DROPOUT],
+    grpo: [*ROLLOUT, ("epsilon_high", "0.3", MOVED, ["--num_minibatches", "1"]),
+           ("importance_sampling_level", "sequence", [*MOVED, "--loss_type", "grpo"], ["--num_minibatches", "1", "--loss_type", "grpo"]),
+           ("best_fraction", "0.5", [], ["--sft_coef", "0"]), ("demo_threshold", "0", [], ["--sft_coef", "0"]),
+           ("sft_coef", "0.3", ["--demo_threshold", "0"], []), ("eval_samples", "2", [], NO_EVALUATION)],
+    ppo: [*ROLLOUT, ("value_clip", "0.1", [], ["--vf_coef", "0"]), ("kl_target", "6", [], ["--kl_coef", "0"]),
+          ("sft_dataset", "d.jsonl", ["--sft_coef", "0.1"], []), ("sft_coef", "0.1", ["--sft_dataset", "d.jsonl"], [])]}
+ROWS = [(script, *row) for script, rows in TABLE.items() for row in [*ALL, *rows]]
+
+
+@pytest.mark.parametrize("script", TABLE, ids=lambda s: s.__name__)
+def test_the_table_has_every_flag_that_needs_another(script):
+    assert {flag.name for flag in fields(script.Args) if flag.metadata["needs"]} == {row[0] for row in [*ALL, *TABLE[script]]}
+
+
+@pytest.mark.parametrize("script, name, value, acts, fails", ROWS, ids=lambda x: getattr(x, "__name__", x) if not isinstance(x, list) else "")
+def test_a_flag_that_cannot_act_is_refused_by_name(script, name, value, acts, fails, tmp_path, capsys):
+    def check(given, *argv):
+        (tmp_path / "args.json").write_text(json.dumps({"model_name_or_path": "m", "dataset_name": "d.jsonl", **given}))
+        args = common.parse_args(script.Args, [str(tmp_path / "args.json"), *argv])
+        common.check_needs(args)
+        return args
+
+    def pairs(flags):
+        return {flag[2:]: word for flag, word in zip(flags[::2], flags[1::2])}
+    refused = pytest.raises(common.UserError, match=rf"^--{name} .* has no effect (without|beside) --")
+    without = check({}, *fails)
+    with refused:  # typed
+        check({}, *fails, f"--{name}", value)
+    with refused:  # in the file, where nothing that was typed switches it off
+        check({name: value, **pairs(fails)})
+    if getattr(without, name):  # typed at its default
+        with refused:
+            check({}, *fails, f"--{name}", str(getattr(without, name)))
+    assert getattr(check({}, *acts, f"--{name}", value), name) not in (None, getattr(without, name))  # where it can act
+    check(asdict(without))  # a run's own args.json
+    if fails:  # typed on top of a file, what switches a flag off has the flag set back, and said
+        capsys.readouterr()
+        assert getattr(check({name: value, **pairs(acts)}, *fails), name) == getattr(without, name)
+        assert re.match(rf"flags    --{name} \S+ of the file has no effect (without|beside) --", capsys.readouterr().out)
+
+
+def test_lora_flags_beside_an_adapter_that_goes_on(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "b", "r": 4}')
+    (tmp_path / "adapter_model.safetensors").write_text("")
+    base = ["--model_name_or_path", str(tmp_path), "--dataset_name", "d.jsonl"]
+    for flags in (["--lora_alpha", "64"], ["--lora_r", "4", "--lora_dropout", "0.1"], ["--modules_to_save", "lm_head"], ["--lora_target_modules", "q_proj"]):
+        with pytest.raises(common.UserError, match="has no effect beside an adapter that goes on: leave it out"):
+            common.check_needs(common.parse_args(sft.Args, [*base, *flags]))
+    common.check_needs(common.parse_args(sft.Args, [*base, "--lora_r", "4", "--load_in_4bit", "--merge"]))
