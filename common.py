@@ -159,7 +159,8 @@ def check_needs(args):
         if lacks:  # a flag that needs another has a plain default, but what is None may have been filled in
             default = getattr(replace(args, **{name: flag.default}), name)
             idle = value != default or typed and name not in args.filed
-            require(not idle or set(others) & args.typed and not typed, f"--{name} {value} has no effect {lacks}")
+            switched_off = set(others) & args.typed and not typed
+            require(not idle or switched_off, f"--{name} {value} has no effect {lacks}")
             if idle:
                 say(f"flags    --{name} {value} of the file has no effect {lacks.partition(':')[0]}")
                 setattr(args, name, default)

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -904,3 +905,59 @@ def test_lora_flags_beside_an_adapter_that_goes_on(tmp_path):
         with pytest.raises(common.UserError, match="has no effect beside an adapter that goes on: leave it out"):
             common.check_needs(common.parse_args(sft.Args, [*base, *flags]))
     common.check_needs(common.parse_args(sft.Args, [*base, "--lora_r", "4", "--load_in_4bit", "--merge"]))
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """The small example's checkpoint with the digit 1 as its padding id, as a model may have its end of turn, and rows."""
+    folder = tmp_path_factory.mktemp("padded")
+    shutil.copytree(os.path.join(TINY, "sft"), folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"pad_token_id": ord("1")}))
+    row = {"prompt": "1+1", "completion": "2", "answer": "2", "chosen": "2", "rejected": "3"}
+    for name, columns in (("rows", ("prompt", "completion", "answer")), ("pairs", ("prompt", "chosen", "rejected"))):
+        (folder / f"{name}.jsonl").write_text((json.dumps({column: row[column] for column in columns}) + "\n") * 3)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_r", "4", "--modules_to_save", "embed_tokens"], ["--lora_r", "4", "--lora_target_modules", "embed_tokens"]], ids=str)
+@pytest.mark.parametrize("scores", [None, ["score"]], ids=str)
+def test_the_padding_id_has_its_gradient(padded, tokenizer, flags, scores):
+    """Of the input embedding's weight, against F.embedding by hand; the digit 1 is trained like any other token."""
+    args = common.parse_args(sft.Args, ["--model_name_or_path", str(padded / "model"), "--dataset_name", "d.jsonl", *flags])
+    model = common.load_model(args, tokenizer, score_names=scores)
+    ids, embedding = torch.tensor([[49, 50, 49, 43, 51]]), model.get_input_embeddings()
+
+    def loss(**given):
+        return model(**given, use_cache=False).logits.double().square().mean()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.01 if "lora" in name else 0)  # one of an adapter's two matrices starts at 0
+    loss(input_ids=ids).backward()
+    trained = next(p for name, p in embedding.named_parameters() if p.requires_grad)
+    got, trained.grad = trained.grad.clone(), None
+    at = (lambda g: g[:, 49]) if "--lora_target_modules" in flags else (lambda g: g[49])
+    assert at(got).abs().max() > 0
+    if not flags or "--modules_to_save" in flags:
+        weight = trained.detach().clone().requires_grad_()
+        total = loss(inputs_embeds=torch.nn.functional.embedding(ids, weight))
+        head = [] if scores or flags else [trained]  # tied: the head's share is the same weight's
+        grads = torch.autograd.grad(total, [weight, *head])
+        assert (got - sum(grads)).abs().max() < 1e-6 * got.abs().max()
+
+
+@pytest.mark.parametrize("script", [sft, dpo, reward_model, ppo, grpo], ids=lambda s: s.__name__)
+def test_no_trained_embedding_drops_a_gradient(script, padded, tmp_path, monkeypatch):
+    class Found(Exception):
+        pass
+
+    def find(module, args):
+        raise Found([m.padding_idx for m in module.modules() if isinstance(m, torch.nn.Embedding)])
+    monkeypatch.setattr(script, "make_optimizer", find)
+    data = padded / ("pairs.jsonl" if script in (dpo, reward_model) else "rows.jsonl")
+    with pytest.raises(Found) as found:
+        script.main(common.parse_args(script.Args, [
+            "--model_name_or_path", str(padded / "model"), "--dataset_name", str(data), "--eval_fraction", "0", "--output_dir", str(tmp_path)]))
+    assert found.value.args[0] == [None] * (2 if script is ppo else 1)
