@@ -65,7 +65,8 @@ class Args(common.Args):
     batch_size: int = arg(32, "pairs or rows of one optimizer step, over all processes", above=0)
     num_train_epochs: float = arg(1.0, "passes over the data", least=0)
     # evaluation
-    eval_steps: int = arg(50, "steps between evaluations; also at start and end", EVAL, above=0)
+    eval_steps: int = arg(50, "steps between evaluations; also at start and end", EVAL,
+                          above=0)
 
     def resolve(self, lora, sharded):
         self.learning_rate = self.learning_rate or (1e-4 if lora else 1e-5)

@@ -175,7 +175,7 @@ def test_the_perturbed_gradient_is_that_of_plain_transformers(monkeypatch, tmp_p
     model.config.update({rate: 0.0 for rate in ("resid_pdrop", "embd_pdrop", "attn_pdrop")})  # gpt2's; sft.py trains with dropout
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    flags = ["--model_name_or_path", tmp_path / "m", *flags, "--adversarial", attack, "--adversarial_epsilon", 0.7]
+    flags = ["--model_name_or_path", tmp_path / "m", *flags, "--adversarial", attack, *(["--adversarial_epsilon", 0.7] if attack == "fgm" else [])]
     got, metrics = gradient(monkeypatch, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", *flags, "--batch_size", 4)
     args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), *map(str, flags)])
     model = common.load_model(args, tokenizer)
@@ -210,8 +210,9 @@ def test_evaluation_under_attack_repeats_and_touches_no_gradient(attack, tmp_pat
     policy, losses, widths = sft.Policy(model), [], []
     policy.register_forward_pre_hook(lambda module, inputs: widths.append(len(inputs[0])))
     for checkpointing in (False, True) * 2:
-        run = new_run(tmp_path, "--adversarial", attack, "--adversarial_epsilon", 1.5, "--neftune_noise_alpha", 30.0,
-                      "--micro_batch_tokens", 1000, "--gradient_checkpointing", checkpointing)
+        size = ("--adversarial_epsilon", 1.5) if attack == "fgm" else ("--neftune_noise_alpha", 30.0)
+        run = new_run(tmp_path, "--adversarial", attack, *size, "--micro_batch_tokens", 1000,
+                      "--gradient_checkpointing", checkpointing)
         metrics, table = sft.evaluate(policy, model, rows, run.args, run)
         losses.append(metrics["eval/loss_under_attack"])
         assert set(widths) == {1 if checkpointing else 3} and table == [] and run.args.micro_batch_tokens == 1000
