@@ -9,6 +9,7 @@ Sections   errors · arguments · rows and micro-batches · decoding · tokens a
            the audit page
 """
 
+import argparse
 import ast
 import asyncio
 import copy
@@ -41,7 +42,7 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -67,7 +68,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          BitsAndBytesConfig, DynamicCache, HfArgumentParser)
+                          BitsAndBytesConfig, DynamicCache, HfArgumentParser, PreTrainedConfig)
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers warn of their own calls
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
@@ -127,10 +128,50 @@ def say(*text, file=None):
 
 # ---- arguments ---------------------------------------------------------------------------------------------
 
-def arg(default, help, aliases=(), **limits):
-    """A flag: its default, what --help says of it, and the bounds of a number: above, least, below, most."""
+def arg(default, help, needs="", aliases=(), **limits):
+    """A flag: its default, what --help says of it, the bounds of a number (above, least, below, most), and
+    what it needs to have an effect: "a or b=x, no c>1" is (a is on, or b is x) and not c > 1."""
     given = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": help, "aliases": list(aliases), "limits": limits}, **given)
+    return field(metadata={"help": help, "aliases": list(aliases), "needs": needs, "limits": limits}, **given)
+
+
+def is_on(args, name):
+    """Whether a flag is given and not switched off, by 0 too, unless None is what switches it off."""
+    value, off = getattr(args, name), getattr(type(args), name, [])
+    return bool(value) or value == 0 and value is not False and off is None
+
+
+def unmet(args, needs):
+    """-> (the flags of the first need that is not met, what is wrong in words); ((), "") if there is none."""
+    for need in needs.split(", ") if needs else ():
+        none, names, words, met = need.startswith("no "), [], [], False
+        for term in need.removeprefix("no ").split(" or "):
+            name, sign, than = re.fullmatch(r"(\w+)([=>]?)(\w*)", term).groups()
+            value = getattr(args, name)
+            met |= value == than if sign == "=" else value > int(than) if sign else is_on(args, name)
+            names.append("model_name_or_path" if name == "adapter" else name)
+            words.append({"": f"--{name}", "=": f"--{name} {than}", ">": f"--{name} above {than}"}[sign])
+        words = " or ".join(words).replace("--adapter", "an adapter that goes on")
+        if met == none:
+            how = f"beside {words}: leave it out" if none else f"without {words}: give both or neither"
+            return names, how
+    return (), ""
+
+
+def check_needs(args):
+    """UserError for a flag that cannot act in this run, if it was typed or differs from its default. One of
+    an arguments file that is switched off by what was typed on top is said and set back."""
+    for flag in fields(args):
+        name, value, typed = flag.name, getattr(args, flag.name), flag.name in args.typed
+        others, lacks = unmet(args, flag.metadata["needs"]) if is_on(args, name) else ((), "")
+        if lacks:  # a flag that needs another has a plain default, but what is None may have been filled in
+            default = getattr(replace(args, **{name: flag.default}), name)
+            idle = value != default or typed and name not in args.filed
+            switched_off = set(others) & args.typed and not typed
+            require(not idle or switched_off, f"--{name} {value} has no effect {lacks}")
+            if idle:
+                say(f"flags    --{name} {value} of the file has no effect {lacks.partition(':')[0]}")
+                setattr(args, name, default)
 
 
 def check_number(name, value, limits):
@@ -150,10 +191,16 @@ def check_number(name, value, limits):
     require(inside, f"--{name} must {must}, not {value}")
 
 
+NEW = "no adapter, lora_r"  # needs of the flags that describe a new adapter: one that goes on has its own
+EVAL = "eval_dataset_name or eval_fraction"
+MOVED = "num_iterations>1 or num_minibatches>1"  # in a rollout's first update every ratio is 1
+
+
 @dataclass
 class Args:
     """What every script has: flags that load, read, step and save. A script's own stand in its file."""
     ZERO_EPOCHS = False  # grpo: --num_train_epochs 0 only evaluates
+    typed = filed = frozenset()  # names of the flags that were given: typed, and in an arguments file
     # model
     model_name_or_path: str | None = arg(None, "name or folder of a model, or folder of a LoRA adapter")
     attn_implementation: str | None = arg(None, "attention kernel, such as sdpa or flash_attention_2")
@@ -161,18 +208,21 @@ class Args:
     chat_template_path: str | None = arg(None, "Jinja file that replaces the chat template")
     chat_template_kwargs: str | None = arg(None, "JSON object of values that the chat template is given")
     date: str | None = arg(None, "what a chat template takes for today; default: the day the run began")
-    load_in_4bit: bool = arg(False, "QLoRA: hold the frozen base in 4 bits (NF4, double quantisation)")
+    load_in_4bit: bool = arg(False, "QLoRA: hold the frozen base in 4 bits (NF4, double quantisation)",
+                             "lora_r or adapter")
     lora_r: int = arg(0, "rank of the LoRA adapters; 0 trains all weights", least=0)
-    lora_alpha: int = arg(32, "scale of LoRA: its update is multiplied by lora_alpha / lora_r")
-    lora_target_modules: list[str] | None = arg(None, "modules that get an adapter; default: all linear ones")
-    modules_to_save: list[str] | None = arg(None, "modules that are trained in full beside the adapters")
+    lora_alpha: int = arg(32, "scale of LoRA: its update is multiplied by lora_alpha / lora_r", NEW)
+    lora_target_modules: list[str] | None = arg(
+        None, "modules that get an adapter; default: all-linear", NEW)
+    modules_to_save: list[str] | None = arg(
+        None, "modules that are trained in full beside the adapters", NEW)
     gradient_checkpointing: bool = arg(True, "compute activations again in backward: saves memory")
     bf16: bool | None = arg(None, "compute under bf16 autocast; default: where an accelerator has it")
     # data
     dataset_name: str | None = arg(None, "a .json, .jsonl, .csv or .parquet file, or a dataset[:split]")
     eval_dataset_name: str | None = arg(None, "evaluation data; default: a part of the training data")
     eval_fraction: float = arg(0.05, "that part: a share of the rows, at most 200, split off by prompt",
-                               least=0, below=1)
+                               "no eval_dataset_name", least=0, below=1)
     format: str | None = arg(None, "form of the rows; default: recognised by their columns")
     system_prompt: str | None = arg(None, "system message for rows that have none")
     skip_bad_rows: bool = arg(False, "count and skip malformed rows instead of stopping at the first")
@@ -192,10 +242,11 @@ class Args:
     save_steps: int = arg(200, "steps between checkpoints (ppo, grpo: rounded up to whole rollouts)", above=0)
     save_total_limit: int = arg(2, "checkpoints that are kept", above=0)
     logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step", above=0)
-    log_with: Literal["tensorboard", "wandb", "trackio"] | None = arg(None, "tracker", ["--report_to"])
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = arg(
+        None, "tracker", aliases=["--report_to"])
     audit: str | None = arg(None, "train nothing: write what the loss sees of every token to FILE.html")
-    audit_step: int | None = arg(None, "the step that --audit shows; default: the first")
-    merge: bool = arg(False, "also write merged/, the adapter merged into its base")
+    audit_step: int | None = arg(None, "the step that --audit shows; default: the first", "audit")
+    merge: bool = arg(False, "also write merged/, the adapter merged into its base", "lora_r or adapter")
 
     def __post_init__(self):
         """Checks what one flag tells alone; UserError. A script's own checks follow in its __post_init__."""
@@ -218,6 +269,11 @@ class Args:
         for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir"):
             if getattr(self, name):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
+
+    @property
+    def adapter(self):
+        """Whether training goes on with the LoRA adapter of --model_name_or_path."""
+        return base_and_adapter(self.model_name_or_path)[1] is not None
 
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
@@ -244,7 +300,8 @@ class Parser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser, flag):
         flag = copy.copy(flag)
-        flag.metadata = {k: v for k, v in flag.metadata.items() if k != "limits"}  # argparse knows no limits
+        ours = "limits", "needs"  # of which argparse knows nothing
+        flag.metadata = {name: value for name, value in flag.metadata.items() if name not in ours}
         HfArgumentParser._parse_dataclass_field(parser, flag)
 
     def error(self, message):
@@ -296,9 +353,14 @@ class Parser(HfArgumentParser):
         fits = instead and (not named or named[0] in self.names)
         return f"unknown argument {word}" + (f": {instead}" if fits else hint)
 
-    def values(self, words):
-        """["--flag", "value", ...] -> {name: value}, defaults filled in."""
-        known, rest = self.parse_known_args(words)
+    def given(self, words):
+        """["--flag", "value", ...] -> the names of these flags."""
+        seen = self.values(words, argparse.Namespace(**dict.fromkeys(self.names, self)))
+        return frozenset(name for name, value in seen.items() if value is not self)
+
+    def values(self, words, start=None):
+        """["--flag", "value", ...] -> {name: value}, with what `start` has, else defaults, filled in."""
+        known, rest = self.parse_known_args(words, start)
         if rest:
             require(not rest[0].startswith("-"), self.unknown(rest[0]))
             flags = [word.split("=")[0] for word in words[:words.index(rest[0])] if word.startswith("--")]
@@ -339,8 +401,10 @@ def parse_args(args_class, argv=None):
         path = os.path.join(folder, "tests", "tiny", script.replace(".py", ".json"))
         require(os.path.exists(path), "no model given and no tests/tiny beside the script: "
                 "add --model_name_or_path NAME_OR_FOLDER --dataset_name NAME_OR_FILE")
-    args = args_class(**parser.values((parser.words_of_file(path) if path else []) + argv))
+    filed = parser.words_of_file(path) if path else []
+    args = args_class(**parser.values(filed + argv))
     require(args.model_name_or_path, "--model_name_or_path is missing: the name or folder of a model")
+    args.typed, args.filed = parser.given(argv), parser.given(filed)
     if example:
         before = os.path.join(args.output_dir, "args.json")
         if os.path.exists(before) and not args.audit and not typed["overwrite_output_dir"]:
@@ -902,6 +966,8 @@ def read_split(args, tokenizer, formats, convert, key, counts=None, also=()):
     """-> (training items, held-out items, [the format of each file]). Without --eval_dataset_name, hold_out
     splits by key(converted). With `counts` (a Counter) repeated training rows are dropped and counted."""
     items, format = read_items(args.dataset_name, args, tokenizer, formats, convert, also)
+    require(format != "text" or not args.system_prompt,
+            f"--system_prompt has no effect on rows of text: leave it out ({args.dataset_name})")
     if counts is not None:
         unique = {}
         for item in items:
@@ -1893,7 +1959,7 @@ def base_and_adapter(name):
 
 def trains_adapter(args):
     """Whether LoRA is trained: asked for by --lora_r, or given as the folder of an adapter."""
-    return args.lora_r > 0 or base_and_adapter(args.model_name_or_path)[1] is not None
+    return args.lora_r > 0 or args.adapter
 
 
 def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
@@ -1905,12 +1971,19 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
     scores = score_names and score_config(score_names, tokenizer)
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
     model = load_base(base, args, device, trains_adapter(args), scores)
+    for module in model.modules():  # torch would drop the gradient of the padding id, a real token to some
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
     check_fit(model, base, tokenizer, args, scores)
-    how = "full fine-tuning"
+    how, ends = "full fine-tuning", (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = not scores and ends[0].weight is ends[1].weight
     if trains_adapter(args):
         model, how = add_adapter(model, adapter, args, scores)
     require(scores or not isinstance(model.get_output_embeddings(), BaseTunerLayer),
             "LoRA on the output head would not be trained: use --modules_to_save lm_head instead")
+    adapted = ends != (model.get_input_embeddings(), model.get_output_embeddings())
+    require(not (args.merge and tied and adapted), f"{base} has one weight as input embedding and output "
+            "head, and adapters would change one of the two alone: leave out --merge, or train neither")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -1953,6 +2026,8 @@ def add_adapter(model, adapter, args, scores):
     """-> (the model with that folder's adapter, which goes on, or with a new one; what is said of it)."""
     if adapter:
         config = PeftConfig.from_pretrained(adapter)
+        require(config.peft_type == "LORA",
+                f"{adapter} is an adapter of type {config.peft_type.value}, not LoRA")
         of_scores = config.task_type == "SEQ_CLS"
         require(of_scores == bool(scores), f"{adapter} is an adapter of "
                 f"{'a reward model' if of_scores else 'a policy'}: start from its merged/ instead")
@@ -1960,12 +2035,14 @@ def add_adapter(model, adapter, args, scores):
                 f"{adapter} is an adapter of rank {config.r}: leave --lora_r out")
         with explain(f"cannot load the adapter {adapter}"):
             return PeftModel.from_pretrained(model, adapter, is_trainable=True), "a LoRA adapter goes on"
-    for name in args.modules_to_save or []:
-        require(any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()),
-                f"--modules_to_save {name}: the model has no module of that name")
+    targets = "all-linear" if args.lora_target_modules in (None, ["all-linear"]) else args.lora_target_modules
+    for flag, names in (("lora_target_modules", targets), ("modules_to_save", args.modules_to_save)):
+        for name in names if isinstance(names, list) else ():
+            require(any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()),
+                    f"--{flag} {names}: the model has no module of that name: {name}")
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
-        target_modules=args.lora_target_modules or "all-linear", modules_to_save=args.modules_to_save,
+        target_modules=targets, modules_to_save=args.modules_to_save,
         task_type="SEQ_CLS" if scores else "CAUSAL_LM")  # SEQ_CLS trains and saves the head too
     with explain(f"--lora_target_modules {args.lora_target_modules}", ValueError):
         return get_peft_model(model, config), f"LoRA r={args.lora_r}"
@@ -2004,14 +2081,40 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
                 model.save_pretrained(base)
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()
-        if args.load_in_4bit:
-            options["quantization_config"] = nf4(dtype, device)
+        if args.load_in_4bit or four_bit_on_disk(base, frozen):
+            options |= hold_in_4bit(config, base, dtype, device)
         model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
                                              **options)
         missing = [name for name in loaded["missing_keys"] if not (scores and name.startswith("score."))]
         require(not missing, f"it holds no weights for {', '.join(sorted(missing)[:3])}: "
                 "they would be random")
         return model
+
+
+def quantised(base):
+    """The quantisation that a model's config tells of, as a dict; {} where its weights are plain."""
+    with suppress(OSError, ValueError):  # a config that cannot be read is an error where it is loaded
+        return PreTrainedConfig.get_config_dict(base)[0].get("quantization_config") or {}
+    return {}
+
+
+def four_bit_on_disk(base, frozen):
+    """Whether the base is stored in 4 bits. UserError if it is to be trained, or quantised in another way."""
+    how = quantised(base)
+    require(not how or how.get("load_in_4bit"), f"{base} is quantised ({how.get('quant_method')}), which "
+            "cannot be trained here: start from its original weights, with --load_in_4bit if memory is short")
+    require(not how or frozen, f"{base} is stored in 4 bits, which only adapters can be trained on: "
+            "add --lora_r 16, or start from its original weights")
+    return bool(how)
+
+
+def hold_in_4bit(config, base, compute_dtype, device):
+    """What from_pretrained is given for a 4-bit base: nf4, or nothing where the config says how it is."""
+    options, stored = {"quantization_config": nf4(compute_dtype, device)}, quantised(base)
+    vars(config).pop("quantization_config", None)  # an adapter's tells of the base that it was trained on
+    if stored:
+        config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(compute_dtype).split(".")[1]}
+    return {} if stored else options
 
 
 def nf4(compute_dtype, device):
@@ -2046,9 +2149,8 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         tokenizer.init_kwargs.setdefault("template_date", date)  # the day of its training goes before
         config = AutoConfig.from_pretrained(folder, **options)
-        if hasattr(config, "quantization_config"):  # an adapter that was trained on a 4-bit base
-            del config.quantization_config
-            options["quantization_config"] = nf4(torch.float32, device)
+        if hasattr(config, "quantization_config") or four_bit_on_disk(base, True):
+            options |= hold_in_4bit(config, base, torch.float32, device)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             base, config=config, dtype=torch.float32, output_loading_info=True, **options)
         with_head = adapter and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
@@ -2127,7 +2229,7 @@ def make_reference(model, args, device):
 # ---- saving ------------------------------------------------------------------------------------------------
 
 def finish(args, accelerator, model, tokenizer):
-    """Writes model/ (and merged/ with --merge) and says where."""
+    """Writes model/ and says where."""
     named = model.state_dict(keep_vars=True)
     values = {id(value): whole(value).detach() for value in named.values()}  # tied weights stay one tensor
     state = {name: values[id(value)] for name, value in named.items()}
@@ -2135,8 +2237,6 @@ def finish(args, accelerator, model, tokenizer):
         folder = os.path.join(args.output_dir, "model")
         save_model(model, tokenizer, folder, state)
         say(f"saved    {folder}")
-        if args.merge:
-            merge_adapter(args, model, tokenizer, folder, accelerator.device)
     accelerator.wait_for_everyone()
 
 
@@ -2151,27 +2251,41 @@ def save_model(model, tokenizer, folder, state=None):
         tokenizer.save_pretrained(unfinished)
 
 
-def merge_adapter(args, model, tokenizer, adapter, device):
-    """Merges the trained model's adapter, saved as `adapter`, into its base and writes merged/. A 4-bit base
-    is dequantised first: merging into its original weights, or in 4 bits, is some ten times less exact. It
-    prints how far the logits moved."""
-    scores = None if model.can_generate() else score_config(list(model.config.id2label.values()), tokenizer)
-    base = load_base(base_and_adapter(adapter)[0], args, device, True, scores).to(device)
-    ids = torch.arange(64, device=device).view(8, 8) % len(tokenizer)
-    with torch.no_grad():
-        adapted = PeftModel.from_pretrained(base, adapter).eval()
-        before = adapted(ids).logits.float()
-        if args.load_in_4bit:
-            base = adapted.unload().dequantize(dtype=torch.bfloat16 if args.bf16 else torch.float32)
-            adapted = PeftModel.from_pretrained(base, adapter)
-        merged = adapted.merge_and_unload().eval()
-        after = merged(ids).logits.float()
+@torch.no_grad()
+def merge_adapter(run, model):
+    """Merges the adapter of the trained model, saved in model/, into its base, in fp32, and writes merged/. A
+    4-bit base is dequantised first, as it was in training: merging into its original weights, or in 4 bits,
+    is some ten times less exact. UserError, and no merged/, if it gives an example of the data other logits,
+    loaded again, than base and adapter do."""
+    args, scores, own = run.args, None, copy.copy(run.args)
+    adapter, folder = (os.path.join(args.output_dir, name) for name in ("model", "merged"))
+    own.attn_implementation = None  # it is tried on the CPU, which has room for fp32 and lacks some kernels
+    if not model.can_generate():
+        scores = score_config(list(model.config.id2label.values()), run.tokenizer)
+    base = load_base(base_and_adapter(adapter)[0], own, run.device, True, scores).to(run.device)
+    if args.load_in_4bit:
+        base = base.dequantize(dtype=torch.bfloat16 if args.bf16 else torch.float32)
+        base._weight_conversions = None  # those of stored 4-bit weights cannot be undone by saving
+    adapted = PeftModel.from_pretrained(base.cpu().float(), adapter).eval()
+    ids = torch.as_tensor(run.example)[None, :128].long()
+    before = adapted(ids).logits
+    merged = adapted.merge_and_unload()
     if not scores:
         merged.generation_config = model.generation_config
-    folder = os.path.join(args.output_dir, "merged")
-    save_model(merged, tokenizer, folder)
-    say(f"merged   {folder}: logits moved by at most {(after - before).abs().max():.2g} "
-        f"(their spread is {before.std():.2g})")
+    save_model(merged, run.tokenizer, folder)
+    merged = adapted = base = None  # one model at a time
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    with explain(f"cannot load {folder} again"):
+        again = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+    after = again.eval()(ids).logits
+    moved, largest = (after - before).abs(), before.abs().max().item()
+    said = f"an example's logits moved by {moved.mean():.2g} on average and {moved.max():.2g} at most"
+    if not moved.max() < 1e-3 * max(1.0, largest):
+        shutil.rmtree(folder)
+        raise UserError(f"--merge: {said} (the largest is {largest:.3g}), so merged/ would be another model "
+                        f"and was removed; {adapter} is whole")
+    same = (after.argmax(-1) == before.argmax(-1)).sum().item()
+    say(f"merged   {folder}: {said}" + ("" if scores else f"; {same} of {ids.numel()} greedy tokens agree"))
 
 
 # ---- processes ---------------------------------------------------------------------------------------------
@@ -2241,10 +2355,6 @@ def open_run(args):
     Run.start does when data and model have been found good. UserError if the folder holds a run and neither
     --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that changes the
     mathematics differs from the checkpoint's."""
-    require(trains_adapter(args) or not args.load_in_4bit,
-            "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
-    require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
-    require(args.audit or not args.audit_step, "--audit_step is the step to show: add --audit FILE.html")
     if args.audit:  # output_dir is only read, where there is something to resume
         require(args.audit.endswith(".html") and os.access(os.path.dirname(args.audit) or ".", os.W_OK),
                 f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
@@ -2358,16 +2468,23 @@ def restore(module, optimizer, state):
 
 
 def fingerprint_of_file(path):
-    """A digest of a file, or of a folder's files: of each its name, its size and 1 MiB from either end."""
+    """A digest of a file or of a folder's files, subfolders aside; of a model's name on the hub: its commit.
+    Of each file the name, the size and 1,024 pieces of 16 KiB, evenly spread: all of it up to 16 MiB. More
+    would take minutes where weights are large. A change of a few weights among many may go unseen, but not
+    what training or merging changes."""
+    if not os.path.exists(path):
+        with suppress(OSError, ValueError):
+            return str(PreTrainedConfig.get_config_dict(path)[0].get("_commit_hash"))
     digest = hashlib.sha256()
-    for name in sorted(glob.glob(os.path.join(path, "*"))) if os.path.isdir(path) else [path]:
-        if os.path.isfile(name):
-            size = os.path.getsize(name)
-            digest.update(f"{os.path.basename(name)} {size}".encode())
-            with open(name, "rb") as file:
-                for start in (0, max(0, size - 2**20)):
-                    file.seek(start)
-                    digest.update(file.read(2**20))
+    for name in sorted(os.listdir(path)) if os.path.isdir(path) else [""]:
+        file = os.path.join(path, name) if name else path
+        if os.path.isfile(file):
+            size = os.path.getsize(file)
+            digest.update(f"{os.path.basename(file)} {size}".encode())
+            with open(file, "rb") as data:
+                for piece in range(min(1024, math.ceil(size / 2**14))):
+                    data.seek(max(piece * 2**14, (size - 2**14) * piece // 1023))
+                    digest.update(data.read(2**14))
     return digest.hexdigest()[:16]
 
 
@@ -2393,6 +2510,9 @@ class Run:
     what the script names; .kept are tensors that go into it too."""
 
     def __init__(self, args, **state):
+        check_needs(args)
+        base = base_and_adapter(args.model_name_or_path)[0]
+        args.load_in_4bit = four_bit_on_disk(base, trains_adapter(args)) or args.load_in_4bit
         self.args, self.accelerator = args, make_accelerator(args)
         self.device = self.accelerator.device
         self.place = self.accelerator.process_index, self.accelerator.num_processes
@@ -2404,6 +2524,9 @@ class Run:
             self.state = {name: self.checkpoint[name] for name in self.state}
         args.date = args.date or gather_object([time.strftime("%Y-%m-%d")])[0]  # midnight may be near
         self.tokenizer = load_tokenizer(args)
+        for name in json.loads(args.chat_template_kwargs or "{}"):
+            require(re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template)),
+                    f"--chat_template_kwargs: the chat template reads no '{name}'")
         self.kept, self.warned, self.last, self.total_steps, self.audit_step = {}, set(), self.step, 0, None
         self.flat_rollouts = 0
         self.signal, self.stop = 0, False  # what reached this process; what all agreed on in Sums.reduce
@@ -2416,14 +2539,22 @@ class Run:
         """Updates made so far."""
         return self.state["step"]
 
-    def check_data(self, rows, rewards=()):
-        """Keeps the fingerprint of all that training depends on, of the rewards the files and folders that
-        they come from; UserError if the checkpoint has another."""
-        paths = sorted({reward.path for reward in rewards} - {None})
-        data = fingerprint([*rows, *({path: fingerprint_of_file(path)} for path in paths)])
-        require(self.state["data"] in (None, data), "the checkpoint was written with other training data or "
-                "rewards (or another chat template or tokenizer): give the same, or a new --output_dir")
-        self.state["data"] = data
+    def check_data(self, rows, held=(), rewards=None):
+        """Keeps fingerprints of all that the result depends on; UserError naming those that differ from the
+        checkpoint's. The first row is the example that --merge is tried on."""
+        first, template = rows[0], str(self.tokenizer.chat_template)
+        self.example = first["input_ids"] if "input_ids" in first else first["prompt_ids"]
+        found = {"training data": fingerprint(rows), "evaluation data": fingerprint(held),
+                 "chat template": hashlib.sha256(template.encode()).hexdigest()[:16]}
+        paths = [self.args.model_name_or_path, *(reward.path for reward in (rewards or {}).values())]
+        for path in filter(None, paths):
+            inside = base_and_adapter(path) if os.path.isdir(path) else (path, None)
+            found |= {f"files of {name}": fingerprint_of_file(name) for name in inside if name}
+        then = self.state["data"] or found
+        other = [name for name in found | then if then.get(name) != found.get(name)]
+        require(not other, f"the checkpoint was written with other {', other '.join(other)}: "
+                "give the same, or a new --output_dir")
+        self.state["data"] = found
 
     def prepare(self, module, optimizer):
         """accelerate's prepare -> (wrapped module, optimizer); what is saved is `module`. Under FSDP2 the
@@ -2659,6 +2790,9 @@ class Run:
             self.accelerator.end_training()
         if self.total_steps:
             finish(self.args, self.accelerator, model, self.tokenizer)
+            if self.args.merge and self.accelerator.is_main_process:
+                merge_adapter(self, model)
+            self.accelerator.wait_for_everyone()
 
 
 class Sums:

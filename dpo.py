@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common  # first: it quiets the libraries below
-from common import arg, parse_args, require, say
+from common import EVAL, arg, parse_args, require, say
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ class Args(common.Args):
     # objective
     beta: float = arg(0.1, "strength of the pull towards the reference policy", above=0)
     loss_type: Literal["sigmoid", "ipo", "hinge"] = arg("sigmoid", "the loss of a pair")
-    label_smoothing: float = arg(0.0, "share of pairs taken to be mislabelled", least=0, below=0.5)
+    label_smoothing: float = arg(0.0, "share of pairs taken to be mislabelled", "loss_type=sigmoid",
+                                 least=0, below=0.5)
     sft_coef: float = arg(0.0, "weight of the chosen NLL: the cure when logps/chosen falls", least=0)
     precompute_ref_log_probs: bool | None = arg(
         None, "compute the reference's log-probs once, before training; default: without LoRA, and in FSDP")
@@ -69,13 +70,8 @@ class Args(common.Args):
     batch_size: int = arg(32, "pairs of an optimizer step, over all processes", above=0)
     num_train_epochs: float = arg(1.0, "passes over the pairs", least=0)
     # evaluation
-    eval_steps: int = arg(50, "steps between evaluations; also at start and end", above=0)
-    max_completion_length: int = arg(256, "tokens generated where rows have answers; 0: none", least=0)
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.label_smoothing == 0 or self.loss_type == "sigmoid",
-                f"--label_smoothing is defined for --loss_type sigmoid alone, not for {self.loss_type}")
+    eval_steps: int = arg(50, "steps between evaluations; also at start and end", EVAL, above=0)
+    max_completion_length: int = arg(256, "tokens generated where rows have answers; 0: none", EVAL, least=0)
 
     def resolve(self, lora, sharded):
         self.learning_rate = self.learning_rate or (1e-5 if lora else 1e-6)
@@ -353,7 +349,7 @@ def main(args):
     # 1. Data: all of it is read, checked and tokenized before a model is loaded.
     train, held = load_pairs(args, run.tokenizer)
     rows = [row for pair in train + held for row in pair["rows"]]  # chosen, rejected, chosen, ...
-    run.check_data(rows)
+    run.check_data(rows[:2 * len(train)], held)
     for side, row in zip(common.SIDES, rows):
         common.show_example(run.tokenizer, row["input_ids"], row["mask"], f"first {side}")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)

@@ -59,7 +59,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common  # first: it quiets the libraries below
-from common import accuracy, arg, parse_args, require, say, stream
+from common import EVAL, MOVED, accuracy, arg, parse_args, require, say, stream
 
 import torch
 import torch.nn.functional as F
@@ -93,28 +93,29 @@ class Args(common.Args):
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg(
         "dapo", "mean over tokens; mean of the rows' means; sum / (rows x max_completion_length)")
     importance_sampling_level: Literal["token", "sequence"] = arg(
-        "token", "what has a ratio; sequence (GSPO) goes with --loss_type grpo --epsilon 3e-4 or so")
+        "token", "what has a ratio; sequence (GSPO) goes with --loss_type grpo --epsilon 3e-4 or so", MOVED)
     scale_rewards: Literal["group", "batch", "none"] = arg(
         "group", "what A is divided by: the std of its group, of the batch, or nothing (Dr. GRPO)")
-    epsilon: float = arg(0.2, "the ratio is clipped below at 1 - epsilon", above=0)
-    epsilon_high: float | None = arg(None, "and above at 1 + this; default: epsilon (DAPO: 0.28)")
+    epsilon: float = arg(0.2, "the ratio is clipped below at 1 - epsilon", MOVED, above=0)
+    epsilon_high: float | None = arg(None, "and above at 1 + this; default: epsilon (DAPO: 0.28)", MOVED)
     kl_coef: float = arg(0.0, "weight of the KL term; 0: no reference policy is kept", least=0)
-    kl_warn: float = arg(50.0, "warn above this KL, in nats a completion (needs --kl_coef)", least=0)
+    kl_warn: float = arg(50.0, "warn above this KL, in nats a completion", "kl_coef", least=0)
     mask_truncated_completions: bool = arg(False, "leave completions without an end out of the loss")
     overlong_penalty: int = arg(0, "last tokens over which a score falls evenly by 1 (DAPO)", least=0)
     best_fraction: float = arg(0.0, "share of a group, its best, that also gets an NLL term (RAFT): ties "
-                               "included, its lowest score never", least=0, most=1)
+                               "included, its lowest score never", "sft_coef", least=0, most=1)
     demo_threshold: float | None = arg(
-        None, "replace a group by its row's `demonstration` if at most this share of it passed", least=0)
-    sft_coef: float = arg(0.1, "weight of the NLL of best completions and demonstrations", least=0)
+        None, "replace a group by its `demonstration` where at most this share passed", "sft_coef", least=0)
+    sft_coef: float = arg(0.1, "weight of the NLL of best completions and demonstrations",
+                          "best_fraction or demo_threshold", least=0)
     num_iterations: int = arg(1, "passes over a rollout", above=0)
     num_minibatches: int = arg(1, "updates of one pass", above=0)
     # optimization
     learning_rate: float | None = arg(None, "peak; default: 1e-6 (all weights), 1e-5 (LoRA)", above=0)
     num_train_epochs: float = arg(1.0, "passes over the prompts; 0: only evaluate", least=0)
     # evaluation
-    eval_steps: int = arg(50, "steps between evaluations, rounded up to whole rollouts", above=0)
-    eval_samples: int = arg(0, "samples a prompt: pass@k, votes, a reward model's best; 0: none", least=0)
+    eval_steps: int = arg(50, "steps between evaluations, rounded up to whole rollouts", EVAL, above=0)
+    eval_samples: int = arg(0, "samples a prompt: pass@k, votes, a reward model's best", EVAL, least=0)
     save_steps: int = arg(50, "steps between checkpoints, rounded up to whole rollouts", above=0)
     logging_steps: int = arg(1, "steps between printed lines; metrics.jsonl has every step", above=0)
 
@@ -122,8 +123,6 @@ class Args(common.Args):
         super().__post_init__()
         require(self.overlong_penalty <= self.max_completion_length,
                 f"--overlong_penalty {self.overlong_penalty} is more than --max_completion_length")
-        require(self.sft_coef or not (self.best_fraction or self.demo_threshold is not None),
-                "--sft_coef 0 leaves nothing to do for --best_fraction and --demo_threshold")
         require(self.num_train_epochs or not self.merge,
                 "--num_train_epochs 0 trains nothing that --merge could write")
         require(self.demo_threshold is None or not self.drop_flat_groups,
@@ -594,7 +593,7 @@ def main(args):
     rewards = common.load_rewards(args, run.device)
     train, held = common.load_prompts(args, run.tokenizer)
     gate = common.add_demonstrations(train, rewards, args, run.tokenizer)  # None without --demo_threshold
-    run.check_data(train, rewards.values())
+    run.check_data(train, held, rewards)
     common.try_rewards(rewards, train, held, args)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
     rollouts = number_of_rollouts(args, train, held, updates)

@@ -62,7 +62,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import common  # first: it quiets the libraries below
-from common import arg, parse_args, require, say, stream
+from common import EVAL, MOVED, arg, parse_args, require, say, stream
 
 import torch
 import torch.nn.functional as F
@@ -94,32 +94,30 @@ class Args(common.Args):
     share_trunk: bool = arg(False, "make the value a head on the policy's own trunk: saves memory")
     gamma: float = arg(1.0, "discount per token", least=0, most=1)
     gae_lambda: float = arg(0.95, "1: returns as they came; 0: one step, then the value", least=0, most=1)
-    epsilon: float = arg(0.2, "the ratio is clipped at 1 - epsilon and 1 + epsilon", above=0)
-    value_clip: float = arg(0.2, "how far a value may move from the rollout's; 0: any distance", least=0)
+    epsilon: float = arg(0.2, "the ratio is clipped at 1 - epsilon and 1 + epsilon", MOVED, above=0)
+    value_clip: float = arg(0.2, "how far a value may move from the rollout's; 0: any distance",
+                            "vf_coef, " + MOVED, least=0)
     vf_coef: float = arg(0.1, "weight of the value's loss", least=0)
     kl_coef: float = arg(0.05, "price of KL in the reward; 0: no reference policy is kept", least=0)
-    kl_target: float | None = arg(None, "adapt kl_coef, 2 % a rollout, to hold this KL a completion", above=0)
-    kl_warn: float = arg(50.0, "warn above this KL, in nats a completion (needs --kl_coef)", least=0)
+    kl_target: float | None = arg(None, "adapt kl_coef, 2 % a rollout, to hold this KL a completion",
+                                   "kl_coef", above=0)
+    kl_warn: float = arg(50.0, "warn above this KL, in nats a completion", "kl_coef", least=0)
     score_clip: float | None = arg(None, "scores are clipped to -this and +this", above=0)
     missing_eos_penalty: float = arg(0.0, "what is taken off the score of a cut completion", least=0)
-    sft_dataset: str | None = arg(None, "conversations or text that join each update (PPO-ptx)")
-    sft_coef: float = arg(0.0, "weight of their mean NLL a token, at --temperature", least=0)
+    sft_dataset: str | None = arg(None, "conversations or text that join each update (PPO-ptx)", "sft_coef")
+    sft_coef: float = arg(0.0, "weight of their mean NLL a token, at --temperature", "sft_dataset", least=0)
     num_iterations: int = arg(4, "passes over a rollout", above=0)
     num_minibatches: int = arg(1, "updates of one pass", above=0)
     # optimization
     learning_rate: float | None = arg(None, "peak; default: 3e-6 (all weights), 3e-5 (LoRA)", above=0)
     num_train_epochs: float = arg(1.0, "passes over the prompts", least=0)
     # evaluation
-    eval_steps: int = arg(50, "steps between evaluations, rounded up to whole rollouts", above=0)
+    eval_steps: int = arg(50, "steps between evaluations, rounded up to whole rollouts", EVAL, above=0)
     save_steps: int = arg(50, "steps between checkpoints, rounded up to whole rollouts", above=0)
     logging_steps: int = arg(1, "steps between printed lines; metrics.jsonl has every step", above=0)
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.kl_target is None or self.kl_coef,
-                "--kl_target needs --kl_coef above 0: a rollout multiplies it by a factor of 0.98 to 1.02")
-        require(bool(self.sft_dataset) == (self.sft_coef > 0),
-                "--sft_dataset and --sft_coef belong together: give both, or neither")
         self.reward_weights = common.check_weights(self.reward_funcs, self.reward_weights)
 
     def resolve(self, lora, sharded):
@@ -626,7 +624,7 @@ def main(args):
     rewards = common.load_rewards(args, run.device)
     train, held = common.load_prompts(args, run.tokenizer)
     demonstrations = load_demonstrations(args, run.tokenizer, held) if args.sft_dataset else []
-    run.check_data([*train, *demonstrations], rewards.values())
+    run.check_data([*train, *demonstrations], held, rewards)
     common.try_rewards(rewards, train, held, args)
     completions = min(len(train), args.batch_size) * args.num_generations
     require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "

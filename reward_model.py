@@ -41,7 +41,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import common  # first: it quiets the libraries below
-from common import arg, parse_args, require, stream
+from common import EVAL, NEW, arg, parse_args, require, stream
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ from torch import nn
 @dataclass
 class Args(common.Args):
     # model
-    lora_dropout: float = arg(0.0, "dropout on the adapters' input", least=0, below=1)
+    lora_dropout: float = arg(0.0, "dropout on the adapters' input", NEW, least=0, below=1)
     # data
     format: str | None = arg(None, "a *_pair format as in dpo.py, or prompt_completion_score")
     max_length: int = arg(1024, "longest row: prompts lose their start, answers their end", above=0)
@@ -65,7 +65,8 @@ class Args(common.Args):
     batch_size: int = arg(32, "pairs or rows of one optimizer step, over all processes", above=0)
     num_train_epochs: float = arg(1.0, "passes over the data", least=0)
     # evaluation
-    eval_steps: int = arg(50, "steps between evaluations; also at start and end", above=0)
+    eval_steps: int = arg(50, "steps between evaluations; also at start and end", EVAL,
+                          above=0)
 
     def resolve(self, lora, sharded):
         self.learning_rate = self.learning_rate or (1e-4 if lora else 1e-5)
@@ -295,7 +296,7 @@ def main(args):
     # 1. Data: all of it is read, checked and tokenized before a model is loaded.
     common.use_scoring_pad_token(run.tokenizer)
     train, held, names = load_groups(args, run.tokenizer)
-    run.check_data(common.flat(train))
+    run.check_data(common.flat(train), common.flat(held))
     for title, row in zip(("first row",) if names else ("first chosen", "first rejected"), train[0]):
         common.show_example(run.tokenizer, row["input_ids"], torch.zeros_like(row["mask"]), title)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)

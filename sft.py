@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common  # first: it quiets the libraries below
-from common import arg, parse_args, require, say, stream
+from common import EVAL, NEW, arg, parse_args, require, say, stream
 
 import torch
 from peft import PeftModel
@@ -55,31 +55,31 @@ from torch import nn
 @dataclass
 class Args(common.Args):
     # model
-    lora_dropout: float = arg(0.0, "dropout on the input of the adapters", least=0, below=1)
+    lora_dropout: float = arg(0.0, "dropout on the input of the adapters", NEW, least=0, below=1)
     # data
     format: str | None = arg(
         None, "messages, conversations, prompt_completion, alpaca, question_answer or text")
     max_length: int = arg(2048, "longest row: prompts lose their start, answers their end", above=0)
     completion_only_loss: bool = arg(True, "train on completions alone; False: on prompts too",
-                                     ["--assistant_only_loss"])
+                                     aliases=["--assistant_only_loss"])
     # optimization
     learning_rate: float | None = arg(None, "peak; default: 2e-5 (all weights), 2e-4 (LoRA)", above=0)
     batch_size: int = arg(64, "rows of an optimizer step, over all processes", above=0)
     num_train_epochs: float = arg(2.0, "passes over the data", least=0)
     freeze_layers: float = arg(0.0, "share of the blocks, the lowest, that is frozen, with an "
-                               "untied embedding", least=0, below=1)
+                               "untied embedding", "no lora_r or adapter", least=0, below=1)
     adversarial: Literal["fgm", "neftune"] | None = arg(
         None, "perturb the embeddings; fgm: add the loss under attack (twice the time), neftune: noise")
-    adversarial_epsilon: float = arg(0.1, "fgm: a row's attack, in mean norms of its embeddings", above=0)
-    neftune_noise_alpha: float = arg(5.0, "neftune: norm of a row's noise x 1.7 (paper: 5 to 15)", above=0)
+    adversarial_epsilon: float = arg(0.1, "fgm: a row's attack, in mean norms of its embeddings",
+                                     "adversarial=fgm", above=0)
+    neftune_noise_alpha: float = arg(5.0, "neftune: norm of a row's noise x 1.7 (paper: 5 to 15)",
+                                     "adversarial=neftune", above=0)
     # evaluation
-    eval_steps: int = arg(100, "steps between evaluations; also at the start and the end", above=0)
-    max_completion_length: int = arg(256, "tokens of a greedy answer in evaluation; 0: no answers", least=0)
+    eval_steps: int = arg(100, "steps between evaluations; also at the start and the end", EVAL, above=0)
+    max_completion_length: int = arg(256, "tokens of a greedy answer in evaluation; 0: none", EVAL, least=0)
     keep_best: bool = arg(False, "save the weights with the lowest eval/loss, not the last ones")
 
     def resolve(self, lora, sharded):
-        require(not self.freeze_layers or not lora,
-                "--freeze_layers is for full fine-tuning: under LoRA every block is frozen already")
         self.learning_rate = self.learning_rate or (2e-4 if lora else 2e-5)
 
 
@@ -387,7 +387,7 @@ def main(args):
 
     # 1. Data: all of it is read, checked and tokenized before the model is loaded.
     train, held = load_rows(args, run.tokenizer)
-    run.check_data(train)
+    run.check_data(train, held)
     common.show_example(run.tokenizer, train[0]["input_ids"], train[0]["mask"])
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)

@@ -4,8 +4,9 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from types import SimpleNamespace
 
@@ -874,7 +875,7 @@ def test_find_format_names_what_it_found_and_what_it_knows():
 @dataclass
 class Args(common.Args):
     dataset_name: str | None = arg("data.jsonl", "")
-    learning_rate: float | None = arg(None, "", ["--lr"])
+    learning_rate: float | None = arg(None, "", aliases=["--lr"])
     batch_size: int = arg(4, "")
     num_train_epochs: float = arg(1.0, "")
     checkpointing: bool = arg(True, "")
@@ -1098,3 +1099,122 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_stays(tmp_path):
         with pytest.raises(common.UserError, match="step-00000004 was written by an earlier version"):
             common.find_checkpoint(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path)))
     assert old.exists()
+
+
+# Every flag that needs another one: (flag, a value, what makes it act; with nothing of it, it cannot), by script.
+LORA, MOVED, NO_EVALUATION = ["--lora_r", "4"], ["--num_minibatches", "2"], ["--eval_fraction", "0"]
+ALL = [("load_in_4bit", "True", LORA, []), ("merge", "True", LORA, []), ("lora_alpha", "64", LORA, []), ("lora_target_modules", "q_proj", LORA, []),
+       ("modules_to_save", "lm_head", LORA, []), ("audit_step", "2", ["--audit", "a.html"], []), ("eval_fraction", "0.2", [], ["--eval_dataset_name", "e.jsonl"]),
+       ("eval_steps", "7", [], NO_EVALUATION)]
+DROPOUT, ANSWERS = ("lora_dropout", "0.1", LORA, []), ("max_completion_length", "9", [], NO_EVALUATION)
+ROLLOUT = [("kl_warn", "9", ["--kl_coef", "0.1"], ["--kl_coef", "0"]), ("epsilon", "0.1", MOVED, ["--num_iterations", "1", "--num_minibatches", "1"])]
+TABLE = {
+    sft: [DROPOUT, ANSWERS, ("adversarial_epsilon", "0.2", ["--adversarial", "fgm"], ["--adversarial", "neftune"]),
+          ("neftune_noise_alpha", "9", ["--adversarial", "neftune"], ["--adversarial", "fgm"]), ("freeze_layers", "0.5", [], LORA)],
+    dpo: [ANSWERS, ("label_smoothing", "0.1", [], ["--loss_type", "ipo"])],
+    reward_model: [DROPOUT],
+    grpo: [*ROLLOUT, ("epsilon_high", "0.3", MOVED, ["--num_minibatches", "1"]),
+           ("importance_sampling_level", "sequence", [*MOVED, "--loss_type", "grpo"], ["--num_minibatches", "1", "--loss_type", "grpo"]),
+           ("best_fraction", "0.5", [], ["--sft_coef", "0"]), ("demo_threshold", "0", [], ["--sft_coef", "0"]),
+           ("sft_coef", "0.3", ["--demo_threshold", "0"], []), ("eval_samples", "2", [], NO_EVALUATION)],
+    ppo: [*ROLLOUT, ("value_clip", "0.1", [], ["--vf_coef", "0"]), ("kl_target", "6", [], ["--kl_coef", "0"]),
+          ("sft_dataset", "d.jsonl", ["--sft_coef", "0.1"], []), ("sft_coef", "0.1", ["--sft_dataset", "d.jsonl"], [])]}
+ROWS = [(script, *row) for script, rows in TABLE.items() for row in [*ALL, *rows]]
+
+
+@pytest.mark.parametrize("script", TABLE, ids=lambda s: s.__name__)
+def test_the_table_has_every_flag_that_needs_another(script):
+    assert {flag.name for flag in fields(script.Args) if flag.metadata["needs"]} == {row[0] for row in [*ALL, *TABLE[script]]}
+
+
+@pytest.mark.parametrize("script, name, value, acts, fails", ROWS, ids=lambda x: getattr(x, "__name__", x) if not isinstance(x, list) else "")
+def test_a_flag_that_cannot_act_is_refused_by_name(script, name, value, acts, fails, tmp_path, capsys):
+    def check(given, *argv):
+        (tmp_path / "args.json").write_text(json.dumps({"model_name_or_path": "m", "dataset_name": "d.jsonl", **given}))
+        args = common.parse_args(script.Args, [str(tmp_path / "args.json"), *argv])
+        common.check_needs(args)
+        return args
+
+    def pairs(flags):
+        return {flag[2:]: word for flag, word in zip(flags[::2], flags[1::2])}
+    refused = pytest.raises(common.UserError, match=rf"^--{name} .* has no effect (without|beside) --")
+    without = check({}, *fails)
+    with refused:  # typed
+        check({}, *fails, f"--{name}", value)
+    with refused:  # in the file, where nothing that was typed switches it off
+        check({name: value, **pairs(fails)})
+    if getattr(without, name):  # typed at its default
+        with refused:
+            check({}, *fails, f"--{name}", str(getattr(without, name)))
+    assert getattr(check({}, *acts, f"--{name}", value), name) not in (None, getattr(without, name))  # where it can act
+    check(asdict(without))  # a run's own args.json
+    if fails:  # typed on top of a file, what switches a flag off has the flag set back, and said
+        capsys.readouterr()
+        assert getattr(check({name: value, **pairs(acts)}, *fails), name) == getattr(without, name)
+        assert re.match(rf"flags    --{name} \S+ of the file has no effect (without|beside) --", capsys.readouterr().out)
+
+
+def test_lora_flags_beside_an_adapter_that_goes_on(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "b", "r": 4}')
+    (tmp_path / "adapter_model.safetensors").write_text("")
+    base = ["--model_name_or_path", str(tmp_path), "--dataset_name", "d.jsonl"]
+    for flags in (["--lora_alpha", "64"], ["--lora_r", "4", "--lora_dropout", "0.1"], ["--modules_to_save", "lm_head"], ["--lora_target_modules", "q_proj"]):
+        with pytest.raises(common.UserError, match="has no effect beside an adapter that goes on: leave it out"):
+            common.check_needs(common.parse_args(sft.Args, [*base, *flags]))
+    common.check_needs(common.parse_args(sft.Args, [*base, "--lora_r", "4", "--load_in_4bit", "--merge"]))
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """The small example's checkpoint with the digit 1 as its padding id, as a model may have its end of turn, and rows."""
+    folder = tmp_path_factory.mktemp("padded")
+    shutil.copytree(os.path.join(TINY, "sft"), folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"pad_token_id": ord("1")}))
+    row = {"prompt": "1+1", "completion": "2", "answer": "2", "chosen": "2", "rejected": "3"}
+    for name, columns in (("rows", ("prompt", "completion", "answer")), ("pairs", ("prompt", "chosen", "rejected"))):
+        (folder / f"{name}.jsonl").write_text((json.dumps({column: row[column] for column in columns}) + "\n") * 3)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_r", "4", "--modules_to_save", "embed_tokens"], ["--lora_r", "4", "--lora_target_modules", "embed_tokens"]], ids=str)
+@pytest.mark.parametrize("scores", [None, ["score"]], ids=str)
+def test_the_padding_id_has_its_gradient(padded, tokenizer, flags, scores):
+    """Of the input embedding's weight, against F.embedding by hand; the digit 1 is trained like any other token."""
+    args = common.parse_args(sft.Args, ["--model_name_or_path", str(padded / "model"), "--dataset_name", "d.jsonl", *flags])
+    model = common.load_model(args, tokenizer, score_names=scores)
+    ids, embedding = torch.tensor([[49, 50, 49, 43, 51]]), model.get_input_embeddings()
+
+    def loss(**given):
+        return model(**given, use_cache=False).logits.double().square().mean()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.01 if "lora" in name else 0)  # one of an adapter's two matrices starts at 0
+    loss(input_ids=ids).backward()
+    trained = next(p for name, p in embedding.named_parameters() if p.requires_grad)
+    got, trained.grad = trained.grad.clone(), None
+    at = (lambda g: g[:, 49]) if "--lora_target_modules" in flags else (lambda g: g[49])
+    assert at(got).abs().max() > 0
+    if not flags or "--modules_to_save" in flags:
+        weight = trained.detach().clone().requires_grad_()
+        total = loss(inputs_embeds=torch.nn.functional.embedding(ids, weight))
+        head = [] if scores or flags else [trained]  # tied: the head's share is the same weight's
+        grads = torch.autograd.grad(total, [weight, *head])
+        assert (got - sum(grads)).abs().max() < 1e-6 * got.abs().max()
+
+
+@pytest.mark.parametrize("script", [sft, dpo, reward_model, ppo, grpo], ids=lambda s: s.__name__)
+def test_no_trained_embedding_drops_a_gradient(script, padded, tmp_path, monkeypatch):
+    class Found(Exception):
+        pass
+
+    def find(module, args):
+        raise Found([m.padding_idx for m in module.modules() if isinstance(m, torch.nn.Embedding)])
+    monkeypatch.setattr(script, "make_optimizer", find)
+    data = padded / ("pairs.jsonl" if script in (dpo, reward_model) else "rows.jsonl")
+    with pytest.raises(Found) as found:
+        script.main(common.parse_args(script.Args, [
+            "--model_name_or_path", str(padded / "model"), "--dataset_name", str(data), "--eval_fraction", "0", "--output_dir", str(tmp_path)]))
+    assert found.value.args[0] == [None] * (2 if script is ppo else 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -27,6 +28,7 @@ FILES = {
     "pairs.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 3, "same.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "a"}\n',
     "unlike.jsonl": '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": [{"role": "user", "content": "c"},'
                     ' {"role": "assistant", "content": "d"}]}\n',
+    "text.jsonl": '{"text": "a"}\n' * 3,
     "scores.jsonl": '{"prompt": "q", "completion": "a", "score": 1}\n{"prompt": "q", "completion": "b", "score": "high"}\n',
     "named.jsonl": '{"prompt": "q", "completion": "a", "score": {"x": 1}}\n{"prompt": "q", "completion": "b", "score": {"y": 1}}\n',
     "tools.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}\n',
@@ -50,7 +52,15 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--reward_weights", "1", "2"], "--reward_weights has 2 numbers for 1 reward"),
     (grpo, ["--importance_sampling_level", "sequence"], "add --loss_type grpo"),
     (sft, ["--lr_scheduler_type", "wavy"], "invalid choice: 'wavy'"), (sft, ["--log_with", "wandb"], "pip install wandb"),
-    (sft, ["--load_in_4bit"], "add --lora_r 16"), (grpo, ["--merge"], "--merge merges an adapter"),
+    (sft, ["--load_in_4bit"], "--load_in_4bit True has no effect without --lora_r or an adapter that goes on"), (grpo, ["--merge"], "--merge True has no effect"),
+    (sft, ["--lora_r", "4", "--lora_target_modules", "q_proj", "v_prj"], "no module of that name: v_prj"),
+    (sft, ["--chat_template_kwargs", '{"enable_thinking": false}'], "the chat template reads no 'enable_thinking'"),
+    (sft, ["--dataset_name", "text.jsonl", "--system_prompt", "be kind"], "--system_prompt has no effect on rows of text"),
+    (sft, ["--lora_r", "4", "--model_name_or_path", "./prompt"], "is an adapter of type PROMPT_TUNING, not LoRA"),
+    *((sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--merge", *flags], "adapters would change one of the two alone") for flags in (
+        ["--modules_to_save", "lm_head"], ["--modules_to_save", "embed_tokens"], ["--lora_target_modules", "embed_tokens", "q_proj"])),
+    *((script, ["--model_name_or_path", "./gptq", "--lora_r", "4"], "./gptq is quantised (gptq), which cannot be trained here") for script in (sft, ppo)),
+    (grpo, ["--model_name_or_path", "./four"], "./four is stored in 4 bits, which only adapters can be trained on: add --lora_r 16"),
     (sft, ["--lora_r", "4", "--lora_target_modules", "nope"], "--lora_target_modules ['nope']"),
     (sft, ["--lora_r", "4", "--modules_to_save", "nope"], "no module of that name"),
     (sft, ["--model_name_or_path", "./nowhere"], "no such model folder: ./nowhere"),
@@ -64,7 +74,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--dataset_name", "notes.txt"], "unknown kind of file"), (sft, ["--dataset_name", "bytes.jsonl"], "bytes.jsonl:1: not valid JSON ('utf-8'"),
     (sft, ["--dataset_name", "nothing.jsonl"], "nothing.jsonl:1: empty completion"), (sft, ["--format", "xml"], "unknown --format xml"),
     (sft, ["--eval_dataset_name", "missing.jsonl"], "no such file: missing.jsonl"),
-    (sft, ["--keep_best", "--eval_fraction", "0"], "--keep_best needs evaluation data"),
+    (sft, ["--keep_best", "--eval_fraction", "0", "--max_completion_length", "0"], "--keep_best needs evaluation data"),
     (grpo, ["--dataset_name", "no_answer.jsonl"], "needs a column 'answer' or 'solution'"),
     (grpo, ["--max_prompt_length", "1"], "no prompt to train on is left"),
     (sft, ["--chat_template_path", "nope.jinja"], "cannot read --chat_template_path"),
@@ -84,19 +94,19 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--resume_from_checkpoint", "damaged"], "--resume_from_checkpoint damaged: damaged: its checksums do not fit"),
     (sft, ["--resume_from_checkpoint", "empty"], "--resume_from_checkpoint empty: No such file"),
     (grpo, ["--reward_funcs", "late.py:f", "--batch_size", "2", "--eval_fraction", "0"], "raised ZeroDivisionError"),
-    (dpo, ["--label_smoothing", "0.1", "--loss_type", "ipo"], "defined for --loss_type sigmoid alone"), (dpo, ["--beta", "0"], "--beta must be positive"),
+    (dpo, ["--label_smoothing", "0.1", "--loss_type", "ipo"], "--label_smoothing 0.1 has no effect without --loss_type sigmoid"), (dpo, ["--beta", "0"], "--beta must be positive"),
     (dpo, ["--label_smoothing", "0.7"], "--label_smoothing must lie in"), (dpo, ["--dataset_name", "ok.jsonl"], "no known format"),
     (dpo, ["--dataset_name", "same.jsonl"], "no pair to train on is left"), (dpo, ["--dataset_name", "unlike.jsonl"], "unlike.jsonl:1: 'chosen' does not begin"),
     (reward_model, ["--dataset_name", "scores.jsonl"], "scores.jsonl:2: the score 'score' is not a number"),
     (reward_model, ["--dataset_name", "named.jsonl", "--eval_fraction", "0"], "named.jsonl:2: the scores are ['y'], those of the first row ['x']"),
     (reward_model, ["--eval_dataset_name", "oks.jsonl"], "no such file"), (reward_model, ["--lora_dropout", "-1"], "--lora_dropout must lie in"),
     (grpo, ["--reward_funcs", "empty"], "empty is no reward model that can be loaded"),
-    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target needs --kl_coef above 0"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "unknown argument --kl_gain"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
-    (ppo, ["--sft_coef", "0.1"], "--sft_dataset and --sft_coef belong together"), (ppo, ["--sft_dataset", "ok.jsonl"], "belong together"),
+    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target 6.0 has no effect without --kl_coef"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "unknown argument --kl_gain"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
+    (ppo, ["--sft_coef", "0.1"], "--sft_coef 0.1 has no effect without --sft_dataset"), (ppo, ["--sft_dataset", "ok.jsonl"], "has no effect without --sft_coef"),
     (ppo, ["--sft_dataset", "role.jsonl", "--sft_coef", "0.1"], "role.jsonl:1: message 1 has the unknown role"),
     (ppo, ["--value_clip", "-1"], "--value_clip must not be negative"), (ppo, ["--num_minibatches", "9"], "--num_minibatches 9 is more than"),
     (ppo, ["--reward_funcs", "empty"], "empty is no reward model"), (ppo, ["--score_clip", "0"], "--score_clip must be positive"),
-    (ppo, ["--sft_dataset", "", "--sft_coef", "0.1"], "belong together"), (grpo, ["--reward_weights", "0"], "--reward_weights are all 0"),
+    (ppo, ["--sft_dataset", "", "--sft_coef", "0.1"], "has no effect without --sft_dataset"), (grpo, ["--reward_weights", "0"], "--reward_weights are all 0"),
     (ppo, ["--sft_dataset", "ok.jsonl", "--sft_coef", "0.1", "--sft_fraction", "1e9"], "unknown argument --sft_fraction"),
     (grpo, ["--demo_threshold", "0", "--demo_column", "answer"], "unknown argument --demo_column"),
     (grpo, ["--demo_threshold", "0", "--dataset_name", "ok.jsonl"], "no prompt has a demonstration in a column 'demonstration'"),
@@ -107,7 +117,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
     (sft, ["--resume_from_checkpoint", "nowhere"], "no such folder (or say 'latest')"),
     (sft, ["--freeze_layers", "1"], "--freeze_layers must lie in [0, 1), not 1.0"),
-    (sft, ["--freeze_layers", "0.5", "--lora_r", "4"], "--freeze_layers is for full fine-tuning"),
+    (sft, ["--freeze_layers", "0.5", "--lora_r", "4"], "--freeze_layers 0.5 has no effect beside --lora_r"),
     (sft, ["--adversarial_epsilon", "0"], "--adversarial_epsilon must be positive"), (sft, ["--adversarial", "pgd"], "invalid choice: 'pgd'"),
     (sft, ["--learning_rate", "1e20", "--max_grad_norm", "0", "--max_steps", "40"], "gradient's norm nan"),
 ]
@@ -140,6 +150,16 @@ def folder(tmp_path_factory):
         (path / name).mkdir()
         (path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base, "r": 4}))
         if weights:
+            (path / name / "adapter_model.safetensors").write_text("")
+    for name, kind, stored in (("prompt", "PROMPT_TUNING", None), ("gptq", None, {"quant_method": "gptq", "bits": 4}),
+                               ("four", None, {"quant_method": "bitsandbytes", "load_in_4bit": True})):
+        shutil.copytree(CHECKPOINT, path / name)
+        if stored:
+            config = json.loads((path / name / "config.json").read_text())
+            (path / name / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+        else:
+            (path / name / "adapter_config.json").write_text(json.dumps(
+                {"peft_type": kind, "base_model_name_or_path": CHECKPOINT, "num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}))
             (path / name / "adapter_model.safetensors").write_text("")
     return path
 
@@ -251,7 +271,6 @@ class Payload:
 @pytest.mark.parametrize("kind", ["model", "adapter", "reward", "checkpoint"])
 def test_no_pickle_is_loaded(kind, tmp_path):
     """Weights in a pickle that runs code: refused in a sentence, and the code has not run."""
-    import shutil
     folder, trap = tmp_path / "model", tmp_path / "executed"
     flags = [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]
     if kind == "adapter":
@@ -284,7 +303,6 @@ def test_a_latest_checkpoint_that_runs_code_is_passed_over(tmp_path, capsys):
 
 
 def test_code_that_comes_with_a_model_runs_only_if_asked(tmp_path):
-    import shutil
     shutil.copytree(CHECKPOINT, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
@@ -315,7 +333,6 @@ def test_a_huge_row_is_cut_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize("lacks", ["pad", "template", "eos"])
 def test_models_without_pad_template_or_eos(script, lacks, tmp_path, monkeypatch, capsys):
     """The first two train, and the saved model has what was missing; without EOS nothing could end, and that is said."""
-    import shutil
     shutil.copytree(CHECKPOINT, tmp_path / "model")
     if lacks == "template":
         os.remove(tmp_path / "model" / "chat_template.jinja")

@@ -221,7 +221,7 @@ def gradient(monkeypatch, tmp_path, *flags):
 @pytest.mark.promise("any cut")
 @pytest.mark.parametrize("flags", [
     (), ("--loss_type", "grpo"), ("--loss_type", "dr_grpo", "--kl_coef", 0.1), ("--lora_r", 4, "--kl_coef", 0.1),
-    ("--loss_type", "grpo", "--importance_sampling_level", "sequence", "--epsilon", 3e-4),
+    ("--loss_type", "grpo", "--importance_sampling_level", "sequence", "--epsilon", 3e-4, "--num_iterations", 2),
     ("--num_minibatches", 2, "--mask_truncated_completions", "--max_completion_length", 62)], ids=str)
 def test_the_gradient_does_not_depend_on_micro_batch_tokens_or_checkpointing(monkeypatch, tmp_path, flags):
     whole, _ = gradient(monkeypatch, tmp_path, *flags)

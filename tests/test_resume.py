@@ -14,6 +14,7 @@ import glob
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -22,7 +23,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, in_child, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import common
@@ -329,16 +330,16 @@ def test_other_data_under_the_same_name_is_refused(data, tmp_path):
     mine = Path(shutil.copy(data, tmp_path / "mine.jsonl"))
     killed("sft", mine, tmp_path / "out")
     mine.write_text(mine.read_text().replace("think", "thunk"))
-    with pytest.raises(common.UserError, match="written with other training data or rewards"):
+    with pytest.raises(common.UserError, match="written with other training data, other evaluation data:"):
         start("sft", mine, tmp_path / "out", *LATEST)()
 
 
-def test_other_evaluation_data_is_refused_where_references_are_kept_by_position(data, tmp_path):
+def test_other_evaluation_data_is_refused(data, tmp_path):
     held = Path(shutil.copy(f"{data}.pairs.jsonl", tmp_path / "eval.jsonl"))
-    flags = ["--eval_dataset_name", held, "--max_completion_length", 0]
+    flags = ["--eval_dataset_name", held, "--eval_fraction", 0, "--max_completion_length", 0]
     killed("dpo", data, tmp_path / "out", *flags)
     held.write_text("".join(held.read_text().splitlines(keepends=True)[::-1]))
-    with pytest.raises(common.UserError, match="written with other training data or rewards"):
+    with pytest.raises(common.UserError, match="written with other evaluation data:"):
         start("dpo", data, tmp_path / "out", *flags, *LATEST)()
 
 
@@ -348,8 +349,70 @@ def test_a_changed_reward_is_refused(data, tmp_path):
     flags = ["--reward_funcs", f"{reward}:f"]
     killed("grpo", data, tmp_path / "out", *flags)
     reward.write_text(reward.read_text().replace("50", "51"))
-    with pytest.raises(common.UserError, match="written with other training data or rewards"):
+    with pytest.raises(common.UserError, match="written with other files of .*r.py:"):
         start("grpo", data, tmp_path / "out", *flags, *LATEST)()
+
+
+def test_a_resume_names_each_thing_that_has_changed(tmp_path):
+    """The base's weights, the adapter, its base, a reward model and its base, a reward's file, the template; in a folder with brackets."""
+    folder = tmp_path / "models [1]"
+    adapter = {"peft_type": "LORA", "r": 4}
+    for name, base in (("base", None), ("adapter", "base"), ("judge base", None), ("judge", "judge base")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / ("adapter_model.safetensors" if base else "model.safetensors")).write_bytes(b"weights" * 9)
+        if base:
+            config = json.dumps(adapter | {"base_model_name_or_path": str(folder / base)})
+            (folder / name / "adapter_config.json").write_text(config)
+    (folder / "r[1].py").write_text("one")
+    rewards = {"f": common.Reward(None, 1.0, str(folder / "r[1].py")), "built in": common.Reward(None, 1.0),
+               "judge": common.Reward(None, 1.0, str(folder / "judge"), "score")}
+    run = SimpleNamespace(args=SimpleNamespace(model_name_or_path=str(folder / "adapter")), state={"data": None},
+                          tokenizer=SimpleNamespace(chat_template="a"))
+    rows = [{"prompt_ids": [1, 2], "place": "here"}]
+    check = lambda rows=rows, held=(): common.Run.check_data(run, rows, held, rewards)
+    check()
+    check()
+    assert run.example == [1, 2]
+    for name in ("base/model.safetensors", "adapter/adapter_model.safetensors", "judge base/model.safetensors",
+                 "judge/adapter_model.safetensors", "r[1].py"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before[:-1] + b"!")
+        named = folder / name if name.endswith(".py") else (folder / name).parent
+        with pytest.raises(common.UserError, match=f"written with other files of {re.escape(str(named))}: give the same"):
+            check()
+        (folder / name).write_bytes(before)
+    run.tokenizer.chat_template = "b"
+    with pytest.raises(common.UserError, match="written with other evaluation data, other chat template: "):
+        check(held=rows)
+    with pytest.raises(common.UserError, match="written with other training data, other chat template: "):
+        check([{"prompt_ids": [1, 3]}])
+    run.tokenizer.chat_template = "a"
+    check()
+
+
+@pytest.mark.parametrize("size", [1, 2**14, 2**24, 2**24 + 1, 40 * 2**20])
+def test_a_fingerprint_reads_small_files_whole_and_of_large_ones_pieces_all_over(size, tmp_path):
+    path = tmp_path / "weights"
+    with open(path, "wb") as file:
+        file.truncate(size)
+    want = common.fingerprint_of_file(str(path))
+    assert want == common.fingerprint_of_file(str(path))
+    for n, place in enumerate((0, size // 3, size // 2, size - 1)):  # a tensor of 64 KiB there, or a byte of a small file
+        with open(path, "r+b") as file:
+            file.seek(place)
+            file.write(b"%d" % n * min(size - place, 1 if size <= 2**24 else 2**16))
+        assert common.fingerprint_of_file(str(path)) != want
+        want = common.fingerprint_of_file(str(path))
+
+
+def test_the_base_under_an_adapter_is_part_of_what_a_checkpoint_depends_on(data, tmp_path):
+    base = shutil.copytree(SFT, tmp_path / "base")
+    flags = ["--model_name_or_path", base, "--lora_r", 4]
+    killed("sft", data, tmp_path / "out", *flags)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: x * 1.01 for name, x in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(common.UserError, match="written with other files of .*base: "):
+        start("sft", data, tmp_path / "out", *flags, *LATEST)()
 
 
 def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):

@@ -1,7 +1,9 @@
 """sft.py: the loss by hand and against plain transformers, one step cut in every way, data, evaluation, learning."""
 
+import json
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -173,7 +175,7 @@ def test_the_perturbed_gradient_is_that_of_plain_transformers(monkeypatch, tmp_p
     model.config.update({rate: 0.0 for rate in ("resid_pdrop", "embd_pdrop", "attn_pdrop")})  # gpt2's; sft.py trains with dropout
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    flags = ["--model_name_or_path", tmp_path / "m", *flags, "--adversarial", attack, "--adversarial_epsilon", 0.7]
+    flags = ["--model_name_or_path", tmp_path / "m", *flags, "--adversarial", attack, *(["--adversarial_epsilon", 0.7] if attack == "fgm" else [])]
     got, metrics = gradient(monkeypatch, tmp_path / "a", "--dataset_name", tmp_path / "d.jsonl", *flags, "--batch_size", 4)
     args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), *map(str, flags)])
     model = common.load_model(args, tokenizer)
@@ -208,8 +210,9 @@ def test_evaluation_under_attack_repeats_and_touches_no_gradient(attack, tmp_pat
     policy, losses, widths = sft.Policy(model), [], []
     policy.register_forward_pre_hook(lambda module, inputs: widths.append(len(inputs[0])))
     for checkpointing in (False, True) * 2:
-        run = new_run(tmp_path, "--adversarial", attack, "--adversarial_epsilon", 1.5, "--neftune_noise_alpha", 30.0,
-                      "--micro_batch_tokens", 1000, "--gradient_checkpointing", checkpointing)
+        size = ("--adversarial_epsilon", 1.5) if attack == "fgm" else ("--neftune_noise_alpha", 30.0)
+        run = new_run(tmp_path, "--adversarial", attack, *size, "--micro_batch_tokens", 1000,
+                      "--gradient_checkpointing", checkpointing)
         metrics, table = sft.evaluate(policy, model, rows, run.args, run)
         losses.append(metrics["eval/loss_under_attack"])
         assert set(widths) == {1 if checkpointing else 3} and table == [] and run.args.micro_batch_tokens == 1000
@@ -374,6 +377,57 @@ def test_what_is_saved_loads_in_plain_transformers_and_peft_and_says_the_same(tm
     ids = torch.arange(40)[None]
     assert (adapter(ids).logits - whole(ids).logits).abs().max() < 1e-4
     assert any(p.abs().max() > 0 for n, p in adapter.named_parameters() if "lora_B" in n)
+
+
+def test_a_base_that_is_stored_in_4_bits_trains_as_its_dequantised_weights_do(tmp_path):
+    """Without --load_in_4bit, which it stands for; its evaluations come between steps, whose gradient they must not spoil."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    common.nf4(torch.float32, "cpu")  # switches off the repacking that spoils gradients
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft"), quantization_config=four, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "four")
+    plain = model.dequantize(dtype=torch.float32)
+    plain._weight_conversions = None
+    plain.save_pretrained(tmp_path / "plain")
+    for name in ("four", "plain"):
+        AutoTokenizer.from_pretrained(os.path.join(TINY, "sft")).save_pretrained(tmp_path / name)
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"prompt": "{a}+7", "completion": "<answer>{a}</answer>"}}\n' for a in range(10, 30)))
+    a, b = (run(sft, tmp_path / f"out-{name}", "--model_name_or_path", tmp_path / name, "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 3,
+                "--learning_rate", 1e-2, "--batch_size", 8, "--eval_steps", 1, "--lora_r", 4, "--merge") for name in ("four", "plain"))
+    for ours, want in zip(a, b, strict=True):
+        assert all(ours[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5) for name in want if "loss" in name or name == "grad_norm")
+    out = tmp_path / "out-four"
+    assert json.loads((out / "args.json").read_text())["load_in_4bit"] and not json.loads((tmp_path / "out-plain" / "args.json").read_text())["load_in_4bit"]
+    ids = torch.arange(40)[None]
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), out / "model")
+    assert merged.dtype == torch.float32 and (merged(ids).logits - adapted(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("where", ["merging", "saving"])
+def test_a_merge_that_would_be_another_model_fails(tmp_path, monkeypatch, capsys, where):
+    """Real text shows it, here at the byte "+" alone; model/ stays, merged/ goes."""
+    from peft.tuners.lora import LoraModel
+    merge, save = LoraModel.merge_and_unload, common.save_model
+
+    def spoilt(model):
+        model.get_output_embeddings().weight.data[ord("+")] += 1
+        return model
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1", "completion": "<answer>2</answer>"}\n')
+    flags = ["--model_name_or_path", os.path.join(TINY, "sft"), "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 1, "--batch_size", 2,
+             "--eval_fraction", 0, "--lora_r", 4, "--merge"]
+    run(sft, tmp_path / "good", *flags)
+    said = re.search(r"merged/?: an example's logits moved by (\S+) on average and (\S+) at most; (\d+) of (\d+) greedy tokens agree", capsys.readouterr().out)
+    assert 0 <= float(said[1]) <= float(said[2]) < 1e-4 and said[3] == said[4]
+    if where == "merging":
+        monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: spoilt(merge(self)))
+    else:
+        monkeypatch.setattr(common, "save_model", lambda model, tokenizer, folder, state=None: save(
+            model if state else spoilt(model), tokenizer, folder, state))
+    with pytest.raises(common.UserError, match=r"--merge: an example's logits moved by .* so merged/ would be another model and was removed; .*model is whole"):
+        run(sft, tmp_path / "bad", *flags)
+    assert os.path.exists(tmp_path / "bad" / "model") and not os.path.exists(tmp_path / "bad" / "merged")
 
 
 def test_the_best_weights_are_kept(tmp_path):
