@@ -822,7 +822,7 @@ ASKED = [SAYS(U, "q"), SAYS(A, "a"), SAYS(U, "r")]
     ([SAYS(S, "be"), SAYS(U, "q")], [SAYS(U, "q"), SAYS(A, "a")], "be q +a"), (Q, "a", "q +a"), ("q", Q + " a", "q +a"), (Q, Q + " a", "q +a"),
     (Q, [SAYS(U, "q"), SAYS(A, "a")], "q +a"), ("r", [*ASKED, SAYS(A, "b")], "q a r +b"), (ASKED, [*ASKED, SAYS(A, "b")], "q a r +b"),
     ("q", [*ASKED, SAYS(A, "b")], "q +a r +b"), (ASKED, [SAYS(U, "r"), SAYS(A, "b")], "q a r +b"), (R, "b", "q a r +b"), ("r", R + " b", "q a r +b"),
-    (ASKED[:2], [SAYS(U, "r"), SAYS(A, "b")], "q a r +b"), ([SAYS(S, "be")], [SAYS(U, "q"), SAYS(A, "a")], "be q +a"), ("Human: q", "a", "Human: q +a")])
+    ([SAYS(U, "q"), SAYS(A, "ok")], [SAYS(U, "ok"), SAYS(A, "d")], "q ok ok +d"), (ASKED[:2], [SAYS(U, "r"), SAYS(A, "b")], "q a r +b"), ([SAYS(S, "be")], [SAYS(U, "q"), SAYS(A, "a")], "be q +a"), ("Human: q", "a", "Human: q +a")])
 def test_a_prompt_beside_a_conversation_that_holds_it_comes_in_once(prompt, said, want):
     got = common.to_conversation({"prompt": prompt, "completion": said}, "prompt_completion")["messages"]
     assert " ".join("+" * m["train"] + m["content"] for m in got) == want
@@ -834,12 +834,19 @@ def test_a_prompt_beside_a_conversation_that_holds_it_comes_in_once(prompt, said
 
 @pytest.mark.parametrize("prompt, said", [
     ("q", [SAYS(U, "other"), SAYS(A, "a")]), ("q", [SAYS(S, "be"), SAYS(U, "other"), SAYS(A, "a")]), ([SAYS(U, "q"), SAYS(A, "Sure")], "a"),
-    ([SAYS(S, "be"), SAYS(U, "q")], [SAYS(S, "other"), SAYS(U, "q"), SAYS(A, "a")]), ("q", [SAYS(U, "q and more"), SAYS(A, "a")])])
+    ([SAYS(S, "be"), SAYS(U, "q")], [SAYS(S, "other"), SAYS(U, "q"), SAYS(A, "a")]), ("q", [SAYS(U, "q and more"), SAYS(A, "a")]), (ASKED, [SAYS(U, "z"), SAYS(A, "y"), SAYS(U, "r"), SAYS(A, "b")])])
 def test_a_conversation_that_begins_otherwise_than_its_prompt_is_refused(prompt, said):
     for row, convert, kind in (({"completion": said}, common.to_conversation, "prompt_completion"),
                                ({"chosen": said, "rejected": said}, common.to_pair, "prompt_pair")):
         with pytest.raises(ValueError, match="which neither follows nor repeats the prompt"):
             convert({"prompt": prompt, **row}, kind)
+
+
+def test_a_demonstration_that_holds_its_prompt_comes_in_once(tmp_path, tokenizer, capsys):
+    (prompt,), _ = read(tmp_path, [{"prompt": "q", "answer": "1", "demonstration": Q + " a"}], grpo)
+    args = SimpleNamespace(demo_threshold=0.0, max_prompt_length=99, max_completion_length=9, skip_bad_rows=False, dataset_name="d")
+    assert common.add_demonstrations([prompt], {"format": None}, args, tokenizer) == 0
+    assert marked(tokenizer, prompt["demonstration"]) == "<|user|>q<|end|><|assistant|>[[a<|end|>]]"
 
 
 def test_a_transcript_becomes_messages_for_a_rollout_too(tokenizer):

@@ -174,6 +174,12 @@ def test_named_scores_are_in_the_config_and_serve_as_rewards(tmp_path):
     direct = score([[*asked, common.turn("assistant", c)] for c in (short, long)])
     close(values[:, 1], direct[:, 1], 1e-5)
     assert list(rewards)[1].endswith("short")
+    with open(os.path.join(folder, "chat_template.jinja"), "r+") as file:  # one that shows the date: it is given by the run
+        template = file.read()
+        file.seek(0)
+        file.write("{{ strftime_now('%d %B') }}" + template)
+    one, other, same = (common.load_reward_model(folder, date=f"2026-03-0{day}")[1]([[*asked, common.turn("assistant", short)]]) for day in (1, 2, 1))
+    assert one.equal(same) and not one.equal(other)
     with pytest.raises(common.UserError, match="several scores .right, short.: say which"):
         common.load_rewards(common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", folder]))
 
