@@ -671,7 +671,7 @@ def encode_prompt(tokenizer, messages):
 
 
 # what encode_conversation notes of a row
-MOVED = "with a span moved to a token boundary"
+SHIFTED = "with a span moved to a token boundary"
 UNASKED = ("with an answer that does not begin as the chat template's generation prompt does (<think>?): "
            "other text is trained than will be sampled")
 
@@ -723,7 +723,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
     for start, end, asked in spans:
         first, last = bisect_left(starts, start), bisect_right(ends, end)
         moved = (first > 0 and ends[first - 1] > start) or (last < len(ids) and starts[last] < end)
-        notes |= Counter({MOVED: moved, UNASKED: not asked})
+        notes |= Counter({SHIFTED: moved, UNASKED: not asked})
         # the token after the span may be the next role's, with which some templates end an answer
         stop = next((i + 1 for i, token in enumerate(ids[first:last + 1], first) if token in stops), None)
         if stop is None and completion_only_loss and end < len(text):
