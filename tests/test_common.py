@@ -249,7 +249,7 @@ def test_a_token_that_is_half_prompt_stays_untrained_and_is_counted(trim):
     t = make_tokenizer(template, corpus=["Q: two= four", "= four", "= four five"] * 20, trim=trim)
     messages = chat("two", "four five")
     prompt, (example,) = common.encode_prompt(t, messages[:1]), common.encode_conversation(t, messages)
-    assert example["input_ids"][:len(prompt)] != prompt and example["notes"] == {common.MOVED: 1}
+    assert example["input_ids"][:len(prompt)] != prompt and example["notes"] == {common.SHIFTED: 1}
     text = marked(t, example)
     assert text.replace("[[", "").replace("]]", "") == "Q: two= four five<|end|>"
     assert text.startswith("Q: two= f") and text.endswith("five<|end|>]]") and "[[" in text
