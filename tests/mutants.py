@@ -180,7 +180,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "sorted(ids - {None})", "[tokenizer.eos_token_id]"),
     ("common", 'counts["duplicates dropped"] += len(items) - len(unique)\n',
      'counts["duplicates dropped"] += 0\n'),
-    ("common", "cut_back(path, self.step)", "cut_back(path, self.step + 1)"),
+    ("common", '["step"] <= self.step, file)', '["step"] <= self.step + 1, file)'),
 ]
 
 
