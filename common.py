@@ -13,6 +13,7 @@ import asyncio
 import copy
 import csv
 import difflib
+import fcntl
 import glob
 import hashlib
 import html
@@ -22,6 +23,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -39,6 +41,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import groupby, repeat
 from operator import itemgetter
@@ -52,7 +55,8 @@ import pandas
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, set_seed
+from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs,
+                              gather_object, set_seed)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
@@ -96,11 +100,16 @@ def reason_of(error):
 
 @contextmanager
 def user_errors():
-    """Prints a UserError as one sentence on stderr (first process only) and exits with code 2."""
+    """Prints a UserError as one sentence on stderr (a machine's first process) and exits with code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal or a log that takes no UTF-8 shows \\u00e9
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
-        say(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        if Run.preparing:  # the others wait in Run.together
+            gather_object([error])
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1755,6 +1764,11 @@ def score_config(names, tokenizer):
             "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_token_id}
 
 
+def has_no_weights(base):
+    """Whether it is a folder without weights: a model starts from random ones."""
+    return os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base))
+
+
 def load_base(base, args, device="cpu", frozen=False, scores=None):
     """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
 
@@ -1772,18 +1786,20 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
                 f"{base} is a vision-language model: images are not supported")
         require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts "
                 "auxiliary loss (output_router_logits), which is not supported")
-        if os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base)):
+        if has_no_weights(base):
             say(f"model    {base} has a config but no weights: starting from random ones (seed {args.seed})")
             model = auto.from_config(config, dtype=torch.float32, **options)
             if not frozen:
                 return model
             require(not args.audit, f"--audit writes nothing but its page, and {base} has no weights: "
                     "adapters would need a base that is saved")
-            base = os.path.join(args.output_dir, "base")
-            if os.environ.get("RANK", "0") == "0":
-                model.save_pretrained(base)
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()
+            keep = os.path.join(args.output_dir, ".base")  # until Run.start, when nothing can go wrong
+            first = os.environ.get("RANK", "0") == "0"
+            with nullcontext(keep) if first else tempfile.TemporaryDirectory() as drawn:
+                model.save_pretrained(drawn)
+                model = load_base(drawn, args, device, frozen, scores)
+            model.name_or_path = os.path.join(args.output_dir, "base")
+            return model
         if args.load_in_4bit:
             options["quantization_config"] = nf4(dtype, device)
         model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
@@ -1982,7 +1998,8 @@ def make_accelerator(args):
         args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
                               project_dir=args.output_dir,
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
+                                               InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     accelerator.gradient_accumulation_steps = 1
     sharded = accelerator.distributed_type == DistributedType.FSDP
     require(not sharded or accelerator.is_fsdp2, "FSDP 1 is not supported: set fsdp_version: 2")
@@ -2012,10 +2029,14 @@ def whole(value):
 
 
 def like(value, parameter):
-    """A whole tensor, sharded as the parameter is if it has its shape."""
-    if isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape:
-        value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    """A whole tensor of the first process's, sharded as the parameter is if it has its shape; on the others
+    `value` is its outline (Run.from_first). Every process calls it."""
+    if torch.is_tensor(value) and torch.distributed.is_initialized():
+        to = {"device": parameter.device}
+        value = torch.empty_like(value, **to) if value.is_meta else value.to(**to).contiguous()
+        torch.distributed.broadcast(value, 0)
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
 
 
@@ -2026,7 +2047,14 @@ def like(value, parameter):
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
               "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step"}
-OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
+OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # the first process alone uses them
+
+
+def outputs(args):
+    """The files and folders in output_dir that a run replaces."""
+    names = ["args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged"]
+    base = base_and_adapter(args.model_name_or_path)[0]
+    return names + ["base"] * (trains_adapter(args) and has_no_weights(base))
 
 
 def open_run(args):
@@ -2034,7 +2062,7 @@ def open_run(args):
 
     It removes nothing: Run.start does when data and model have been found good. UserError if the folder holds
     a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that
-    changes the mathematics differs from the checkpoint's.
+    changes the mathematics differs from the checkpoint's. The first process calls it, for all.
     """
     require(trains_adapter(args) or not args.load_in_4bit,
             "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
@@ -2044,14 +2072,17 @@ def open_run(args):
         folder = os.path.dirname(args.audit) or "."
         require(args.audit.endswith(".html") and os.access(folder, os.W_OK),
                 f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
-    else:
-        with explain(f"--output_dir {args.output_dir}", OSError):
-            os.makedirs(args.output_dir, exist_ok=True)
-        require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
+        begins = re.escape(AUDIT_PAGE.template.partition("$")[0]).encode() + rb"\w+\.py, step \d"
+        with suppress(FileNotFoundError), explain(f"--audit {args.audit}"), open(args.audit, "rb") as file:
+            require(re.match(begins, file.read(200)), "another file is there; choose another name")
     path, checkpoint = find_checkpoint(args)
-    if checkpoint is None:
+    here = os.path.realpath(os.path.join(args.output_dir, "checkpoints"))
+    elsewhere = path and os.path.dirname(os.path.realpath(path)) != here
+    if checkpoint is None or elsewhere:
         check_free(args)
+    if checkpoint is None:
         return None
+    checkpoint["elsewhere"] = elsewhere
     then = checkpoint["args"]
     for name, value in sorted(asdict(args).items()):
         require(name in MAY_CHANGE or then.get(name) == value,
@@ -2061,13 +2092,30 @@ def open_run(args):
     return checkpoint
 
 
+def lock(folder):
+    """Takes the folder for this process, until it ends or closes the file that is returned. UserError while
+    another process has it."""
+    with explain(f"--output_dir {folder}", OSError):
+        os.makedirs(folder, exist_ok=True)
+        file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another run is writing to {folder}: choose another --output_dir, or wait for its "
+                        "end") from None
+    except OSError as error:  # a file system without locks
+        say(f"warning  {folder} cannot be locked ({reason_of(error)}): let no other run write to it")
+    return file
+
+
 def check_free(args):
     """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs."""
     if args.audit:  # replaces nothing
         return
-    used = [name for name in OUTPUTS if os.path.exists(os.path.join(args.output_dir, name))]
+    names = outputs(args)
+    used = [name for name in names if os.path.lexists(os.path.join(args.output_dir, name))]
     # asked to go on, but killed before its first checkpoint: such a run has no model/ yet
-    started = args.resume_from_checkpoint and not {"model", "merged"}.intersection(used)
+    started = args.resume_from_checkpoint == "latest" and not {"model", "merged"}.intersection(used)
     require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
             "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
     require(not used or args.overwrite_output_dir or started,
@@ -2080,7 +2128,7 @@ def check_free(args):
     for name, value in given:
         for path in (value, value.rpartition(":")[0]) if value else ():  # folder:score, file.py:function
             inside = os.path.relpath(os.path.realpath(path or "."), os.path.realpath(args.output_dir))
-            require(inside.split(os.sep)[0] not in OUTPUTS, f"--{name} {value} lies inside the run that "
+            require(inside.split(os.sep)[0] not in names, f"--{name} {value} lies inside the run that "
                     "would be replaced; choose another --output_dir")
 
 
@@ -2175,6 +2223,15 @@ def fingerprint_of_file(path):
     return digest.hexdigest()[:16]
 
 
+def fingerprint_of_weights(module):
+    """A digest of all weights and buffers, quantised ones included."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(rows):
     """A digest of all that the rows hold, but for their places, so that no run goes on with other data."""
     def plain(value):
@@ -2195,16 +2252,28 @@ class Run:
     """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once.
 
     .state is what a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's
-    fingerprint and what the script names; .kept are tensors that go into it too.
+    and the starting weights' fingerprints and what the script names; .kept are tensors that go into it too.
     """
+    preparing = False  # before the first step: a UserError of one process is told to all
 
     def __init__(self, args, **state):
         self.args, self.accelerator = args, make_accelerator(args)
+        Run.preparing, self.lock = True, None
         self.device = self.accelerator.device
         self.place = self.accelerator.process_index, self.accelerator.num_processes
         args.resolve(trains_adapter(args), self.accelerator.is_fsdp2)
-        self.checkpoint = open_run(args)  # until start: what to go on from, or None
-        self.state = {"step": 0, "num_tokens": 0, "data": None} | state
+        flags = {f"--{name}": value for name, value in asdict(args).items() if name not in OWN}
+        versions = {name: sys.modules[name].__version__
+                    for name in ("torch", "transformers", "tokenizers", "accelerate", "peft")}
+        files = __file__, sys.modules[type(args).__module__].__file__
+        code = {os.path.basename(file): fingerprint_of_file(file) for file in files}
+        self.check_same({"Python": platform.python_version(), **versions, **code, **flags})
+
+        def opened():
+            self.lock = None if args.audit else lock(args.output_dir)
+            return open_run(args)
+        self.checkpoint = self.from_first(opened)  # until start: what to go on from, or None
+        self.state = {"step": 0, "num_tokens": 0, "data": None, "start": None} | state
         if self.checkpoint:
             self.state = {name: self.checkpoint[name] for name in self.state}
         self.tokenizer = load_tokenizer(args)
@@ -2220,9 +2289,21 @@ class Run:
         """Updates made so far."""
         return self.state["step"]
 
-    def check_data(self, rows):
-        """Keeps the fingerprint of all that training depends on; UserError if the checkpoint has another."""
+    def check_same(self, mine):
+        """UserError, on all processes, unless what each sees, {name: value}, is the same on all."""
+        first, *others = self.together(lambda: mine)
+        for number, theirs in enumerate(others, 1):
+            for name, value in theirs.items():
+                require(value == first[name], f"process {number} has another {name} than process 0, {value} "
+                        f"and not {first[name]}: give every process, on every machine, the same")
+
+    def check_data(self, rows, held=()):
+        """Keeps the fingerprint of all that training depends on; UserError if the checkpoint has another, or
+        if processes differ, in the rows `held` for evaluation too."""
         data = fingerprint(rows)
+        tokenizer = [{"all": self.tokenizer.backend_tokenizer.to_str(), "t": self.tokenizer.chat_template}]
+        self.check_same({"training data or rewards": data, "evaluation data": fingerprint(held),
+                         "tokenizer or chat template": fingerprint(tokenizer)})
         require(self.state["data"] in (None, data), "the checkpoint was written with other training data or "
                 "rewards (or another chat template or tokenizer): give the same, or a new --output_dir")
         self.state["data"] = data
@@ -2233,6 +2314,11 @@ class Run:
         Under FSDP2 the forward runs under autocast, as accelerate does elsewhere: FSDP's own bf16 would round
         what comes out. One forward is made at once, which FSDP needs before `unsharded`.
         """
+        start = fingerprint_of_weights(module)
+        self.check_same({"base model": start})
+        require(self.state["start"] in (None, start), "the checkpoint's run started from other weights than "
+                f"{self.args.model_name_or_path} holds now: give the same, or a new --output_dir")
+        self.state["start"] = start
         sharded = self.accelerator.is_fsdp2
         if sharded:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -2253,22 +2339,13 @@ class Run:
             require(self.step < self.audit_step <= total_steps,
                     f"--audit: there is no step {self.audit_step}, since this command starts after step "
                     f"{self.step} and ends with step {total_steps}; see --audit_step")
+        afresh = not self.checkpoint or self.checkpoint["elsewhere"]
         if self.checkpoint:
             check_cut(self.module, self.checkpoint, args)
             restore(self.module, self.optimizer, self.checkpoint)
             self.checkpoint = None
-        for path in (os.path.join(args.output_dir, name) for name in OUTPUTS if self.writes):
-            if self.step == 0:
-                shutil.rmtree(path, ignore_errors=True)
-                with suppress(FileNotFoundError):
-                    os.remove(path)
-            elif path.endswith(".jsonl"):
-                cut_back(path, self.step)
-        if self.writes:
-            with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
-                json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
-        if self.track:
-            self.accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
+        self.together(partial(self.write_first, afresh))
+        Run.preparing = False
         if self.step == total_steps > 0:
             say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
         self.bar = tqdm(total=total_steps, initial=self.step, unit="step", dynamic_ncols=True,
@@ -2277,6 +2354,27 @@ class Run:
         self.catch_signals()
         say(f"train    {what}; learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
             f"{self.place[1]} process(es) on {self.device}")
+
+    def write_first(self, afresh):
+        """The first process removes what an earlier run left, or cuts its logs back, and writes args.json."""
+        folder, args = self.args.output_dir, self.args
+        with explain(f"cannot write to {folder}", OSError):
+            for path in (os.path.join(folder, name) for name in outputs(args) if self.writes):
+                if afresh:
+                    shutil.rmtree(path, ignore_errors=True)
+                    with suppress(FileNotFoundError):
+                        os.remove(path)
+                elif path.endswith(".jsonl"):
+                    cut_back(path, self.step)
+            if self.writes:
+                if "base" in outputs(args):
+                    shutil.rmtree(os.path.join(folder, "base"), ignore_errors=True)
+                    os.rename(os.path.join(folder, ".base"), os.path.join(folder, "base"))
+                with open(os.path.join(folder, "args.json"), "w", encoding="utf-8") as file:
+                    json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
+        if self.track:
+            with explain(f"--log_with {args.log_with}"):
+                self.accelerator.init_trackers(os.path.basename(os.path.normpath(folder)))
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM are noted: the loop saves a checkpoint and stops. A second one ends at once."""
@@ -2328,10 +2426,35 @@ class Run:
         except UserError as error:
             mine = error
         results = gather_object([mine])
-        for result in results:
+        for number, result in enumerate(results):
             if isinstance(result, UserError):
-                raise result
+                Run.preparing = False  # all know
+                raise UserError(f"process {number}: {result}") if number else result
         return results
+
+    def from_first(self, read):
+        """What read() returns on the first process, for all. Of a checkpoint's weights and moments the others
+        get an outline on the device "meta": restore sends them one by one."""
+        own = None
+
+        def outline():
+            nonlocal own
+            own = read() if self.accelerator.is_main_process else None
+            if not isinstance(own, dict):
+                return own
+            tensors = {"weights": own["weights"], "optimizer": own["optimizer"]}
+            return own | mapped(lambda x: x.to("meta") if torch.is_tensor(x) else x, tensors)
+        theirs = self.together(outline)[0]
+        return own if self.accelerator.is_main_process else theirs
+
+    def load_best(self):
+        """checkpoints/best, as from_first gives it."""
+        folder = os.path.join(self.args.output_dir, "checkpoints", "best")
+
+        def read():
+            with explain(f"{folder} cannot be read"):
+                return load_checkpoint(folder)
+        return self.from_first(read)
 
     def annotate(self, rows, module, names, temperature):
         """Gives rows what module(input_ids, mask, temperature) returns, cut to (T,), under these names."""
@@ -2346,7 +2469,9 @@ class Run:
     def write(self, name, record):
         """One line of metrics.jsonl or samples.jsonl."""
         if self.writes:
-            with open(os.path.join(self.args.output_dir, name), "a", encoding="utf-8") as file:
+            path = os.path.join(self.args.output_dir, name)
+            with (explain(f"cannot write to {path} (the checkpoints are whole)", OSError),
+                  open(path, "a", encoding="utf-8") as file):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def samples(self, kind, rows):
@@ -2466,6 +2591,8 @@ class Run:
             self.accelerator.end_training()
         if self.total_steps:
             finish(self.args, self.accelerator, model, self.tokenizer)
+        if self.lock:
+            os.close(self.lock)
 
 
 def cut_back(path, step):

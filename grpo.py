@@ -594,7 +594,7 @@ def main(args):
     rewards = common.load_rewards(args, run.device)
     train, held = common.load_prompts(args, run.tokenizer)
     gate = common.add_demonstrations(train, rewards, args, run.tokenizer)  # None without --demo_threshold
-    run.check_data([*train, *common.reward_sources(rewards)])
+    run.check_data([*train, *common.reward_sources(rewards)], held)
     common.try_rewards(rewards, train, held, args)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
     rollouts = number_of_rollouts(args, train, held, updates)

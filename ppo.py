@@ -626,7 +626,7 @@ def main(args):
     rewards = common.load_rewards(args, run.device)
     train, held = common.load_prompts(args, run.tokenizer)
     demonstrations = load_demonstrations(args, run.tokenizer, held) if args.sft_dataset else []
-    run.check_data([*train, *demonstrations, *common.reward_sources(rewards)])
+    run.check_data([*train, *demonstrations, *common.reward_sources(rewards)], held)
     common.try_rewards(rewards, train, held, args)
     completions = min(len(train), args.batch_size) * args.num_generations
     require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "

@@ -294,7 +294,7 @@ def main(args):
     # 1. Data: all of it is read, checked and tokenized before a model is loaded.
     common.use_scoring_pad_token(run.tokenizer)
     train, held, names = load_groups(args, run.tokenizer)
-    run.check_data(common.flat(train))
+    run.check_data(common.flat(train), common.flat(held))
     for title, row in zip(("first row",) if names else ("first chosen", "first rejected"), train[0]):
         common.show_example(run.tokenizer, row["input_ids"], torch.zeros_like(row["mask"]), title)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)

@@ -386,7 +386,7 @@ def main(args):
 
     # 1. Data: all of it is read, checked and tokenized before the model is loaded.
     train, held = load_rows(args, run.tokenizer)
-    run.check_data(train)
+    run.check_data(train, held)
     common.show_example(run.tokenizer, train[0]["input_ids"], train[0]["mask"])
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
@@ -399,7 +399,7 @@ def main(args):
     check_head(policy, model, train[0], run)
     run.start(total_steps, f"{total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch)")
     best = os.path.join(args.output_dir, "checkpoints", "best")
-    if not os.path.isdir(best):  # a fresh run, or one resumed into another output_dir
+    if not run.from_first(lambda: os.path.isdir(best)):  # a fresh run, or one resumed into another output_dir
         run.state["best_loss"] = math.inf
 
     def report():
@@ -461,7 +461,7 @@ def main(args):
             report()
         run.save_or_leave()
     if args.keep_best and run.state["best_loss"] < math.inf:
-        common.restore(run.module, None, common.load_checkpoint(best))
+        common.restore(run.module, None, run.load_best())
     run.finish(model)
 
 
