@@ -13,6 +13,7 @@ import asyncio
 import copy
 import csv
 import difflib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -114,6 +115,13 @@ def user_errors():
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be what is full
+        print(f"{os.path.basename(sys.argv[0])}: error: {reason_of(error)}, writing "
+              f"{error.filename or 'the output'}; the checkpoints are whole", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:  # a Run catches it once training starts: nothing has begun
         say("stopped before training; nothing was changed", file=sys.stderr)
         sys.exit(130)
@@ -532,9 +540,11 @@ def load_tokenizer(args):
                      (ValueError, TypeError)):
             # saved with the tokenizer: a reward model scores what it was trained on
             tokenizer.init_kwargs["template_kwargs"] = {**json.loads(args.chat_template_kwargs or "{}")}
-    with explain(path or f"the tokenizer of {source}", ValueError):  # not to be blamed on the data
+    with explain(path or f"the tokenizer of {source}"):  # not to be blamed on the data
         trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
         check_whole(render(tokenizer, trial), trial)
+        tokenizer(render(tokenizer, trial), add_special_tokens=False)
+        stop_token_ids(tokenizer)
     return tokenizer
 
 
@@ -1668,9 +1678,13 @@ def base_and_adapter(name):
     base, adapter, lost = name, None, f"no such model folder: {name}"
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         with explain(f"{name}/adapter_config.json is not readable"):
-            base, adapter = PeftConfig.from_pretrained(name).base_model_name_or_path, name
+            config = PeftConfig.from_pretrained(name)
+            base, adapter, kind = config.base_model_name_or_path, name, str(config.peft_type)
         require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
                 f"{name} holds no adapter weights")
+        require(kind.endswith(".LORA"), f"{name} is an adapter of the kind {kind}: only LoRA is supported")
+        require(base and isinstance(base, str), f"{name}/adapter_config.json does not say which model the "
+                "adapter belongs to: add its base_model_name_or_path")
         lost = f"the adapter {name} was trained on {base}, which is not there"
     require(os.path.isdir(base) or not base.startswith((".", "/", "~")), lost)
     return base, adapter
@@ -1698,7 +1712,9 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         model, how = add_adapter(model, adapter, args, scores)
     require(scores or not isinstance(model.get_output_embeddings(), BaseTunerLayer),
             "LoRA on the output head would not be trained: use --modules_to_save lm_head instead")
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        require(parameter.isfinite().all(), f"{args.model_name_or_path}: the weights {name} are not all "
+                "finite numbers: the file is damaged, or training went wrong")
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if not dropout:
@@ -1718,9 +1734,9 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
 def check_fit(model, base, tokenizer, args, scores):
     """UserError unless the model can read every id and row, and a policy's logits are those of its head."""
     embedded = model.get_input_embeddings().weight.shape[0]
-    require(len(tokenizer) <= embedded,
-            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {embedded} rows: "
-            f"'{base}' and its tokenizer do not belong together")
+    ids = 1 + max(tokenizer.get_vocab().values())  # with gaps there are fewer tokens
+    require(ids <= embedded, f"the tokenizer has ids up to {ids - 1} and the model's embedding {embedded} "
+            f"rows: '{base}' and its tokenizer do not belong together")
     flags = ["max_length"] if hasattr(args, "max_length") else ["max_prompt_length", "max_completion_length"]
     longest, limit = sum(getattr(args, flag) for flag in flags), max_positions(model)
     require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions: "
@@ -2164,15 +2180,18 @@ def written_whole(folder):
     unfinished = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        with explain(f"could not write {folder} (the checkpoints before it are whole)"):
-            os.makedirs(unfinished)
-            yield unfinished
-            for name in [*os.listdir(unfinished), "."]:  # on the disk before its name says so
-                handle = os.open(os.path.join(unfinished, name), os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(unfinished, folder)
+        os.makedirs(unfinished)
+        yield unfinished
+        for name in [*os.listdir(unfinished), "."]:  # on the disk before its name says so
+            handle = os.open(os.path.join(unfinished, name), os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(unfinished, folder)
+    except Exception as error:
+        free = shutil.disk_usage(os.path.dirname(folder) or ".").free // 2**20  # torch.save does not say it
+        raise UserError(f"could not write {folder}, where {free:,} MiB are free (the checkpoints before it "
+                        f"are whole): {reason_of(error)}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -2183,7 +2202,11 @@ def load_checkpoint(folder):
     with zipfile.ZipFile(path) as file:  # torch.load alone does not look at the checksums
         folders = any(info.external_attr for info in file.infolist())  # of which it would read nothing
         require(not folders and file.testzip() is None, "damaged: its checksums do not fit", ValueError)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    parts = {"step": int, "args": dict, "weights": dict, "optimizer": dict, "kept": dict}
+    require(isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in parts.items()),
+            "it is no checkpoint of this project's", ValueError)
+    return state
 
 
 def mapped(function, value):
@@ -2275,7 +2298,9 @@ class Run:
         self.checkpoint = self.from_first(opened)  # until start: what to go on from, or None
         self.state = {"step": 0, "num_tokens": 0, "data": None, "start": None} | state
         if self.checkpoint:
-            self.state = {name: self.checkpoint[name] for name in self.state}
+            with explain("the checkpoint is of another version, which has to finish this run; it lacks",
+                         KeyError):
+                self.state = {name: self.checkpoint[name] for name in self.state}
         self.tokenizer = load_tokenizer(args)
         self.kept, self.warned, self.last, self.total_steps, self.audit_step = {}, set(), self.step, 0, None
         self.flat_rollouts = 0
@@ -2342,7 +2367,8 @@ class Run:
         afresh = not self.checkpoint or self.checkpoint["elsewhere"]
         if self.checkpoint:
             check_cut(self.module, self.checkpoint, args)
-            restore(self.module, self.optimizer, self.checkpoint)
+            with explain("the checkpoint cannot be restored"):
+                restore(self.module, self.optimizer, self.checkpoint)
             self.checkpoint = None
         self.together(partial(self.write_first, afresh))
         Run.preparing = False
@@ -2600,7 +2626,7 @@ def cut_back(path, step):
     if not os.path.exists(path):
         return
     with (open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept,
-          suppress(ValueError)):  # half a line: the run was killed while writing it
+          suppress(ValueError, TypeError, KeyError)):  # half a line: the run was killed while writing it
         for line in file:
             if json.loads(line)["step"] > step:
                 break
