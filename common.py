@@ -2089,7 +2089,7 @@ def open_run(args):
         require(args.audit.endswith(".html") and os.access(folder, os.W_OK),
                 f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
         begins = re.escape(AUDIT_PAGE.template.partition("$")[0]).encode() + rb"\w+\.py, step \d"
-        with suppress(FileNotFoundError), explain(f"--audit {args.audit}"), open(args.audit, "rb") as file:
+        with explain(f"--audit {args.audit}"), suppress(FileNotFoundError), open(args.audit, "rb") as file:
             require(re.match(begins, file.read(200)), "another file is there; choose another name")
     path, checkpoint = find_checkpoint(args)
     here = os.path.realpath(os.path.join(args.output_dir, "checkpoints"))
