@@ -381,11 +381,9 @@ def pad(rows, value, side="right", dtype=torch.long):
 
 
 def pad_rows(rows, fields, device):
-    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T.
-
-    input_ids (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token,
-    0 where the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0.
-    """
+    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T. input_ids
+    (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token, 0 where
+    the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0."""
     mask = pad([r["mask"] for r in rows], 0, dtype=torch.float32)
     out = {"input_ids": pad([r["input_ids"] for r in rows], 0), "mask": mask}
     for name in fields:
@@ -400,10 +398,8 @@ def pad_rows(rows, fields, device):
 
 def cut(lengths, micro_batch_tokens, process_index=0, num_processes=1):
     """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of places.
-
     Each list holds at most micro_batch_tokens padded tokens (or one row). Every process gets equally many,
-    because under FSDP processes wait for one another; the missing ones are empty.
-    """
+    because under FSDP processes wait for one another; the missing ones are empty."""
     order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for first in range(num_processes):
         share = [[]]
@@ -460,10 +456,8 @@ class Decoder:
 
 
 def complete_greedily(model, prompts, stop_ids, max_completion_length):
-    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one.
-
-    By generate(), which knows the caches of all models; nothing is inherited from their generation configs.
-    """
+    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one. By
+    generate(), which knows the caches of all models; nothing is inherited from their generation configs."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
     ids = pad(prompts, 0, side="left").to(device)
@@ -561,9 +555,7 @@ def render(tokenizer, messages, add_generation_prompt=False):
 
 def check_whole(text, messages):
     """ValueError if a template passed over a message; untrained assistant turns may lose their reasoning.
-
-    White space may differ, and /think and /no_think are switches to some templates.
-    """
+    White space may differ, and /think and /no_think are switches to some templates."""
     def squeeze(words):
         return "".join(words.replace("/no_think", "").replace("/think", "").split())
     rendered = squeeze(text)
@@ -571,7 +563,7 @@ def check_whole(text, messages):
         checked = message["train"] or message["role"] != "assistant"
         require(not checked or squeeze(message["content"]) in rendered,
                 f"the chat template leaves out message {number} ({message['role']}) "
-                "or a part of it; give another --chat_template_path", ValueError)
+                "or a part of it; give another --chat_template_path")
 
 
 def stop_token_ids(tokenizer, generation_config=None):
@@ -628,7 +620,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
     spans = [find_answer(tokenizer, messages, k, text) for k in trained]
     if None in spans:
         require(trained != [len(messages) - 1],
-                "the chat template changes the prompt when the answer follows it", ValueError)
+                "the chat template changes the prompt when the answer follows it")
         parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
         return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
     check_whole(text, messages)
@@ -650,7 +642,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
                 ids = ids[:stop] + [tokenizer.eos_token_id]
                 mask = mask[:stop] + [1]
         mask[first:stop] = [1] * (stop - first)
-    require(any(mask), "no trained token is left after tokenizing", ValueError)
+    require(any(mask), "no trained token is left after tokenizing")
     return [{"input_ids": ids, "mask": mask, "moved": moved}]
 
 
@@ -717,7 +709,7 @@ def read_rows(name, skip_bad_rows=False):
     def readable(row):
         if isinstance(row, ValueError):
             raise row
-        require(isinstance(row, dict), "not a JSON object", ValueError)
+        require(isinstance(row, dict), "not a JSON object")
         try:
             json.dumps(row, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:  # broken bytes, or half an emoji: no tokenizer takes them
@@ -901,12 +893,12 @@ def to_messages(value, train=True):
         is_tool = role in ("tool", "function", "observation", "function_call")
         require(isinstance(role, str) and role in ROLES, f"{at} has the unknown role {role!r}"
                 f"{' (tool calls are not supported)' if is_tool else ''}; "
-                "known are system, user (human), assistant (gpt)", ValueError)
+                "known are system, user (human), assistant (gpt)")
         for key in ("tool_calls", "function_call", "reasoning_content"):  # never dropped without a word
-            require(not message.get(key), f"{at} has {key}, which is not supported", ValueError)
+            require(not message.get(key), f"{at} has {key}, which is not supported")
         if isinstance(content, list):  # parts: text alone can be trained on
             require(all(isinstance(part, dict) and part.get("type", "text") == "text" for part in content),
-                    f"{at} has parts that are not text, which is not supported", ValueError)
+                    f"{at} has parts that are not text, which is not supported")
             content = "".join(text_value(part.get("text"), "text of a part") for part in content)
         content = text_value(content, f"content of {at} ({ROLES[role]})")
         messages.append(turn(ROLES[role], content, train and message.get("weight", 1) != 0))
@@ -938,7 +930,7 @@ def to_conversation(row, format, system_prompt=None):
     follows the last answer is dropped. An assistant turn that comes first is no answer: it is not trained."""
     if format == "text":
         text = text_value(row.get("text"), "column 'text'")
-        require(text.strip(), "column 'text' is empty", ValueError)
+        require(text.strip(), "column 'text' is empty")
         return {"text": text}
     if format in ("messages", "conversations"):
         messages = to_messages(row.get(format))
@@ -947,19 +939,19 @@ def to_conversation(row, format, system_prompt=None):
         history = row.get("history") if format == "alpaca" else None
         for pair in history or []:
             require(isinstance(pair, list) and len(pair) == 2,
-                    f"column 'history' holds {pair!r} where a [user, assistant] pair is expected", ValueError)
+                    f"column 'history' holds {pair!r} where a [user, assistant] pair is expected")
             for role, text in zip(("user", "assistant"), pair):
                 messages.append(turn(role, text_value(text, "history")))
         messages += column_messages(row, prompt, train=False)
         messages += column_messages(row, completion, "assistant")
     for number, message in enumerate(messages):
         require(message["role"] != "assistant" or message["content"].strip(),
-                f"empty completion (message {number})", ValueError)
+                f"empty completion (message {number})")
     messages = with_system(messages, row, system_prompt)
     messages[0]["train"] = False
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    require(any(m["train"] for m in messages), "no assistant message to train on", ValueError)
+    require(any(m["train"] for m in messages), "no assistant message to train on")
     return {"messages": messages}
 
 
@@ -967,8 +959,8 @@ def to_prompt(row, format, system_prompt=None):
     """A row -> (the prompt as it stands in the row, its messages). ValueError with the reason."""
     messages = column_messages(row, format, train=False)
     require(messages[-1]["role"] != "assistant",
-            "the prompt ends with an assistant message; it must end with the user's", ValueError)
-    require(messages[-1]["content"].strip(), f"column '{format}' is empty", ValueError)
+            "the prompt ends with an assistant message; it must end with the user's")
+    require(messages[-1]["content"].strip(), f"column '{format}' is empty")
     return row[format], with_system(messages, row, system_prompt)
 
 
@@ -998,7 +990,7 @@ def to_pair(row, format, system_prompt=None):
     prompt = []
     for column in PAIR_FORMATS[format][:-2]:  # none for whole conversations
         prompt = column_messages(row, column, train=False)
-        require(prompt[-1]["content"].strip(), f"column '{column}' is empty", ValueError)
+        require(prompt[-1]["content"].strip(), f"column '{column}' is empty")
     chosen, rejected = (side_messages(row.get(side), side, format) for side in SIDES)
     shared, most = 0, min(len(chosen), len(rejected)) - 1  # the last message is the answer in any case
     while shared < most and chosen[shared] == rejected[shared]:
@@ -1010,16 +1002,16 @@ def to_pair(row, format, system_prompt=None):
     chosen, rejected = chosen[shared:], rejected[shared:]
     for name, side in zip(SIDES, (chosen, rejected)):
         require(side[0]["role"] == "assistant", f"'{name}' does not begin with an answer after what both "
-                "sides share: their prompts differ", ValueError)
+                "sides share: their prompts differ")
         for message in side:
             message["train"] = message["role"] == "assistant"
     require(prompt and prompt[-1]["role"] != "assistant",
-            "the prompt of chosen and rejected must end with a user message", ValueError)
+            "the prompt of chosen and rejected must end with a user message")
     if prompt[0]["role"] != "system":
         prompt = with_system(prompt, row, system_prompt)
     short, long = sorted((chosen, rejected), key=len)
     require(len(short) == len(long) or long[:len(short)] != short,
-            "one side is the beginning of the other", ValueError)
+            "one side is the beginning of the other")
     margin = 0 if row.get("margin") in (None, "") else row["margin"]
     margin = number_value(margin, "column 'margin' is no number:")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
@@ -1029,7 +1021,7 @@ def to_scored(row, format, system_prompt=None):
     """prompt, completion and score (a number, or several named ones) -> ({"messages"}, {name: float})."""
     conversation = to_conversation(row, "prompt_completion", system_prompt)
     scores = row["score"] if isinstance(row.get("score"), dict) else {"score": row.get("score")}
-    require(scores, "column 'score' holds no score", ValueError)
+    require(scores, "column 'score' holds no score")
     for name, value in scores.items():
         sentence = f"the score '{name}' is not a number (expected a finite number) but"
         scores = {**scores, name: number_value(value, sentence)}
@@ -1112,7 +1104,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     def encode(pair, row):
         parts = [encode_conversation(tokenizer, pair["prompt"] + pair[side]) for side in SIDES]
         require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, so a completion of "
-                "several turns cannot be one example", ValueError)
+                "several turns cannot be one example")
         sides = [upto_answer(encodings[0]) for encodings in parts]
         return sides, encode_prompt(tokenizer, pair["prompt"])[-max_length:]
 
@@ -1218,12 +1210,9 @@ def format_reward(prompts, completions, **columns):
 
 
 def levenshtein(a, b):
-    """The fewest insertions, deletions and replacements of characters that turn a into b.
-
-    One column of the usual table at a time, as the bits of two integers (Myers 1999, in the form of Hyyrö
-    2003): bit i of up, down says that row i + 1 is one more, one less than row i. Some 600 times as fast as
-    cell by cell.
-    """
+    """The fewest insertions, deletions and replacements of characters that turn a into b. One column of the
+    usual table at a time, as the bits of two integers (Myers 1999, in the form of Hyyrö 2003): bit i of up,
+    down says that row i + 1 is one more, one less than row i. Some 600 times as fast as cell by cell."""
     ones, where = (1 << len(a)) - 1, {}
     for i, letter in enumerate(a):
         where[letter] = where.get(letter, 0) | 1 << i
@@ -1302,11 +1291,9 @@ main()
 
 def passes(completion, tests, stop):
     """1 if `tests` run to their end after the completion's code, 0 if not, None if there is none but blanks.
-
     In a process of its own: 10 s, 1 GiB, files of 16 MiB in a folder that is removed; no environment, no
     input, no output. Its process group is killed in any case, at once if the event `stop` is set. Only a
-    random token, written after the last test, counts as passed, so ending early fails.
-    """
+    random token, written after the last test, counts as passed, so ending early fails."""
     if not "".join(tests).strip():
         return None
     text, token, folder = text_of(completion), os.urandom(16).hex(), tempfile.mkdtemp()
@@ -1372,9 +1359,8 @@ def check_columns(rewards, train, held, dataset_name):
 
 def load_reward(name, weight, args, device):
     """One of --reward_funcs -> (label, Reward). UserError if its file, function or reward model is not there.
-
-    A reward model's function is given `turns` (what the policy saw), `completions` (texts) and `truncated`.
-    """
+    A reward model's function is given `turns` (what the policy saw), `completions` (texts) and
+    `truncated`."""
     if name in BUILT_IN:
         return name, Reward(BUILT_IN[name], weight)
     path, colon, part = name.rpartition(":")
@@ -1432,9 +1418,7 @@ def like_prompt(text, prompt):
 
 def call_reward(function, given, timeout):
     """Calls the function with those keyword arguments that it names, or all if it takes **kwargs.
-
-    TimeoutError in the middle of it once it has taken `timeout` seconds.
-    """
+    TimeoutError in the middle of it once it has taken `timeout` seconds."""
     def stop(*_):
         raise TimeoutError(f"no answer in {timeout:g} s (--reward_timeout)")
     parameters = inspect.signature(function).parameters
@@ -1486,10 +1470,8 @@ def checked_values(name, function, given, places, timeout):
 
 def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     """Calls every reward once on all completions -> (values (N, F) fp32, NaN for None; {logged name: value}).
-
     prompts[i] is the prompt of rows[i]. UserError naming the reward and the completion on an exception, a
-    wrong length or type, or a number that is not finite; naming the reward if it takes too long.
-    """
+    wrong length or type, or a number that is not finite; naming the reward if it takes too long."""
     logged, values = {}, []
     texts = [row["text"] for row in rows]
     for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts,
@@ -1596,10 +1578,8 @@ def exact_match(rows, right):
 
 
 def pass_at_k(n, correct, k):
-    """The chance that at least one of k samples is right, if c of n are: 1 - C(n-c, k) / C(n, k).
-
-    Unbiased; Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2.
-    """
+    """The chance that at least one of k samples is right, if c of n are: 1 - C(n-c, k) / C(n, k). Unbiased;
+    Chen 2021, arXiv 2107.03374, eq. 1. n 4, correct 1: k = 1 gives 1/4, k = 2 gives 1/2."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
@@ -1650,7 +1630,7 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
     def encode(prompt):
         answer = column_messages(prompt["row"], "demonstration", "assistant")
         require(answer and answer[-1]["role"] == "assistant" and answer[-1]["content"].strip(),
-                "column 'demonstration' does not end with an answer", ValueError)
+                "column 'demonstration' does not end with an answer")
         return upto_answer(encode_conversation(tokenizer, prompt["turns"] + answer)[-1])
 
     given = [(p, p["place"]) for p in prompts if p["row"].get("demonstration") not in (None, "", [])]
@@ -1696,12 +1676,10 @@ def trains_adapter(args):
 
 
 def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
-    """The model, ready to train: trained weights fp32, all others frozen; LoRA and 4-bit as `args` say.
-
-    It is a policy that stops at every id of stop_token_ids or, with score_names, a reward model with one
-    output a name. `device` moves nothing: it says where a 4-bit base will be used. dropout=False sets every
-    rate to 0, since checkpointing needs train() mode.
-    """
+    """The model, ready to train: trained weights fp32, all others frozen; LoRA and 4-bit as `args` say. It is
+    a policy that stops at every id of stop_token_ids or, with score_names, a reward model with one output a
+    name. `device` moves nothing: it says where a 4-bit base will be used. dropout=False sets every rate to 0,
+    since checkpointing needs train() mode."""
     base, adapter = base_and_adapter(args.model_name_or_path)
     scores = score_names and score_config(score_names, tokenizer)
     set_seed(args.seed)  # random weights and LoRA's A are drawn here
@@ -1787,10 +1765,8 @@ def has_no_weights(base):
 
 def load_base(base, args, device="cpu", frozen=False, scores=None):
     """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
-
     With `scores` (a score_config) it is a reward model. A folder with a config but no weights starts from
-    random ones. If they stay frozen they are saved in output_dir/base: an adapter needs its base.
-    """
+    random ones. If they stay frozen they are saved in output_dir/base: an adapter needs its base."""
     dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     options = {"trust_remote_code": args.trust_remote_code}
@@ -1837,11 +1813,9 @@ def nf4(compute_dtype, device):
 
 
 def use_scoring_pad_token(tokenizer):
-    """Gives the tokenizer a pad token that ends no text, and returns its id.
-
-    transformers reads a reward model's score before the last run of pad tokens: were that the EOS of a text,
-    it would read the token before it. Any other token will do; no mask is derived from it.
-    """
+    """Gives the tokenizer a pad token that ends no text, and returns its id. transformers reads a reward
+    model's score before the last run of pad tokens: were that the EOS of a text, it would read the token
+    before it. Any other token will do; no mask is derived from it."""
     stops = stop_token_ids(tokenizer)
     if tokenizer.pad_token_id in (None, *stops):
         others = [tokenizer.unk_token_id, *tokenizer.added_tokens_decoder, 0, 1]
@@ -1851,11 +1825,9 @@ def use_scoring_pad_token(tokenizer):
 
 
 def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16):
-    """A reward model's folder (full, merged or adapter) -> (names of its scores, score).
-
-    score(conversations: lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the
-    last answer; one that is truncated gets no end-of-turn token.
-    """
+    """A reward model's folder (full, merged or adapter) -> (names of its scores, score). score(conversations:
+    lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the last answer; one that
+    is truncated gets no end-of-turn token."""
     base, adapter = base_and_adapter(folder)
     options = {"trust_remote_code": trust_remote_code}
     with explain(f"{folder} is no reward model that can be loaded"):
@@ -1915,11 +1887,9 @@ def check_cut(model, checkpoint, args):
 
 
 def make_reference(model, args, device):
-    """The frozen reference policy -> (model to call, context to call it in); says how it is made.
-
-    LoRA on a plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that
-    adapter. Full fine-tuning: a frozen copy of the model. Call it before the first update.
-    """
+    """The frozen reference policy -> (model to call, context to call it in); says how it is made. LoRA on a
+    plain base: the same model, adapters off. LoRA continued from an adapter: a frozen copy of that adapter.
+    Full fine-tuning: a frozen copy of the model. Call it before the first update."""
     adapter = base_and_adapter(args.model_name_or_path)[1]
     if not isinstance(model, PeftModel):
         say("reference a frozen copy of the model")
@@ -1972,11 +1942,9 @@ def save_model(model, tokenizer, folder, state=None):
 
 
 def merge_adapter(args, model, tokenizer, adapter, device):
-    """Merges the trained model's adapter, saved as `adapter`, into its base and writes merged/.
-
-    A 4-bit base is dequantised first: merging into its original weights, or in 4 bits, is some ten times less
-    exact. It prints how far the logits moved.
-    """
+    """Merges the trained model's adapter, saved as `adapter`, into its base and writes merged/. A 4-bit base
+    is dequantised first: merging into its original weights, or in 4 bits, is some ten times less exact. It
+    prints how far the logits moved."""
     scores = None if model.can_generate() else score_config(list(model.config.id2label.values()), tokenizer)
     base = load_base(base_and_adapter(adapter)[0], args, device, True, scores).to(device)
     ids = torch.arange(64, device=device).view(8, 8) % len(tokenizer)
@@ -1999,12 +1967,10 @@ def merge_adapter(args, model, tokenizer, adapter, device):
 # ---- processes ---------------------------------------------------------------------------------------------
 
 def make_accelerator(args):
-    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it.
-
-    Buffers are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation
-    stays 1, whatever the launcher says: a script divides by the whole step's denominator itself.
-    Every process loads the weights, or what is copied before sharding (a reference) would be empty on some.
-    """
+    """One Accelerator for every script; resolves args.bf16: None means on an accelerator that has it. Buffers
+    are not broadcast: a no_grad forward on one process alone would hang the others. Accumulation stays 1,
+    whatever the launcher says: a script divides by the whole step's denominator itself. Every process loads
+    the weights, or what is copied before sharding (a reference) would be empty on some."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     require(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "false",
             "DeepSpeed is not supported: use FSDP (fsdp_version: 2) in the accelerate config")
@@ -2074,12 +2040,10 @@ def outputs(args):
 
 
 def open_run(args):
-    """Checks args.output_dir and finds where to go on. -> the checkpoint's state or None.
-
-    It removes nothing: Run.start does when data and model have been found good. UserError if the folder holds
-    a run and neither --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that
-    changes the mathematics differs from the checkpoint's. The first process calls it, for all.
-    """
+    """Checks args.output_dir and finds where to go on. -> the checkpoint's state or None. It removes nothing:
+    Run.start does when data and model have been found good. UserError if the folder holds a run and neither
+    --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that changes the
+    mathematics differs from the checkpoint's. The first process calls it, for all."""
     require(trains_adapter(args) or not args.load_in_4bit,
             "--load_in_4bit trains adapters on a frozen base: add --lora_r 16")
     require(trains_adapter(args) or not args.merge, "--merge merges an adapter: add --lora_r 16")
@@ -2201,11 +2165,11 @@ def load_checkpoint(folder):
     path = os.path.join(folder, "state.pt")
     with zipfile.ZipFile(path) as file:  # torch.load alone does not look at the checksums
         folders = any(info.external_attr for info in file.infolist())  # of which it would read nothing
-        require(not folders and file.testzip() is None, "damaged: its checksums do not fit", ValueError)
+        require(not folders and file.testzip() is None, "damaged: its checksums do not fit")
     state = torch.load(path, map_location="cpu", weights_only=True)
     parts = {"step": int, "args": dict, "weights": dict, "optimizer": dict, "kept": dict}
     require(isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in parts.items()),
-            "it is no checkpoint of this project's", ValueError)
+            "it is no checkpoint of this project's")
     return state
 
 
@@ -2272,11 +2236,9 @@ def fingerprint(rows):
 # ---- the run -----------------------------------------------------------------------------------------------
 
 class Run:
-    """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once.
-
-    .state is what a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's
-    and the starting weights' fingerprints and what the script names; .kept are tensors that go into it too.
-    """
+    """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once. .state is what a
+    checkpoint keeps beside weights and moments: the step, the number of tokens, the data's and the starting
+    weights' fingerprints and what the script names; .kept are tensors that go into it too."""
     preparing = False  # before the first step: a UserError of one process is told to all
 
     def __init__(self, args, **state):
@@ -2334,11 +2296,9 @@ class Run:
         self.state["data"] = data
 
     def prepare(self, module, optimizer):
-        """accelerate's prepare -> (wrapped module, optimizer); what is saved is `module`.
-
-        Under FSDP2 the forward runs under autocast, as accelerate does elsewhere: FSDP's own bf16 would round
-        what comes out. One forward is made at once, which FSDP needs before `unsharded`.
-        """
+        """accelerate's prepare -> (wrapped module, optimizer); what is saved is `module`. Under FSDP2 the
+        forward runs under autocast, as accelerate does elsewhere: FSDP's own bf16 would round what comes out.
+        One forward is made at once, which FSDP needs before `unsharded`."""
         start = fingerprint_of_weights(module)
         self.check_same({"base model": start})
         require(self.state["start"] in (None, start), "the checkpoint's run started from other weights than "
@@ -2761,11 +2721,9 @@ addEventListener('keydown', e => {
 
 
 def page_rows(mb, share, mask, columns, constants=None):
-    """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})].
-
-    share (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of
-    other shapes are left out; constants (B,): what a row adds at no token.
-    """
+    """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})]. share
+    (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of other
+    shapes are left out; constants (B,): what a row adds at no token."""
     kept = {"mask": mask}
     if "clip_ratio/low_mean" in columns:  # -1, 0 or 1: an arrow
         columns = columns | {"clipped": columns["clip_ratio/high_mean"].float()
