@@ -15,7 +15,9 @@ import asyncio
 import copy
 import csv
 import difflib
+import errno
 import faulthandler
+import fcntl
 import glob
 import hashlib
 import html
@@ -25,6 +27,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -43,7 +46,7 @@ from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import accumulate, groupby, islice, repeat, takewhile
@@ -59,8 +62,8 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, gather_object,
-                              parse_flag_from_env, recursively_apply, set_seed)
+from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs,
+                              gather_object, parse_flag_from_env, recursively_apply, set_seed)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
@@ -105,15 +108,27 @@ def reason_of(error):
 
 @contextmanager
 def user_errors():
-    """Prints a UserError as one sentence on stderr (first process only) and exits with code 2."""
+    """Prints a UserError as one sentence on stderr (a machine's first process) and exits with code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal or a log that takes no UTF-8 shows \\u00e9
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
-        say(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        if Run.preparing:  # the others wait in Run.together
+            gather_object([error])
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be what is full
+        print(f"{os.path.basename(sys.argv[0])}: error: {reason_of(error)}, writing "
+              f"{error.filename or 'the output'}; the checkpoints are whole", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:  # a Run catches it once training starts: nothing has begun
         say("stopped before training; nothing was changed", file=sys.stderr)
         sys.exit(130)
@@ -588,8 +603,9 @@ def load_tokenizer(args):
     if "strftime_now" in tokenizer.get_chat_template():
         tokenizer.init_kwargs["template_date"] = args.date  # saved: a reward model scores by the same day
         say(f"template it shows today's date, which is {args.date} in all of this run (--date)")
-    with explain(path or f"the tokenizer of {source}", ValueError):  # not to be blamed on the data
+    with explain(path or f"the tokenizer of {source}"):  # not to be blamed on the data
         check_template(tokenizer)
+        stop_token_ids(tokenizer)
     return tokenizer
 
 
@@ -1949,9 +1965,13 @@ def base_and_adapter(name):
     base, adapter, lost = name, None, f"no such model folder: {name}"
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         with explain(f"{name}/adapter_config.json is not readable"):
-            base, adapter = PeftConfig.from_pretrained(name).base_model_name_or_path, name
+            config = PeftConfig.from_pretrained(name)
+            base, adapter, kind = config.base_model_name_or_path, name, str(config.peft_type)
         require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
                 f"{name} holds no adapter weights")
+        require(kind.endswith(".LORA"), f"{name} is an adapter of the kind {kind}: only LoRA is supported")
+        require(base and isinstance(base, str), f"{name}/adapter_config.json does not say which model the "
+                "adapter belongs to: add its base_model_name_or_path")
         lost = f"the adapter {name} was trained on {base}, which is not there"
     require(os.path.isdir(base) or not base.startswith((".", "/", "~")), lost)
     return base, adapter
@@ -1984,7 +2004,9 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
     adapted = ends != (model.get_input_embeddings(), model.get_output_embeddings())
     require(not (args.merge and tied and adapted), f"{base} has one weight as input embedding and output "
             "head, and adapters would change one of the two alone: leave out --merge, or train neither")
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        require(parameter.isfinite().all(), f"{args.model_name_or_path}: the weights {name} are not all "
+                "finite numbers: the file is damaged, or training went wrong")
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if not dropout:
@@ -2004,9 +2026,9 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
 def check_fit(model, base, tokenizer, args, scores):
     """UserError unless the model can read every id and row, and a policy's logits are those of its head."""
     embedded = model.get_input_embeddings().weight.shape[0]
-    require(len(tokenizer) <= embedded,
-            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {embedded} rows: "
-            f"'{base}' and its tokenizer do not belong together")
+    ids = 1 + max(tokenizer.get_vocab().values())  # with gaps there are fewer tokens
+    require(ids <= embedded, f"the tokenizer has ids up to {ids - 1} and the model's embedding {embedded} "
+            f"rows: '{base}' and its tokenizer do not belong together")
     flags = ["max_length"] if hasattr(args, "max_length") else ["max_prompt_length", "max_completion_length"]
     longest, limit = sum(getattr(args, flag) for flag in flags), max_positions(model)
     require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions: "
@@ -2054,6 +2076,11 @@ def score_config(names, tokenizer):
             "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_token_id}
 
 
+def has_no_weights(base):
+    """Whether it is a folder without weights: a model starts from random ones."""
+    return os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base))
+
+
 def load_base(base, args, device="cpu", frozen=False, scores=None):
     """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
     With `scores` (a score_config) it is a reward model. A folder with a config but no weights starts from
@@ -2069,18 +2096,20 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
                 f"{base} is a vision-language model: images are not supported")
         require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts "
                 "auxiliary loss (output_router_logits), which is not supported")
-        if os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base)):
+        if has_no_weights(base):
             say(f"model    {base} has a config but no weights: starting from random ones (seed {args.seed})")
             model = auto.from_config(config, dtype=torch.float32, **options)
             if not frozen:
                 return model
             require(not args.audit, f"--audit writes nothing but its page, and {base} has no weights: "
                     "adapters would need a base that is saved")
-            base = os.path.join(args.output_dir, "base")
-            if os.environ.get("RANK", "0") == "0":
-                model.save_pretrained(base)
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()
+            keep = os.path.join(args.output_dir, ".base")  # until Run.start, when nothing can go wrong
+            first = os.environ.get("RANK", "0") == "0"
+            with nullcontext(keep) if first else tempfile.TemporaryDirectory() as drawn:
+                model.save_pretrained(drawn)
+                model = load_base(drawn, args, device, frozen, scores)
+            model.name_or_path = os.path.join(args.output_dir, "base")
+            return model
         if args.load_in_4bit or four_bit_on_disk(base, frozen):
             options |= hold_in_4bit(config, base, dtype, device)
         model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
@@ -2303,7 +2332,8 @@ def make_accelerator(args):
         args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
                               project_dir=args.output_dir,
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
+                                               InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     accelerator.gradient_accumulation_steps = 1
     sharded = accelerator.distributed_type == DistributedType.FSDP
     require(not sharded or accelerator.is_fsdp2, "FSDP 1 is not supported: set fsdp_version: 2")
@@ -2333,10 +2363,14 @@ def whole(value):
 
 
 def like(value, parameter):
-    """A whole tensor, sharded as the parameter is if it has its shape."""
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        value = value.to(parameter.device)
-        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    """A whole tensor of the first process's, sharded as the parameter is if it has its shape; on the others
+    `value` is its outline (Run.from_first). Every process calls it."""
+    if torch.is_tensor(value) and torch.distributed.is_initialized():
+        to = {"device": parameter.device}
+        value = torch.empty_like(value, **to) if value.is_meta else value.to(**to).contiguous()
+        torch.distributed.broadcast(value, 0)
+        if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+            return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
 
 
@@ -2347,25 +2381,35 @@ def like(value, parameter):
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
               "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step"}
-OUTPUTS = ("args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged")  # of a run
+OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # the first process alone uses them
+
+
+def outputs(args):
+    """The files and folders in output_dir that a run replaces."""
+    names = ["args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged"]
+    base = base_and_adapter(args.model_name_or_path)[0]
+    return names + ["base"] * (trains_adapter(args) and has_no_weights(base))
 
 
 def open_run(args):
     """Checks args.output_dir and finds where to go on. -> the checkpoint's state or None. It removes nothing:
     Run.start does when data and model have been found good. UserError if the folder holds a run and neither
     --resume_from_checkpoint nor --overwrite_output_dir is given, or if an argument that changes the
-    mathematics differs from the checkpoint's."""
+    mathematics differs from the checkpoint's. The first process calls it, for all."""
     if args.audit:  # output_dir is only read, where there is something to resume
         require(args.audit.endswith(".html") and os.access(os.path.dirname(args.audit) or ".", os.W_OK),
                 f"--audit {args.audit}: expected the name of an .html file in a folder that is writable")
-    else:
-        with explain(f"--output_dir {args.output_dir}", OSError):
-            os.makedirs(args.output_dir, exist_ok=True)
-        require(os.access(args.output_dir, os.W_OK), f"--output_dir {args.output_dir} is not writable")
+        begins = re.escape(AUDIT_PAGE.template.partition("$")[0]).encode() + rb"\w+\.py, step \d"
+        with explain(f"--audit {args.audit}"), suppress(FileNotFoundError), open(args.audit, "rb") as file:
+            require(re.match(begins, file.read(200)), "another file is there; choose another name")
     path, checkpoint = find_checkpoint(args)
-    if checkpoint is None:
+    here = os.path.realpath(os.path.join(args.output_dir, "checkpoints"))
+    elsewhere = path and os.path.dirname(os.path.realpath(path)) != here
+    if checkpoint is None or elsewhere:
         check_free(args)
+    if checkpoint is None:
         return None
+    checkpoint["elsewhere"] = elsewhere
     then = checkpoint["args"]
     args.date = args.date or then.get("date")
     for name, value in sorted(asdict(args).items()):
@@ -2376,13 +2420,30 @@ def open_run(args):
     return checkpoint
 
 
+def lock(folder):
+    """Takes the folder for this process, until it ends or closes the file that is returned. UserError while
+    another process has it."""
+    with explain(f"--output_dir {folder}", OSError):
+        os.makedirs(folder, exist_ok=True)
+        file = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another run is writing to {folder}: choose another --output_dir, or wait for its "
+                        "end") from None
+    except OSError as error:  # a file system without locks
+        say(f"warning  {folder} cannot be locked ({reason_of(error)}): let no other run write to it")
+    return file
+
+
 def check_free(args):
     """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs."""
     if args.audit:  # replaces nothing
         return
-    used = [name for name in OUTPUTS if os.path.exists(os.path.join(args.output_dir, name))]
+    names = outputs(args)
+    used = [name for name in names if os.path.lexists(os.path.join(args.output_dir, name))]
     # asked to go on, but killed before its first checkpoint: such a run has no model/ yet
-    started = args.resume_from_checkpoint and not {"model", "merged"}.intersection(used)
+    started = args.resume_from_checkpoint == "latest" and not {"model", "merged"}.intersection(used)
     require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
             "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
     require(not used or args.overwrite_output_dir or started,
@@ -2395,7 +2456,7 @@ def check_free(args):
     for name, value in given:
         for path in (value, value.rpartition(":")[0]) if value else ():  # folder:score, file.py:function
             inside = os.path.relpath(os.path.realpath(path or "."), os.path.realpath(args.output_dir))
-            require(inside.split(os.sep)[0] not in OUTPUTS, f"--{name} {value} lies inside the run that "
+            require(inside.split(os.sep)[0] not in names, f"--{name} {value} lies inside the run that "
                     "would be replaced; choose another --output_dir")
 
 
@@ -2429,15 +2490,18 @@ def written_whole(folder):
     unfinished = os.path.join(os.path.dirname(folder), ".partial-" + os.path.basename(folder))
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        with explain(f"could not write {folder} (the checkpoints before it are whole)"):
-            os.makedirs(unfinished)
-            yield unfinished
-            for name in [*os.listdir(unfinished), "."]:  # on the disk before its name says so
-                handle = os.open(os.path.join(unfinished, name), os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(unfinished, folder)
+        os.makedirs(unfinished)
+        yield unfinished
+        for name in [*os.listdir(unfinished), "."]:  # on the disk before its name says so
+            handle = os.open(os.path.join(unfinished, name), os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(unfinished, folder)
+    except Exception as error:
+        free = shutil.disk_usage(os.path.dirname(folder) or ".").free // 2**20  # torch.save does not say it
+        raise UserError(f"could not write {folder}, where {free:,} MiB are free (the checkpoints before it "
+                        f"are whole): {reason_of(error)}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -2448,7 +2512,11 @@ def load_checkpoint(folder):
     with zipfile.ZipFile(path) as file:  # torch.load alone does not look at the checksums
         folders = any(info.external_attr for info in file.infolist())  # of which it would read nothing
         require(not folders and file.testzip() is None, "damaged: its checksums do not fit")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    parts = {"step": int, "args": dict, "weights": dict, "optimizer": dict, "kept": dict}
+    require(isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in parts.items()),
+            "it is no checkpoint of this project's")
+    return state
 
 
 @torch.no_grad()
@@ -2506,23 +2574,37 @@ def fingerprint(rows):
 
 class Run:
     """A run's folder and processes: checkpoints, log, Ctrl-C, cadence, warnings said once. Its .state is what
-    a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's fingerprint and
+    a checkpoint keeps beside weights and moments: the step, the number of tokens, the data's fingerprints and
     what the script names; .kept are tensors that go into it too."""
+    preparing = False  # before the first step: a UserError of one process is told to all
 
     def __init__(self, args, **state):
         check_needs(args)
         base = base_and_adapter(args.model_name_or_path)[0]
         args.load_in_4bit = four_bit_on_disk(base, trains_adapter(args)) or args.load_in_4bit
         self.args, self.accelerator = args, make_accelerator(args)
+        Run.preparing, self.lock = True, None
         self.device = self.accelerator.device
         self.place = self.accelerator.process_index, self.accelerator.num_processes
         # a script's defaults that depend on LoRA or FSDP: they are printed and saved as they were used
         args.resolve(trains_adapter(args), self.accelerator.is_fsdp2)
-        self.checkpoint = open_run(args)  # until start: what to go on from, or None
+        flags = {f"--{name}": value for name, value in asdict(args).items() if name not in OWN}
+        versions = {name: sys.modules[name].__version__
+                    for name in ("torch", "transformers", "tokenizers", "accelerate", "peft")}
+        files = __file__, sys.modules[type(args).__module__].__file__
+        code = {os.path.basename(file): fingerprint_of_file(file) for file in files}
+        self.check_same({"Python": platform.python_version(), **versions, **code, **flags})
+
+        def opened():
+            self.lock = None if args.audit else lock(args.output_dir)
+            return open_run(args)
+        self.checkpoint = self.from_first(opened)  # until start: what to go on from, or None
         self.state = {"step": 0, "num_tokens": 0, "data": None} | state
+        args.date = gather_object([args.date or time.strftime("%Y-%m-%d")])[0]  # midnight may be near
         if self.checkpoint:
-            self.state = {name: self.checkpoint[name] for name in self.state}
-        args.date = args.date or gather_object([time.strftime("%Y-%m-%d")])[0]  # midnight may be near
+            with explain("the checkpoint is of another version, which has to finish this run; it lacks",
+                         KeyError):
+                self.state = {name: self.checkpoint[name] for name in self.state}
         self.tokenizer = load_tokenizer(args)
         for name in json.loads(args.chat_template_kwargs or "{}"):
             require(re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template)),
@@ -2539,9 +2621,17 @@ class Run:
         """Updates made so far."""
         return self.state["step"]
 
+    def check_same(self, mine):
+        """UserError, on all processes, unless what each sees, {name: value}, is the same on all."""
+        first, *others = self.together(lambda: mine)
+        for number, theirs in enumerate(others, 1):
+            for name, value in theirs.items():
+                require(value == first.get(name), f"process {number} has another {name} than process 0, "
+                        f"{value} and not {first.get(name)}: give every process, on every machine, the same")
+
     def check_data(self, rows, held=(), rewards=None):
         """Keeps fingerprints of all that the result depends on; UserError naming those that differ from the
-        checkpoint's. The first row is the example that --merge is tried on."""
+        checkpoint's, or between processes. The first row is the example that --merge is tried on."""
         first, template = rows[0], str(self.tokenizer.chat_template)
         self.example = first["input_ids"] if "input_ids" in first else first["prompt_ids"]
         found = {"training data": fingerprint(rows), "evaluation data": fingerprint(held),
@@ -2550,6 +2640,7 @@ class Run:
         for path in filter(None, paths):
             inside = base_and_adapter(path) if os.path.isdir(path) else (path, None)
             found |= {f"files of {name}": fingerprint_of_file(name) for name in inside if name}
+        self.check_same(found)
         then = self.state["data"] or found
         other = [name for name in found | then if then.get(name) != found.get(name)]
         require(not other, f"the checkpoint was written with other {', other '.join(other)}: "
@@ -2580,26 +2671,14 @@ class Run:
             require(self.step < self.audit_step <= total_steps,
                     f"--audit: there is no step {self.audit_step}, since this command starts after step "
                     f"{self.step} and ends with step {total_steps}; see --audit_step")
+        afresh = not self.checkpoint or self.checkpoint["elsewhere"]
         if self.checkpoint:
             check_cut(self.module, self.checkpoint, args)
-            restore(self.module, self.optimizer, self.checkpoint)
+            with explain("the checkpoint cannot be restored"):
+                restore(self.module, self.optimizer, self.checkpoint)
             self.checkpoint = None
-        for path in (os.path.join(args.output_dir, name) for name in OUTPUTS if self.writes):
-            if self.step == 0:
-                shutil.rmtree(path, ignore_errors=True)
-                with suppress(FileNotFoundError):
-                    os.remove(path)
-            elif path.endswith(".jsonl") and os.path.exists(path):
-                # what a killed run wrote after its last checkpoint is written again; half a line may end it
-                with open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept:
-                    with suppress(ValueError):
-                        kept.writelines(takewhile(lambda line: json.loads(line)["step"] <= self.step, file))
-                os.replace(path + ".tmp", path)
-        if self.writes:
-            with open(os.path.join(args.output_dir, "args.json"), "w", encoding="utf-8") as file:
-                json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
-        if self.track:
-            self.accelerator.init_trackers(os.path.basename(os.path.normpath(args.output_dir)))
+        self.together(partial(self.write_first, afresh))
+        Run.preparing = False
         if self.step == total_steps > 0:
             say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
         self.bar = tqdm(total=total_steps, initial=self.step, unit="step", dynamic_ncols=True,
@@ -2608,6 +2687,27 @@ class Run:
         self.catch_signals()
         say(f"train    {what}; learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
             f"{self.place[1]} process(es) on {self.device}")
+
+    def write_first(self, afresh):
+        """The first process removes what an earlier run left, or cuts its logs back, and writes args.json."""
+        folder, args = self.args.output_dir, self.args
+        with explain(f"cannot write to {folder}", OSError):
+            for path in (os.path.join(folder, name) for name in outputs(args) if self.writes):
+                if afresh:
+                    shutil.rmtree(path, ignore_errors=True)
+                    with suppress(FileNotFoundError):
+                        os.remove(path)
+                elif path.endswith(".jsonl"):
+                    cut_back(path, self.step)
+            if self.writes:
+                if "base" in outputs(args):
+                    shutil.rmtree(os.path.join(folder, "base"), ignore_errors=True)
+                    os.rename(os.path.join(folder, ".base"), os.path.join(folder, "base"))
+                with open(os.path.join(folder, "args.json"), "w", encoding="utf-8") as file:
+                    json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
+        if self.track:
+            with explain(f"--log_with {args.log_with}"):
+                self.accelerator.init_trackers(os.path.basename(os.path.normpath(folder)))
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM are noted: the loop saves a checkpoint and stops. A second one ends at once."""
@@ -2657,10 +2757,35 @@ class Run:
         except UserError as error:
             mine = error
         results = gather_object([mine])
-        for result in results:
+        for number, result in enumerate(results):
             if isinstance(result, UserError):
-                raise result
+                Run.preparing = False  # all know
+                raise UserError(f"process {number}: {result}") if number else result
         return results
+
+    def from_first(self, read):
+        """What read() returns on the first process, for all. Of a checkpoint's weights and moments the others
+        get an outline on the device "meta": restore sends them one by one."""
+        own = None
+
+        def outline():
+            nonlocal own
+            own = read() if self.accelerator.is_main_process else None
+            if not isinstance(own, dict):
+                return own
+            tensors = {"weights": own["weights"], "optimizer": own["optimizer"]}
+            return own | mapped(lambda x: x.to("meta") if torch.is_tensor(x) else x, tensors)
+        theirs = self.together(outline)[0]
+        return own if self.accelerator.is_main_process else theirs
+
+    def load_best(self):
+        """checkpoints/best, as from_first gives it."""
+        folder = os.path.join(self.args.output_dir, "checkpoints", "best")
+
+        def read():
+            with explain(f"{folder} cannot be read"):
+                return load_checkpoint(folder)
+        return self.from_first(read)
 
     def annotate(self, rows, module, names, temperature):
         """Gives rows what module(input_ids, mask, temperature) returns, cut to (T,), under these names."""
@@ -2671,7 +2796,9 @@ class Run:
     def write(self, name, record):
         """One line of metrics.jsonl or samples.jsonl."""
         if self.writes:
-            with open(os.path.join(self.args.output_dir, name), "a", encoding="utf-8") as file:
+            path = os.path.join(self.args.output_dir, name)
+            with (explain(f"cannot write to {path} (the checkpoints are whole)", OSError),
+                  open(path, "a", encoding="utf-8") as file):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def samples(self, kind, rows):
@@ -2793,6 +2920,21 @@ class Run:
             if self.args.merge and self.accelerator.is_main_process:
                 merge_adapter(self, model)
             self.accelerator.wait_for_everyone()
+        if self.lock:
+            os.close(self.lock)
+
+
+def cut_back(path, step):
+    """Keeps the lines up to `step`: what a killed run wrote after its last checkpoint is written again."""
+    if not os.path.exists(path):
+        return
+    with (open(path, encoding="utf-8") as file, open(path + ".tmp", "w", encoding="utf-8") as kept,
+          suppress(ValueError, TypeError, KeyError)):  # half a line: the run was killed while writing it
+        for line in file:
+            if json.loads(line)["step"] > step:
+                break
+            kept.write(line)
+    os.replace(path + ".tmp", path)
 
 
 class Sums:

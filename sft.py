@@ -400,7 +400,7 @@ def main(args):
     check_head(policy, model, train[0], run)
     run.start(total_steps, f"{total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch)")
     best = os.path.join(args.output_dir, "checkpoints", "best")
-    if not os.path.isdir(best):  # a fresh run, or one resumed into another output_dir
+    if not run.from_first(lambda: os.path.isdir(best)):  # a fresh run, or one resumed into another output_dir
         run.state["best_loss"] = math.inf
 
     def report():
@@ -462,7 +462,7 @@ def main(args):
             report()
         run.save_or_leave()
     if args.keep_best and run.state["best_loss"] < math.inf:
-        common.restore(run.module, None, common.load_checkpoint(best))
+        common.restore(run.module, None, run.load_best())
     run.finish(model)
 
 

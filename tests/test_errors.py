@@ -1,5 +1,6 @@
 """A user's mistake is one sentence on stderr with its place and remedy, exit code 2, and loses nothing."""
 
+import errno
 import json
 import os
 import shutil
@@ -67,6 +68,13 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--model_name_or_path", "./empty"], "holds no tokenizer"), (sft, ["--model_name_or_path", "./wide"], "do not belong together"),
     (sft, ["--model_name_or_path", "./orphan"], "was trained on /nowhere/base, which is not there"),
     (sft, ["--model_name_or_path", "./bare"], "holds no adapter weights"),
+    (sft, ["--model_name_or_path", "./nameless"], "does not say which model"), (sft, ["--model_name_or_path", "./prompts"], "of the kind PeftType.PROMPT_TUNING"),
+    (sft, ["--model_name_or_path", "./gaps"], "ids up to 5000 and the model's embedding 320 rows"),
+    (sft, ["--model_name_or_path", "./nans"], "./nans: the weights model.layers.1.mlp.up_proj.weight are not all finite"),
+    (sft, ["--model_name_or_path", "./mute"], "the tokenizer of ./mute: "),
+    (sft, ["--output_dir", "theirs", "--model_name_or_path", os.path.join(TINY, "model"), "--lora_r", "4"], "theirs holds base but no args.json"),
+    (grpo, ["--audit", "theirs.html"], "--audit theirs.html: another file is there"), (grpo, ["--audit", "theirs"], "expected the name of an .html file"),
+    (sft, ["--resume_from_checkpoint", "strange"], "--resume_from_checkpoint strange: it is no checkpoint of this project's"),
     (sft, ["--dataset_name", "missing.jsonl"], "no such file: missing.jsonl"), (sft, ["--dataset_name", "empty.jsonl"], "empty.jsonl holds no usable row"),
     (sft, ["--dataset_name", "blank.jsonl"], "holds no usable row"), (grpo, ["--dataset_name", "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
     (sft, ["--dataset_name", "array.json"], "array.json"), (sft, ["--dataset_name", "role.jsonl"], "role.jsonl:1: message 1 has the unknown role 'robot'"),
@@ -133,12 +141,29 @@ def folder(tmp_path_factory):
     (path / "foreign" / "model").mkdir(parents=True)
     (path / "foreign" / "model" / "precious").write_text("keep me")
     (path / "another").mkdir()
-    torch.save({"step": 1, "args": {}}, path / "another" / "state.pt")
+    torch.save({"step": 1, "args": {}, "weights": {}, "optimizer": {}, "kept": {}}, path / "another" / "state.pt")
     (path / "damaged").mkdir()
     torch.save({"step": 1, "args": {}, "weights": {"x": torch.zeros(1000)}}, path / "damaged" / "state.pt")
     with open(path / "damaged" / "state.pt", "r+b") as file:  # one byte of the weights
         file.seek(os.path.getsize(path / "damaged" / "state.pt") // 2)
         file.write(b"!")
+    torch.save([1], (path / "strange").mkdir() or path / "strange" / "state.pt")
+    (path / "theirs" / "base").mkdir(parents=True)
+    (path / "theirs" / "base" / "precious").write_text("keep me")
+    (path / "theirs.html").write_text("<!doctype html>keep me")
+    nans = tiny_model("llama")
+    with torch.no_grad():
+        nans.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    nans.save_pretrained(path / "nans")
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "nans")
+    for name in ("gaps", "mute"):
+        shutil.copytree(CHECKPOINT, path / name)
+    file = path / "gaps" / "tokenizer.json"
+    tokens = json.loads(file.read_text())
+    tokens["model"]["vocab"]["<far>"] = 5000
+    file.write_text(json.dumps(tokens))
+    file = path / "mute" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": []}))
     tiny_model("llama").save_pretrained(path / "wide")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "headless")
     tiny_model("llama").save_pretrained(path / "headless", state_dict={
@@ -146,9 +171,10 @@ def folder(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.add_tokens([f"<{i}>" for i in range(100)])
     tokenizer.save_pretrained(path / "wide")
-    for name, base, weights in (("orphan", "/nowhere/base", True), ("bare", CHECKPOINT, False)):
+    for name, base, weights in (("orphan", "/nowhere/base", True), ("bare", CHECKPOINT, False), ("nameless", None, True), ("prompts", CHECKPOINT, True)):
         (path / name).mkdir()
-        (path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base, "r": 4}))
+        kind = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2} if name == "prompts" else {"peft_type": "LORA", "r": 4}
+        (path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "task_type": "CAUSAL_LM", **kind}))
         if weights:
             (path / name / "adapter_model.safetensors").write_text("")
     for name, kind, stored in (("prompt", "PROMPT_TUNING", None), ("gptq", None, {"quant_method": "gptq", "bits": 4}),
@@ -179,7 +205,8 @@ def test_one_sentence(script, flags, sentence, folder, monkeypatch, capfd):
     assert os.WEXITSTATUS(status) == 2, error
     assert error.startswith(os.path.basename(script.__file__) + ": error: ") and error.count("\n") == 1, error
     assert sentence in error
-    assert (folder / "foreign" / "model" / "precious").read_text() == "keep me"
+    for name in ("foreign/model/precious", "theirs/base/precious", "theirs.html"):
+        assert (folder / name).read_text().endswith("keep me")
 
 
 def test_what_a_run_reads_is_not_replaced_by_it(tmp_path, monkeypatch):
@@ -230,6 +257,52 @@ def test_a_real_process_exits_with_2_and_says_it_once(tmp_path):
     done = subprocess.run([sys.executable, os.path.join(ROOT, "grpo.py"), "--learning_rat", "1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and os.listdir(tmp_path) == []
     assert done.stderr == "grpo.py: error: unknown argument --learning_rat; did you mean --learning_rate?\n"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "args.json", "the output"])
+def test_a_full_disk_is_one_sentence(name, tmp_path, monkeypatch, capfd):
+    """Of a log, of args.json, and of what the output goes to; exit code 2, as every mistake."""
+    argv = [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--batch_size", "2",
+            "--max_completion_length", "4", "--eval_fraction", "0"]
+    monkeypatch.setattr(sys, "argv", ["grpo.py"])
+
+    def child():
+        if name == "the output":
+            monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+        else:
+            full = open("/dev/full", "w")
+            monkeypatch.setattr(common, "open", lambda path, *mode, **more: full if str(path).endswith(name) and mode else open(path, *mode, **more), raising=False)
+        with common.user_errors():
+            grpo.main(common.parse_args(grpo.Args, argv))
+    assert os.WEXITSTATUS(in_child(child)) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and os.strerror(errno.ENOSPC) in error and ("out" if name == "args.json" else name) in error
+
+
+def test_output_that_takes_no_utf8_shows_escapes(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "\u00e9", "completion": "\u4e2d"}\n' * 3, encoding="utf-8")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "sft.py"), SFT, "--dataset_name", "d.jsonl", "--max_steps", "1", "--eval_fraction", "0"],
+                          cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "\\xe9" in done.stdout and "[[\\u4e2d" in done.stdout
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """The second is refused before it reads data; the lock ends with its process, however that ends."""
+    argv = [SFT, "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--batch_size", "2", "--eval_fraction", "0"]
+    start = lambda *flags: sft.main(common.parse_args(sft.Args, [*argv, *flags]))
+
+    def second():
+        with pytest.raises(common.UserError, match="another run is writing to .*out: choose another --output_dir"):
+            start("--dataset_name", "missing.jsonl")
+
+    def dies():
+        common.read_rows = lambda *_: os.kill(os.getpid(), 9)
+        start()
+    file = common.lock(str(tmp_path / "out"))
+    assert in_child(second) == 0
+    os.close(file)
+    assert os.WTERMSIG(in_child(dies)) == 9
+    assert in_child(start) == 0
 
 
 def test_skip_bad_rows_counts_them(folder, monkeypatch, capfd, tmp_path):
@@ -293,12 +366,13 @@ def test_no_pickle_is_loaded(kind, tmp_path):
 
 
 def test_a_latest_checkpoint_that_runs_code_is_passed_over(tmp_path, capsys):
-    for path, state in (("step-00000001", {"step": 1}), ("step-00000002", {"step": 2, "x": Payload(tmp_path / "executed")})):
+    whole = {"step": 1, "args": {}, "weights": {}, "optimizer": {}, "kept": {}}
+    for path, state in (("step-00000001", whole), ("step-00000002", {"step": 2, "x": Payload(tmp_path / "executed")})):
         (tmp_path / "checkpoints" / path).mkdir(parents=True)
         torch.save(state, tmp_path / "checkpoints" / path / "state.pt")
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest"])
     path, state = common.find_checkpoint(args)
-    assert path.endswith("step-00000001") and state == {"step": 1} and not (tmp_path / "executed").exists()
+    assert path.endswith("step-00000001") and state == whole and not (tmp_path / "executed").exists()
     assert "passing over" in capsys.readouterr().out
 
 

@@ -612,7 +612,7 @@ def test_verification_by_hand():
 
 def test_evaluation_alone_leaves_no_model(tmp_path):
     metrics = run(grpo, tmp_path / "out", "--num_train_epochs", 0, "--eval_samples", 4, "--eval_fraction", 0.003)  # whatever max_steps says
-    assert [m["step"] for m in metrics] == [0] and sorted(os.listdir(tmp_path / "out")) == ["args.json", "metrics.jsonl", "samples.jsonl"]
+    assert [m["step"] for m in metrics] == [0] and sorted(os.listdir(tmp_path / "out")) == [".lock", "args.json", "metrics.jsonl", "samples.jsonl"]
     m = metrics[0]
     assert m["eval/pass@1"] <= m["eval/pass@2"] <= m["eval/pass@4"]
     assert 0 < m["eval/majority@4"] < 1
@@ -635,4 +635,4 @@ def test_the_example_goes_past_its_demonstrations(tmp_path):
     first, last = (m["eval/accuracy"] for m in metrics if "eval/accuracy" in m)
     assert first < 0.6 and last > 0.85
     names = sorted(os.listdir(tmp_path / "out"))
-    assert names == ["args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
+    assert names == [".lock", "args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]

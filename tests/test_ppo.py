@@ -511,4 +511,4 @@ def test_the_example_goes_past_its_demonstrations(tmp_path):
     first, last = (m["eval/accuracy"] for m in metrics if "eval/accuracy" in m)
     assert first < 0.6 and last > 0.85
     names = sorted(os.listdir(tmp_path / "out"))
-    assert names == ["args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
+    assert names == [".lock", "args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]

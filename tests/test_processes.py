@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import sft
@@ -64,7 +66,10 @@ kept, casts = [], []
 load_model = common.load_model
 common.load_model = lambda *a, **k: kept.append(load_model(*a, **k)) or kept[0]
 file = os.path.join({tiny!r}, sys.argv[1] + ".json")
-script.main(common.parse_args(script.Args, [file, "--output_dir", out, *flags]))
+sys.argv[0] = script.__file__
+flags = [flag.replace("$RANK", os.environ.get("RANK", "0")) for flag in flags]
+with common.user_errors():
+    script.main(common.parse_args(script.Args, [file, "--output_dir", out, *flags]))
 assert "--fsdp" not in sys.argv or casts and all(c == ("--bf16" in flags) for c in casts), "autocast"
 gradients = RecordGradients.last.gradients if hasattr(RecordGradients, "last") else None
 weights = {{n: p.detach().clone() for n, p in kept[0].named_parameters() if p.requires_grad}}
@@ -238,3 +243,84 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
         patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         with pytest.raises(common.UserError, match="DeepSpeed is not supported: use FSDP"):
             common.make_accelerator(args)
+
+
+# ---- two machines ------------------------------------------------------------------------------------------
+
+def two_machines(tmp_path, name, *flags, port, dies=False):
+    """One process on each of two machines that share no disk: machine r works in its own folder, disk-r. Each
+    has a launcher of its own; they meet at the port. -> what each printed, with its exit code."""
+    (tmp_path / "worker.py").write_text(WORKER.format(root=ROOT, tiny=TINY))
+    disks = [tmp_path / "disk-0", tmp_path / "disk-1"]
+    several = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+    running = []
+    for rank, disk in enumerate(disks):
+        disk.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", *several, "--node_rank", rank,
+                   tmp_path / "worker.py", name, "out", *flags]
+        running.append(subprocess.Popen(
+            [*map(str, command)], cwd=disk, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    said = [(process.communicate(timeout=300)[0], process.returncode) for process in running]
+    assert dies or [code for _, code in said] == [0, 0], said
+    return said
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, flags", [
+    ("sft", ["--keep_best", "--eval_steps", 1]), ("sft", ["--fsdp"]), ("ppo", ["--num_iterations", 2])], ids=str)
+def test_two_machines_killed_and_resumed_from_the_first_ones_disk_end_bit_equal(name, flags, tmp_path,
+                                                                                five_eval_rows):
+    flags = [*CASES[name], *five_eval_rows, "--save_steps", 2, "--max_steps", 4, *flags]
+    out, whole = tmp_path / "disk-0" / "out", tmp_path / "whole"
+    two_machines(tmp_path, name, *flags, port=free_port())
+    os.rename(out, whole)
+    said = two_machines(tmp_path, name, *flags, "--kill", 3, port=free_port(), dies=True)
+    assert all(code for _, code in said) and not (out / "model").exists()
+    two_machines(tmp_path, name, *flags, "--resume_from_checkpoint", "latest", port=free_port())
+    want, got = saved(whole), saved(out)
+    assert want.keys() == got.keys() and all(want[k].equal(got[k]) for k in want)
+    assert (whole / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
+    assert not (tmp_path / "disk-1" / "out").exists()  # the second writes nothing
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("differs, sentence", [
+    ("rows", "process 1 has another training data or rewards than process 0"),
+    ("held", "process 1 has another evaluation data than process 0"),
+    ("missing", "process 1: no such file: rows.jsonl"), ("weights", "process 1 has another base model than"),
+    ("flag", "process 1 has another --seed than process 0, 1 and not 0"),
+    ("locked", "another run is writing to out")])
+def test_machines_that_do_not_see_the_same_are_refused(differs, sentence, tmp_path):
+    rows = [json.loads(line) for line in open(os.path.join(TINY, "addition.jsonl"))][:12]
+    flags = []
+    for rank in (0, 1):
+        disk = tmp_path / f"disk-{rank}"
+        shutil.copytree(SFT, disk / "model")
+        for name, mine in (("rows", rows[:6]), ("held", rows[6:])):
+            mine = mine[::-1] if rank and differs == name else mine
+            (disk / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
+    if differs == "missing":
+        os.remove(disk / "rows.jsonl")
+    if differs == "weights":
+        weights = load_file(disk / "model" / "model.safetensors")
+        weights["model.norm.weight"][0] += 1
+        save_file(weights, disk / "model" / "model.safetensors", {"format": "pt"})
+    if differs == "flag":
+        flags = ["--seed", "$RANK"]
+    held = common.lock(str(tmp_path / "disk-0" / "out")) if differs == "locked" else None
+    flags = ["--model_name_or_path", "./model", "--dataset_name", "rows.jsonl", "--eval_dataset_name",
+             "held.jsonl", "--max_steps", 1, *flags]
+    said = two_machines(tmp_path, "sft", *flags, port=free_port(), dies=True)
+    if held:
+        os.close(held)
+    assert all(code for _, code in said)
+    assert sentence in said[0][0], said
+    assert "]: Traceback" not in said[0][0] + said[1][0], said  # of a process; a launcher shows its own
+    assert not (tmp_path / "disk-0" / "out" / "args.json").exists()

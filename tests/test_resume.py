@@ -435,6 +435,54 @@ def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def refused(run, sentence):
+    """In a child: a process that has failed keeps its folder until it ends."""
+    def child():
+        with pytest.raises(common.UserError, match=sentence):
+            run()
+    assert in_child(child) == 0
+
+
+def test_a_checkpoint_from_elsewhere_does_not_mix_two_runs(data, whole, tmp_path):
+    """Gone on with in a folder that holds another run: refused, or that run is replaced whole."""
+    other = copy_of(whole, "sft-lora-dropout", 4, tmp_path / "other")
+    from_there = ["--resume_from_checkpoint", common.steps_in(whole["sft"][1][4] / "checkpoints")[-1]]
+    before = (other / "metrics.jsonl").read_bytes()
+    refused(start("sft", data, other, *from_there, "--overwrite_output_dir", False), "other already holds a run")
+    assert (other / "metrics.jsonl").read_bytes() == before
+    assert in_child(start("sft", data, other, *from_there, "--overwrite_output_dir", True)) == 0
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    assert min(line["step"] for line in lines) == 5
+
+
+def test_other_weights_under_the_same_name_are_refused(data, tmp_path):
+    """An adapter's base, and the model that full training with a reference started from."""
+    base = Path(shutil.copytree(SFT, tmp_path / "base"))
+    flags = ["--model_name_or_path", base, "--max_completion_length", 4]
+    killed("sft-lora-dropout", data, tmp_path / "a", *flags)
+    killed("grpo", data, tmp_path / "b", *flags)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][-1] += 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for name, out in (("sft-lora-dropout", "a"), ("grpo", "b")):
+        refused(start(name, data, tmp_path / out, *flags, *LATEST), "started from other weights than .*base holds now")
+
+
+def test_a_random_base_is_replaced_when_nothing_can_go_wrong(data, tmp_path):
+    """The base that an adapter belongs to: a run that fails later leaves the old one, resuming makes its own."""
+    out = tmp_path / "out"
+    flags = ["--model_name_or_path", os.path.join(TINY, "model"), "--lora_r", 4]
+    killed("sft", data, out, *flags)
+    before = (out / "base" / "model.safetensors").read_bytes()
+    wrong = ["--seed", 5, "--lora_target_modules", "nope", "--overwrite_output_dir"]
+    refused(start("sft", data, out, *flags, *wrong), "lora_target_modules")
+    assert (out / "base" / "model.safetensors").read_bytes() == before
+    assert in_child(start("sft", data, out, *flags, *LATEST)) == 0
+    assert (out / "base" / "model.safetensors").read_bytes() == before and not (out / ".base").exists()
+    config = json.loads((out / "model" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(out / "base")
+
+
 def test_args_json_repeats_the_run(data, whole, tmp_path):
     want, copies = whole["grpo"]
     file = str(copies[max(copies)] / "args.json")
