@@ -49,7 +49,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import accumulate, groupby, islice, repeat, takewhile
+from itertools import accumulate, groupby, islice, repeat
 from operator import ge, gt, itemgetter, le, lt
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
@@ -2774,7 +2774,7 @@ class Run:
             if not isinstance(own, dict):
                 return own
             tensors = {"weights": own["weights"], "optimizer": own["optimizer"]}
-            return own | mapped(lambda x: x.to("meta") if torch.is_tensor(x) else x, tensors)
+            return own | recursively_apply(lambda x: x.to("meta"), tensors)
         theirs = self.together(outline)[0]
         return own if self.accelerator.is_main_process else theirs
 

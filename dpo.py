@@ -365,8 +365,10 @@ def main(args):
     policy, optimizer = run.prepare(Policy(model), make_optimizer(model, args))
     check_head(policy, model, rows[0], run)
     if precompute and run.checkpoint:
-        require("ref_sums" in run.checkpoint["kept"], "the checkpoint holds no reference log-probs")
-        run.kept["ref_sums"] = run.checkpoint["kept"]["ref_sums"]  # (N, 2)
+        known = run.checkpoint["kept"].get("ref_sums")  # (N, 2)
+        require(torch.is_tensor(known) and known.numel() == len(rows),
+                "the checkpoint does not hold the reference log-probs of these pairs")
+        run.kept["ref_sums"] = known
     elif precompute:
         with common.unsharded(policy):
             found = run.over_rows(groups_of(train + held), lambda mb: [

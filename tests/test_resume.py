@@ -367,7 +367,7 @@ def test_a_resume_names_each_thing_that_has_changed(tmp_path):
     rewards = {"f": common.Reward(None, 1.0, str(folder / "r[1].py")), "built in": common.Reward(None, 1.0),
                "judge": common.Reward(None, 1.0, str(folder / "judge"), "score")}
     run = SimpleNamespace(args=SimpleNamespace(model_name_or_path=str(folder / "adapter")), state={"data": None},
-                          tokenizer=SimpleNamespace(chat_template="a"))
+                          tokenizer=SimpleNamespace(chat_template="a"), check_same=lambda found: None)
     rows = [{"prompt_ids": [1, 2], "place": "here"}]
     check = lambda rows=rows, held=(): common.Run.check_data(run, rows, held, rewards)
     check()
@@ -465,7 +465,7 @@ def test_other_weights_under_the_same_name_are_refused(data, tmp_path):
     weights["model.norm.weight"][-1] += 1e-3
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     for name, out in (("sft-lora-dropout", "a"), ("grpo", "b")):
-        refused(start(name, data, tmp_path / out, *flags, *LATEST), "started from other weights than .*base holds now")
+        refused(start(name, data, tmp_path / out, *flags, *LATEST), "written with other files of .*base: give the same")
 
 
 def test_a_random_base_is_replaced_when_nothing_can_go_wrong(data, tmp_path):
