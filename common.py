@@ -1427,10 +1427,10 @@ def read_number(text):
     minus, units, top, bottom, decimals = found.groups()
     value = Fraction(int(top), int(bottom)) if bottom else Fraction(decimals.replace(",", ""))
     value = (value + int(units or 0)) * (-1 if minus else 1)
-    places = next((n for n in range(100) if 10**n % value.denominator == 0), None)
+    places = next((n for n in range(100) if value * 10**n % 1 == 0), None)
     if places is None:  # its decimals do not end
         return str(value)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
+    digits = str(int(abs(value) * 10**places)).rjust(places + 1, "0")
     return "-" * (value < 0) + digits[:len(digits) - places] + ("." + digits[-places:] if places else "")
 
 
@@ -1969,7 +1969,7 @@ def base_and_adapter(name):
             base, adapter, kind = config.base_model_name_or_path, name, str(config.peft_type)
         require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
                 f"{name} holds no adapter weights")
-        require(kind.endswith(".LORA"), f"{name} is an adapter of the kind {kind}: only LoRA is supported")
+        require(kind.endswith(".LORA"), f"{name} is an adapter of type {kind.partition('.')[2]}, not LoRA")
         require(base and isinstance(base, str), f"{name}/adapter_config.json does not say which model the "
                 "adapter belongs to: add its base_model_name_or_path")
         lost = f"the adapter {name} was trained on {base}, which is not there"
@@ -2048,8 +2048,6 @@ def add_adapter(model, adapter, args, scores):
     """-> (the model with that folder's adapter, which goes on, or with a new one; what is said of it)."""
     if adapter:
         config = PeftConfig.from_pretrained(adapter)
-        require(config.peft_type == "LORA",
-                f"{adapter} is an adapter of type {config.peft_type.value}, not LoRA")
         of_scores = config.task_type == "SEQ_CLS"
         require(of_scores == bool(scores), f"{adapter} is an adapter of "
                 f"{'a reward model' if of_scores else 'a policy'}: start from its merged/ instead")

@@ -59,7 +59,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import common  # first: it quiets the libraries below
-from common import EVAL, MOVED, accuracy, arg, parse_args, require, say, stream
+from common import EVAL, MOVED, accuracy, arg, parse_args, require, say, stream  # noqa: accuracy
 
 import torch
 import torch.nn.functional as F

@@ -370,7 +370,7 @@ def test_the_day_in_a_template_is_the_runs_own(tmp_path, monkeypatch):
     one.tokenizer.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == (tmp_path / "t.jinja").read_text()
     day[0] = "2026-03-02"
-    monkeypatch.setattr(common, "find_checkpoint", lambda args: ("step-1", {"args": dict(vars(one.args)), **one.state}))
+    monkeypatch.setattr(common, "find_checkpoint", lambda args: ("step-1", {"args": dict(vars(one.args)), "weights": {}, "optimizer": {}, **one.state}))
     two = common.Run(common.parse_args(sft.Args, flags))
     assert two.args.date == "2026-03-01" and encode(two.tokenizer, chat("a", "b")) == encode(one.tokenizer, chat("a", "b"))
     with pytest.raises(common.UserError, match="with --date 2026-03-01 and this run has 2026-03-02"):
@@ -1126,7 +1126,7 @@ TABLE = {
            ("sft_coef", "0.3", ["--demo_threshold", "0"], []), ("eval_samples", "2", [], NO_EVALUATION)],
     ppo: [*ROLLOUT, ("value_clip", "0.1", [], ["--vf_coef", "0"]), ("kl_target", "6", [], ["--kl_coef", "0"]),
           ("sft_dataset", "d.jsonl", ["--sft_coef", "0.1"], []), ("sft_coef", "0.1", ["--sft_dataset", "d.jsonl"], [])]}
-ROWS = [(script, *row) for script, rows in TABLE.items() for row in [*ALL, *rows]]
+IDLE = [(script, *row) for script, rows in TABLE.items() for row in [*ALL, *rows]]
 
 
 @pytest.mark.parametrize("script", TABLE, ids=lambda s: s.__name__)
@@ -1134,7 +1134,7 @@ def test_the_table_has_every_flag_that_needs_another(script):
     assert {flag.name for flag in fields(script.Args) if flag.metadata["needs"]} == {row[0] for row in [*ALL, *TABLE[script]]}
 
 
-@pytest.mark.parametrize("script, name, value, acts, fails", ROWS, ids=lambda x: getattr(x, "__name__", x) if not isinstance(x, list) else "")
+@pytest.mark.parametrize("script, name, value, acts, fails", IDLE, ids=lambda x: getattr(x, "__name__", x) if not isinstance(x, list) else "")
 def test_a_flag_that_cannot_act_is_refused_by_name(script, name, value, acts, fails, tmp_path, capsys):
     def check(given, *argv):
         (tmp_path / "args.json").write_text(json.dumps({"model_name_or_path": "m", "dataset_name": "d.jsonl", **given}))

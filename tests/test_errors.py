@@ -68,7 +68,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--model_name_or_path", "./empty"], "holds no tokenizer"), (sft, ["--model_name_or_path", "./wide"], "do not belong together"),
     (sft, ["--model_name_or_path", "./orphan"], "was trained on /nowhere/base, which is not there"),
     (sft, ["--model_name_or_path", "./bare"], "holds no adapter weights"),
-    (sft, ["--model_name_or_path", "./nameless"], "does not say which model"), (sft, ["--model_name_or_path", "./prompts"], "of the kind PeftType.PROMPT_TUNING"),
+    (sft, ["--model_name_or_path", "./nameless"], "does not say which model"), (sft, ["--model_name_or_path", "./prompts"], "of type PROMPT_TUNING, not LoRA"),
     (sft, ["--model_name_or_path", "./gaps"], "ids up to 5000 and the model's embedding 320 rows"),
     (sft, ["--model_name_or_path", "./nans"], "./nans: the weights model.layers.1.mlp.up_proj.weight are not all finite"),
     (sft, ["--model_name_or_path", "./mute"], "the tokenizer of ./mute: "),
