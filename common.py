@@ -1408,7 +1408,7 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (  # so that a number
 NUMBER = re.compile(r"""
     (-?) (?: (?:(\d+)\+)? (-?\d+)/(\d+)
            | ((?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:(?<=\d)[eE][-+]?\d{1,2})?) )
-    (?:%|°?[CF]|[mgsl]|(?!hundred|thousand|million|billion)[a-zA-Z]{2,}(?:/[a-z]+)?)?  # a unit
+    (?:%|°?[CF]|[mgsl]|/?(?!hundred|thousand|million|billion)[a-zA-Z]{2,}(?:/[a-z]+)?)?  # a unit
     """, re.VERBOSE)
 
 
