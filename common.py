@@ -2624,7 +2624,7 @@ class Run:
         first, *others = self.together(lambda: mine)
         for number, theirs in enumerate(others, 1):
             for name, value in theirs.items():
-                require(value == first.get(name), f"process {number} has another {name} than process 0, "
+                require(value == first.get(name), f"process {number} differs from process 0 in {name}, "
                         f"{value} and not {first.get(name)}: give every process, on every machine, the same")
 
     def check_data(self, rows, held=(), rewards=None):

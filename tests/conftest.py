@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 
@@ -19,7 +20,6 @@ TINY = os.path.join(ROOT, "tests", "tiny")
 
 def run(script, out, *flags, tiny=True):
     """script.main() in this process, on the tiny defaults plus flags, writing to `out`; -> the metrics it wrote."""
-    import json
     file = [os.path.join(TINY, os.path.basename(script.__file__).replace(".py", ".json"))] if tiny else []
     argv = [*file, "--output_dir", str(out), *map(str, flags)]
     script.main(common.parse_args(script.Args, argv))
@@ -27,26 +27,31 @@ def run(script, out, *flags, tiny=True):
         return [json.loads(line) for line in lines]
 
 
-def in_child(function):
-    """Runs function() in a forked child of this warm process -> the child's wait status: 0, or how it ended."""
+def fork(function):
+    """Starts function() in a forked child of this warm process -> the child's number."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            function()
-            code = 0
-        except SystemExit as leave:
-            code = leave.code if isinstance(leave.code, int) else 1
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitpid(pid, 0)[1]
+    if pid:
+        return pid
+    code = 1
+    try:
+        function()
+        code = 0
+    except SystemExit as leave:
+        code = leave.code if isinstance(leave.code, int) else 1
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def in_child(function):
+    """Runs function() in a forked child -> the child's wait status: 0, or how it ended."""
+    return os.waitpid(fork(function), 0)[1]
 
 
 class RecordGradients(torch.optim.SGD):

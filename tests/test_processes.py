@@ -3,95 +3,118 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from conftest import TINY, RecordGradients, fork
 from safetensors.torch import load_file, save_file
 
 import common
+import dpo
+import grpo
+import ppo
+import reward_model
 import sft
 
-WORKER = """
-import os, sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch
-from conftest import RecordGradients
-import common, dpo, grpo, ppo, reward_model, sft
-torch.set_num_threads(1)
-script, out, flags = globals()[sys.argv[1]], sys.argv[2], sys.argv[3:]
-if "--fsdp" in flags:
-    flags.remove("--fsdp")
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-    def sharded(**options):  # accelerate does not offer FSDP on a CPU: say so in the two places that it asks
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
-            cpu_ram_efficient_loading=False)
-        accelerator = Accelerator(fsdp_plugin=plugin, **options)
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin
-        if options["mixed_precision"] != "no":  # as AcceleratorState does
-            plugin.set_mixed_precision(options["mixed_precision"])
-        prepare = accelerator.prepare
-        def counted(module, optimizer):
-            module, optimizer = prepare(module, optimizer)
-            sharded = sum(isinstance(m, common.FSDPModule) for m in module.modules())
-            assert sharded >= 3, "nothing was sharded"
-            inner = module.model.get_base_model() if hasattr(module.model, "peft_config") else module.model
-            inner.base_model.register_forward_pre_hook(
-                lambda *_: casts.append(torch.is_autocast_enabled("cpu")))
-            return module, optimizer
-        accelerator.prepare = counted
-        return accelerator
-    common.Accelerator = sharded
-if "--kill" in flags:
-    at = flags.index("--kill")
-    last, done = int(flags[at + 1]), common.Run.done
-    del flags[at:at + 2]
-    def dying(self, *args, **named):
-        done(self, *args, **named)
-        if self.step == last:
-            os.kill(os.getpid(), 9)
-    common.Run.done = dying
-if "--record" in flags:
-    flags.remove("--record")
-    script.make_optimizer = RecordGradients
-kept, casts = [], []
-load_model = common.load_model
-common.load_model = lambda *a, **k: kept.append(load_model(*a, **k)) or kept[0]
-file = os.path.join({tiny!r}, sys.argv[1] + ".json")
-sys.argv[0] = script.__file__
-flags = [flag.replace("$RANK", os.environ.get("RANK", "0")) for flag in flags]
-with common.user_errors():
-    script.main(common.parse_args(script.Args, [file, "--output_dir", out, *flags]))
-assert "--fsdp" not in sys.argv or casts and all(c == ("--bf16" in flags) for c in casts), "autocast"
-gradients = RecordGradients.last.gradients if hasattr(RecordGradients, "last") else None
-weights = {{n: p.detach().clone() for n, p in kept[0].named_parameters() if p.requires_grad}}
-rank = os.environ.get("RANK", "0")
-torch.save({{"gradients": gradients, "weights": weights}}, out + "-rank" + rank + ".pt")
-"""
+SCRIPTS = {script.__name__: script for script in (dpo, grpo, ppo, reward_model, sft)}
+
+
+def work(name, out, flags):
+    """One process's part of a run of a script; gradients and weights go into a file. --fsdp shards, --kill N
+    dies after step N, --record keeps gradients and moves no weight."""
+    script, flags, rank = SCRIPTS[name], list(flags), os.environ.get("RANK", "0")
+    kept, casts, sharded = [], [], "--fsdp" in flags
+    if sharded:
+        flags.remove("--fsdp")
+        common.Accelerator = partial(shard, casts)
+    if "--kill" in flags:
+        at = flags.index("--kill")
+        last, done = int(flags[at + 1]), common.Run.done
+        del flags[at:at + 2]
+
+        def dying(self, *args, **named):
+            done(self, *args, **named)
+            if self.step == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        common.Run.done = dying
+    if "--record" in flags:
+        flags.remove("--record")
+        script.make_optimizer = RecordGradients
+    load_model = common.load_model
+    common.load_model = lambda *a, **k: kept.append(load_model(*a, **k)) or kept[0]
+    sys.argv[0] = script.__file__
+    flags = [flag.replace("$RANK", rank) for flag in flags]
+    with common.user_errors():
+        script.main(common.parse_args(script.Args, [os.path.join(TINY, f"{name}.json"), "--output_dir", out, *flags]))
+    assert not sharded or casts and all(c == ("--bf16" in flags) for c in casts), "autocast"
+    gradients = RecordGradients.last.gradients if hasattr(RecordGradients, "last") else None
+    weights = {n: p.detach().clone() for n, p in kept[0].named_parameters() if p.requires_grad}
+    torch.save({"gradients": gradients, "weights": weights}, f"{out}-rank{rank}.pt")
+
+
+def shard(casts, **options):
+    """An Accelerator under FSDP2. accelerate does not offer it on a CPU: it is said in the two places that
+    accelerate asks. Whether autocast is on in the trunk goes into `casts`."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False)
+    accelerator = Accelerator(fsdp_plugin=plugin, **options)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    if options["mixed_precision"] != "no":  # as AcceleratorState does
+        plugin.set_mixed_precision(options["mixed_precision"])
+    prepare = accelerator.prepare
+
+    def counted(module, optimizer):
+        module, optimizer = prepare(module, optimizer)
+        assert sum(isinstance(m, common.FSDPModule) for m in module.modules()) >= 3, "nothing was sharded"
+        inner = module.model.get_base_model() if hasattr(module.model, "peft_config") else module.model
+        inner.base_model.register_forward_pre_hook(lambda *_: casts.append(torch.is_autocast_enabled("cpu")))
+        return module, optimizer
+    accelerator.prepare = counted
+    return accelerator
 
 
 def launch(tmp_path, name, processes, *flags, dies=False):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(root=ROOT, tiny=TINY))
-    out = tmp_path / f"{name}-{processes}"
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(several if processes > 1 else []), str(worker), name.split("-")[0], str(out)]
-    done = subprocess.run([*command, *map(str, flags)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)
+    """work() in so many processes, forked from this warm one -> (what each has saved, metrics, the first one's
+    output); with dies=True whether they ended otherwise than well."""
+    out, port, running = tmp_path / f"{name}-{processes}", free_port(), {}
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+        def child():
+            signal.alarm(300)  # none of them may wait for ever
+            os.environ.update({key: str(value) for key, value in place.items()} if processes > 1 else {})
+            said = os.open(f"{out}-rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(said, 1), os.dup2(said, 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            work(name.split("-")[0], str(out), [str(flag) for flag in flags])
+        running[fork(child)] = rank
+    failed = False
+    while running:
+        pid, status = os.waitpid(-1, 0) if len(running) == processes else os.waitpid(next(iter(running)), 0)
+        running.pop(pid, None)
+        if status and not failed:  # the others would wait for it, as a launcher knows
+            failed = True
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    said = [open(f"{out}-rank{rank}.txt").read() for rank in range(processes)]
     if dies:
-        return done
-    assert done.returncode == 0, done.stdout + done.stderr
+        return failed
+    assert not failed, "".join(said)
     with open(out / "metrics.jsonl") as file:
         metrics = [json.loads(line) for line in file]
-    return [torch.load(f"{out}-rank{rank}.pt") for rank in range(processes)], metrics, done.stdout
+    return [torch.load(f"{out}-rank{rank}.pt") for rank in range(processes)], metrics, "".join(said)
 
 
 SFT = os.path.join(TINY, "sft")
@@ -107,7 +130,7 @@ CASES = {
     "grpo-demo": ["--batch_size", 5, *GROUPS, "--demo_threshold", 0.25, "--best_fraction", 0.3,
                   "--sft_coef", 0.5, "--eval_samples", 2],
     "ppo": ["--batch_size", 7, "--num_iterations", 1, "--num_minibatches", 1, "--micro_batch_tokens", 300,
-            "--sft_dataset", os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.3],
+            "--sft_coef", 0.3],
 }
 
 
@@ -123,7 +146,8 @@ def five_eval_rows(tmp_path, request):
     lines = [json.dumps(row) + "\n" for row in rows]
     (tmp_path / "eval.jsonl").write_text("".join(lines[:5]))
     (tmp_path / "train.jsonl").write_text("".join(lines[5:]))
-    return ["--dataset_name", tmp_path / "train.jsonl", "--eval_dataset_name", tmp_path / "eval.jsonl"]
+    mixed = ["--sft_dataset", tmp_path / "train.jsonl"] if "ppo" in params.values() else []
+    return ["--dataset_name", tmp_path / "train.jsonl", "--eval_dataset_name", tmp_path / "eval.jsonl", *mixed]
 
 
 def cases(long):
@@ -229,8 +253,7 @@ def test_two_processes_killed_and_resumed_end_bit_equal(name, flags, tmp_path, f
     out, whole = tmp_path / f"{name}-2", tmp_path / "whole"
     launch(tmp_path, name, 2, *flags)
     os.rename(out, whole)
-    done = launch(tmp_path, name, 2, *flags, "--kill", 3, dies=True)
-    assert done.returncode != 0 and not (out / "model").exists()
+    assert launch(tmp_path, name, 2, *flags, "--kill", 3, dies=True) and not (out / "model").exists()
     launch(tmp_path, name, 2, *flags, "--resume_from_checkpoint", "latest")
     want, got = saved(whole), saved(out)
     assert want.keys() == got.keys() and all(want[k].equal(got[k]) for k in want)
@@ -250,7 +273,9 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
 def two_machines(tmp_path, name, *flags, port, dies=False):
     """One process on each of two machines that share no disk: machine r works in its own folder, disk-r. Each
     has a launcher of its own; they meet at the port. -> what each printed, with its exit code."""
-    (tmp_path / "worker.py").write_text(WORKER.format(root=ROOT, tiny=TINY))
+    (tmp_path / "worker.py").write_text(
+        f"import sys\nsys.path.insert(0, {os.path.dirname(__file__)!r})\nfrom test_processes import work\n"
+        "work(sys.argv[1], sys.argv[2], sys.argv[3:])\n")
     disks = [tmp_path / "disk-0", tmp_path / "disk-1"]
     several = ["--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
     running = []
@@ -292,10 +317,10 @@ def test_two_machines_killed_and_resumed_from_the_first_ones_disk_end_bit_equal(
 
 @pytest.mark.long
 @pytest.mark.parametrize("differs, sentence", [
-    ("rows", "process 1 has another training data or rewards than process 0"),
-    ("held", "process 1 has another evaluation data than process 0"),
-    ("missing", "process 1: no such file: rows.jsonl"), ("weights", "process 1 has another base model than"),
-    ("flag", "process 1 has another --seed than process 0, 1 and not 0"),
+    ("rows", "process 1 differs from process 0 in training data, "),
+    ("held", "process 1 differs from process 0 in evaluation data, "),
+    ("missing", "process 1: no such file: rows.jsonl"), ("weights", "process 1 differs from process 0 in files of ./model, "),
+    ("flag", "process 1 differs from process 0 in --seed, 1 and not 0"),
     ("locked", "another run is writing to out")])
 def test_machines_that_do_not_see_the_same_are_refused(differs, sentence, tmp_path):
     rows = [json.loads(line) for line in open(os.path.join(TINY, "addition.jsonl"))][:12]
