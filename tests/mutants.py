@@ -180,7 +180,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "sorted(ids - {None})", "[tokenizer.eos_token_id]"),
     ("common", 'counts["duplicates dropped"] += len(items) - len(unique)\n',
      'counts["duplicates dropped"] += 0\n'),
-    ("common", '["step"] <= self.step, file)', '["step"] <= self.step + 1, file)'),
+    ("common", '["step"] > step:', '["step"] > step + 1:'),
 ]
 
 
