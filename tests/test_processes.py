@@ -130,7 +130,7 @@ CASES = {
     "grpo-demo": ["--batch_size", 5, *GROUPS, "--demo_threshold", 0.25, "--best_fraction", 0.3,
                   "--sft_coef", 0.5, "--eval_samples", 2],
     "ppo": ["--batch_size", 7, "--num_iterations", 1, "--num_minibatches", 1, "--micro_batch_tokens", 300,
-            "--sft_coef", 0.3],
+            "--sft_dataset", os.path.join(TINY, "addition.jsonl"), "--sft_coef", 0.3],
 }
 
 
@@ -146,8 +146,7 @@ def five_eval_rows(tmp_path, request):
     lines = [json.dumps(row) + "\n" for row in rows]
     (tmp_path / "eval.jsonl").write_text("".join(lines[:5]))
     (tmp_path / "train.jsonl").write_text("".join(lines[5:]))
-    mixed = ["--sft_dataset", tmp_path / "train.jsonl"] if "ppo" in params.values() else []
-    return ["--dataset_name", tmp_path / "train.jsonl", "--eval_dataset_name", tmp_path / "eval.jsonl", *mixed]
+    return ["--dataset_name", tmp_path / "train.jsonl", "--eval_dataset_name", tmp_path / "eval.jsonl"]
 
 
 def cases(long):
