@@ -109,8 +109,8 @@ def reason_of(error):
 @contextmanager
 def user_errors():
     """Prints a UserError as one sentence on stderr (a machine's first process) and exits with code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal or a log that takes no UTF-8 shows \\u00e9
-        stream.reconfigure(errors="backslashreplace")
+    for output in (sys.stdout, sys.stderr):  # a terminal or a log that takes no UTF-8 shows \\u00e9
+        output.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
@@ -548,8 +548,7 @@ def answer_greedily(run, model, rows):
             completions = prompts and complete_greedily(model, prompts, stop_ids, args.max_completion_length)
         for i, prompt, completion in zip(places, prompts, completions):
             text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
-            hit = (completion[-1] in stop_ids
-                   and extract_answer(text, answer) == extract_answer(answer, answer))
+            hit = is_right(text, completion[-1] not in stop_ids, answer)
             right += hit
             table.append({"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "completion": text,
                           "answer": answer, "right": str(hit)})
@@ -621,6 +620,7 @@ def check_template(tokenizer):
             f"add_generation_prompt %}}{header}{{% endif %}}")
 
 
+@lru_cache
 def on_day(template, date):
     """The template with the date written out: today's would be an input that no run keeps. ValueError."""
     def written(call):
@@ -1126,7 +1126,8 @@ def column_messages(row, column, role="user", train=True):
 
 
 def prompt_messages(row, column, train=False):
-    """The turns of a prompt's column, none of them trained, after those of the row's `history`."""
+    """The turns of a prompt's column, none of them trained, after those of the row's `history`, whose answers
+    are if `train`."""
     messages, history = column_messages(row, column, train=False), row.get("history") or []
     if isinstance(row[column], str) and messages[-1] == turn("assistant", "", train=False):
         messages.pop()  # a transcript that ends where the answer begins
@@ -1397,7 +1398,7 @@ class Reward(NamedTuple):
 MARKS = {  # what stands around an answer
     "####": r"####(.*)", "<answer>": r"(?s)<answer>((?:(?!<answer>).)*?)</answer>",
     "\\boxed": r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"}
-SIGNS = str.maketrans("−‐‑‒–⁄", "-----/", "$€£¥\u202f")  # to what they mean; the last are left out
+SIGNS = str.maketrans("−‐‑‒–⁄", "-----/", "$€£¥\u202f")  # the last are left out
 REWRITES = [(re.compile(pattern), new) for pattern, new in (  # so that a number, or what is none, is one word
     (r"\{,\}|\\,|\\!", ","), (r"\^\{([^{}]*)\}", r"^\1"), (r"\\sqrt\s*\{?", "√"),
     (r"\\(?:times|cdot)\s*", "×"), (r"(?<=\d)\s*(?=\\[dt]?frac)", "+"),
@@ -1447,6 +1448,12 @@ def extract_answer(text, reference=None):
     return read_number(text)
 
 
+def is_right(text, cut_off, reference):
+    """Whether a completion that was not cut off gives the reference's answer; None if that cannot be read."""
+    right = extract_answer(reference, reference)
+    return None if right is None else not cut_off and extract_answer(text, reference) == right
+
+
 def text_of(completion):
     """A completion as a reward function gets it, string or messages, as a string."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
@@ -1465,14 +1472,10 @@ def references(n, columns):
 
 
 def accuracy(prompts, completions, truncated=None, **columns):
-    """1 if a completion that was not cut gives the reference's answer (extract_answer), 0 if not, None where
-    the reference has none that can be read."""
-    def value(completion, cut, reference):
-        right = extract_answer(reference, reference)
-        return None if right is None else float(
-            not cut and extract_answer(text_of(completion), reference) == right)
-    cut = truncated or [False] * len(completions)
-    return list(map(value, completions, cut, references(len(completions), columns)))
+    """1 if is_right, 0 if not, None where the reference has no answer that can be read."""
+    known = references(len(completions), columns)
+    found = map(is_right, map(text_of, completions), truncated or repeat(False), known)
+    return [None if right is None else float(right) for right in found]
 
 
 def format_reward(prompts, completions, **columns):
@@ -1772,8 +1775,9 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
 
     def log_metric(name, value):
         logged[str(name)] = float(value)
-    texts, cut = [row["text"] for row in rows], {"truncated": [row["truncated"] for row in rows]}
-    for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts} | cut
+    texts, truncated = [row["text"] for row in rows], [row["truncated"] for row in rows]
+    for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts,
+                  "truncated": truncated}
     for_functions = {name: [prompt["columns"][name] for prompt in prompts] for name in prompts[0]["columns"]}
     for_functions |= {
         "prompts": [prompt["prompt"] for prompt in prompts],
@@ -1789,7 +1793,7 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     for name, reward in rewards.items():
         given = for_functions if reward.score is None else for_models
         if reward.path is None:  # built in: told what TRL tells nobody, whether a completion was cut
-            given = given | cut
+            given = given | {"truncated": truncated}
         values.append(checked_values(name, reward.function, given, places, timeout))
     return torch.tensor(values).T, logged
 

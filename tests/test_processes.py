@@ -85,8 +85,8 @@ def shard(casts, **options):
 
 
 def launch(tmp_path, name, processes, *flags, dies=False):
-    """work() in so many processes, forked from this warm one -> (what each has saved, metrics, the first one's
-    output); with dies=True whether they ended otherwise than well."""
+    """work() in so many processes, forked from this warm one -> (what each has saved, metrics, what they
+    printed); with dies=True whether they ended otherwise than well."""
     out, port, running = tmp_path / f"{name}-{processes}", free_port(), {}
     for rank in range(processes):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
@@ -102,9 +102,9 @@ def launch(tmp_path, name, processes, *flags, dies=False):
         running[fork(child)] = rank
     failed = False
     while running:
-        pid, status = os.waitpid(-1, 0) if len(running) == processes else os.waitpid(next(iter(running)), 0)
-        running.pop(pid, None)
-        if status and not failed:  # the others would wait for it, as a launcher knows
+        pid, status = os.waitpid(-1, 0)
+        mine = running.pop(pid, None) is not None
+        if status and mine and not failed:  # the others would wait for it, as a launcher knows
             failed = True
             for other in running:
                 os.kill(other, signal.SIGKILL)

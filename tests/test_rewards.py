@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import signal
 import subprocess
 import threading
 import time
