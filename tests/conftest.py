@@ -55,14 +55,15 @@ def in_child(function):
 
 
 class RecordGradients(torch.optim.SGD):
-    """Stands in for AdamW: keeps each update's gradient and moves no weight."""
+    """Stands in for AdamW: keeps each update's gradient and learning rate, and moves no weight."""
 
     def __init__(self, module, args):
         super().__init__([p for p in module.parameters() if p.requires_grad], lr=args.learning_rate)
-        self.gradients = []
+        self.gradients, self.rates = [], []
         RecordGradients.last = self
 
     def step(self, closure=None):
+        self.rates.append(self.param_groups[0]["lr"])
         self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.param_groups[0]["params"]]))
 
 

@@ -1,0 +1,67 @@
+"""What main hands on, in all five scripts: clipping, the learning rate, the order of the rows."""
+
+import json
+import os
+from itertools import islice
+
+import pytest
+from conftest import TINY, RecordGradients, run
+
+import dpo
+import grpo
+import ppo
+import reward_model
+import sft
+
+SCRIPTS = [sft, dpo, reward_model, ppo, grpo]
+FIRST = ["--eval_fraction", 0, "--max_steps", 1, "--model_name_or_path", os.path.join(TINY, "sft")]
+
+
+@pytest.fixture
+def few(request, tmp_path):
+    """The first 60 rows of what the test's script trains on."""
+    script = request.node.callspec.params["script"] if hasattr(request.node, "callspec") else sft
+    name = "preferences.jsonl" if script in (dpo, reward_model) else "addition.jsonl"
+    with open(os.path.join(TINY, name)) as whole:
+        (tmp_path / name).write_text("".join(islice(whole, 60)))
+    return ["--dataset_name", tmp_path / name]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_gradient_is_clipped_and_the_rate_is_that_of_the_step(script, few, tmp_path, monkeypatch):
+    """--max_grad_norm scales what the optimizer sees, and 0 leaves it; the metric is the norm before."""
+    monkeypatch.setattr(script, "make_optimizer", RecordGradients)
+    seen = []
+    for limit in (0, 1e-3):
+        flags = [*FIRST, *few, "--batch_size", 4, "--max_grad_norm", limit, "--learning_rate", 0.02,
+                 "--lr_scheduler_type", "constant", "--warmup_steps", 3]
+        step = next(m for m in run(script, tmp_path / str(limit), *flags) if "loss" in m)
+        seen.append(RecordGradients.last.gradients[0])
+        assert step["grad_norm"] == pytest.approx(seen[0].norm().item(), rel=1e-4) and step["grad_norm"] > 0.01
+        assert RecordGradients.last.rates[0] == step["learning_rate"] == pytest.approx(0.02 / 4)
+    assert seen[1].norm().item() == pytest.approx(1e-3, rel=1e-3)
+    assert (seen[1] / seen[1].norm() - seen[0] / seen[0].norm()).norm() < 1e-3, "scaled, and not turned"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_seed_decides_the_order_of_the_rows(script, few, tmp_path, monkeypatch):
+    """Each order is seen where a script draws its batch, from all rows."""
+    drawn, shuffled = [], script.common.shuffled
+
+    def spy(rows, number, size, seed):
+        drawn.append(shuffled(rows, number, size, seed))
+        return drawn[-1]
+    monkeypatch.setattr(script.common, "shuffled", spy)
+    for seed in (0, 1, 1):
+        run(script, tmp_path / f"{seed}-{len(drawn)}", *FIRST, *few, "--batch_size", 4, "--seed", seed)
+    one, two, again = (json.dumps([row if isinstance(row, int) else row["place"] for row in batch])
+                       for batch in drawn)
+    assert one != two == again
+
+
+def test_prompts_are_trained_on_where_that_is_asked_for(few, tmp_path):
+    """All but each row's first token, which nothing predicts."""
+    flags = [*FIRST, *few, "--batch_size", 4]
+    alone, whole = (run(sft, tmp_path / f"{only}", *flags, "--completion_only_loss", only)[0] for only in (True, False))
+    assert whole["trained_tokens"] == whole["num_tokens"] - 4 and alone["num_tokens"] == whole["num_tokens"]
+    assert alone["trained_tokens"] < whole["trained_tokens"] - 4 * 4
