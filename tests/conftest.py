@@ -36,6 +36,7 @@ def fork(function):
         return pid
     code = 1
     try:
+        torch.set_num_threads(1)  # the child's pool of threads is made by one thread: two at once can find none
         function()
         code = 0
     except SystemExit as leave:
