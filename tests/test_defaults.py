@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, WHOLE as TINY
 
 
 def shell(*words, cwd=ROOT, expect=0):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, RecordGradients, run, tiny_model
+from conftest import ROWS, TINY, RecordGradients, run, tiny_model
 from torch import tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -296,7 +296,7 @@ def test_main_hands_every_argument_to_the_loss(monkeypatch, tmp_path, level, sca
     longest, buffer = 62, 20
     monkeypatch.setattr(grpo, "make_optimizer", MoveAndRecord)
     metrics = run(
-        grpo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 6, "--num_generations", 4,
+        grpo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 8, "--num_generations", 4,
         "--max_grad_norm", 0, "--max_steps", 4, "--num_iterations", 2, "--loss_type", "grpo",
         "--importance_sampling_level", level, "--scale_rewards", scale, "--epsilon", epsilon,
         "--epsilon_high", epsilon_high, "--kl_coef", 0.3, "--temperature", 1.3, "--overlong_penalty", buffer,
@@ -435,7 +435,7 @@ def test_a_prompt_too_long_is_dropped_and_counted(tmp_path, capsys):
     assert all(len(p["prompt_ids"]) <= 8 for p in train + held)
     with open(args.dataset_name) as file:
         kept = sum(len(json.loads(line)["prompt"]) <= 5 for line in file)
-    assert len(train) + len(held) == kept and f"{8000 - kept:,} dropped" in capsys.readouterr().out
+    assert len(train) + len(held) == kept and f"{ROWS - kept:,} dropped" in capsys.readouterr().out
 
 
 # ---- rejection sampling, demonstrations, dynamic sampling, length ---------------------------------------------------------
