@@ -20,21 +20,21 @@ import common
 
 torch.set_num_threads(1)
 WHOLE = os.path.join(ROOT, "tests", "tiny")
-ROWS = 600  # reading all 8,000 is two thirds of a test's time
+ROWS, PAIRS = 600, 200  # reading all 8,000 rows is two thirds of a test's time
 
 
 def small_copy(folder):
-    """A copy of the small example with the first ROWS rows of its files, for as long as this process lives."""
+    """A copy of the small example with its first ROWS rows and PAIRS pairs, for as long as this process lives."""
     parent = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     copy = shutil.copytree(folder, os.path.join(parent, "tiny"))
-    for name in ("addition.jsonl", "preferences.jsonl"):
+    for name, rows in (("addition.jsonl", ROWS), ("preferences.jsonl", PAIRS)):
         with open(os.path.join(folder, name)) as file, open(os.path.join(copy, name), "w") as first:
-            first.writelines(islice(file, ROWS))
+            first.writelines(islice(file, rows))
     return copy
 
 
-TINY = small_copy(WHOLE)
+TINY = os.environ.get("TINY_COPY") or os.environ.setdefault("TINY_COPY", small_copy(WHOLE))  # one for all processes
 
 
 def run(script, out, *flags, tiny=True):

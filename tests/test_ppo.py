@@ -503,14 +503,3 @@ def test_warnings_are_printed_once_while_they_hold(tmp_path, capsys):
     run(ppo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 12, "--reward_funcs", f"{tmp_path}/r.py:large")
     out = capsys.readouterr().out
     assert out.count("warning  scores are around") == 1 and f"Look at {tmp_path / 'out' / 'samples.jsonl'}" in out
-
-
-# ---- learning ----------------------------------------------------------------------------------------------------------
-
-def test_the_example_goes_past_its_demonstrations(tmp_path):
-    """The README's story on a quarter of its steps: from the mistake of the demonstrations to at least 85 % right."""
-    metrics = run(ppo, tmp_path / "out", "--max_steps", 20, "--eval_steps", 20)
-    first, last = (m["eval/accuracy"] for m in metrics if "eval/accuracy" in m)
-    assert first < 0.6 and last > 0.85
-    names = sorted(os.listdir(tmp_path / "out"))
-    assert names == [".lock", "args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
