@@ -503,3 +503,13 @@ def test_warnings_are_printed_once_while_they_hold(tmp_path, capsys):
     run(ppo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 12, "--reward_funcs", f"{tmp_path}/r.py:large")
     out = capsys.readouterr().out
     assert out.count("warning  scores are around") == 1 and f"Look at {tmp_path / 'out' / 'samples.jsonl'}" in out
+
+
+def test_each_update_takes_the_next_demonstrations():
+    """A tenth of an update's 20 completions is two: three updates see each of 6 once, the next three in a new order."""
+    args = SimpleNamespace(batch_size=20, num_generations=2, num_minibatches=2, seed=3)
+    demonstrations = [{"trained": 1, "mark": mark} for mark in range(6)]
+    drawn = [[row["mark"] for row in ppo.nll_rows(demonstrations, step, 0, args)] for step in range(6)]
+    assert [len(marks) for marks in drawn] == [2] * 6
+    first, second = sum(drawn[:3], []), sum(drawn[3:], [])
+    assert sorted(first) == sorted(second) == list(range(6)) and first != second
