@@ -662,6 +662,7 @@ def stop_token_ids(tokenizer, generation_config=None):
     """Every id that ends a completion: EOS, those of the generation config, the template's end of turn."""
     more = getattr(generation_config, "eos_token_id", None)
     more = more if isinstance(more, (list, tuple)) else [more]
+    require(all(isinstance(i, int | None) for i in more), f"the model's eos_token_id is no token id: {more}")
     ids = {tokenizer.eos_token_id, end_of_turn(tokenizer, str(tokenizer.chat_template)), *more}
     return sorted(ids - {None})
 
@@ -2415,7 +2416,7 @@ def open_run(args):
     then = checkpoint["args"]
     args.date = args.date or then.get("date")
     for name, value in sorted(asdict(args).items()):
-        require(name in MAY_CHANGE or then.get(name) == value,
+        require(name in MAY_CHANGE or repr(then.get(name)) == repr(value),
                 f"{path} was written with --{name} {then.get(name)} and this run has {value}: "
                 "that would change the result; give the old value, or start a new --output_dir")
     say(f"resume   from {path}, step {checkpoint['step']}")

@@ -141,7 +141,8 @@ def folder(tmp_path_factory):
     (path / "foreign" / "model").mkdir(parents=True)
     (path / "foreign" / "model" / "precious").write_text("keep me")
     (path / "another").mkdir()
-    torch.save({"step": 1, "args": {}, "weights": {}, "optimizer": {}, "kept": {}}, path / "another" / "state.pt")
+    torch.save({"step": 1, "args": {"adversarial": torch.zeros(2)}, "weights": {}, "optimizer": {}, "kept": {}},
+               path / "another" / "state.pt")
     (path / "damaged").mkdir()
     torch.save({"step": 1, "args": {}, "weights": {"x": torch.zeros(1000)}}, path / "damaged" / "state.pt")
     with open(path / "damaged" / "state.pt", "r+b") as file:  # one byte of the weights
