@@ -5,7 +5,8 @@
 A mutant is a file's words and what stands there instead. "*" is every script that has the words: what the
 scripts share would otherwise be caught by the test that holds it byte-identical, and not by what it means.
 For the same reason test_shared.py and test_readme.py, which look at the text, are left out. A mutant meets
-the tests of its own file first, then the other quick tests, then the long ones of processes and resumption.
+the quick tests of its own file and of the wiring first, then those of several processes, then the other quick
+tests, then the long ones of resumption.
 """
 
 import argparse
@@ -204,11 +205,12 @@ def mutate(folder, where, old, new):
 
 def killer(folder, changed):
     """The first test that fails in this copy of the project, or None."""
-    own = [f"test_{name}.py" for name in changed]
+    own = [*(f"test_{name}.py" for name in changed), "test_wiring.py", "test_audit.py"]
+    several = ["test_processes.py"]
     others = sorted(n for n in os.listdir(os.path.join(folder, "tests")) if re.match(r"test_\w+\.py", n)
-                    and n not in TEXTUAL and n not in own)
-    for marks, names in (("not long", own), ("not long", others),
-                         ("long", ["test_processes.py", "test_resume.py"])):
+                    and n not in {*TEXTUAL, *own, *several})
+    for marks, names in (("not long", own), ("long or not long", several), ("not long", others),
+                         ("long", ["test_resume.py"])):
         words = [sys.executable, "-m", "pytest", "-x", "-q", "-m", marks, "-p", "no:cacheprovider", "-o",
                  "addopts=", *(f"tests/{name}" for name in names)]
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True,
