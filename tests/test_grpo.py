@@ -286,9 +286,10 @@ class MoveAndRecord(RecordGradients):
 
 
 @pytest.mark.promise("formulas")
-@pytest.mark.parametrize("level, scale, epsilon, epsilon_high", [
-    ("token", "batch", 0.01, 0.02), ("sequence", "group", 1e-4, 2e-4)])
-def test_main_hands_every_argument_to_the_loss(monkeypatch, tmp_path, level, scale, epsilon, epsilon_high):
+@pytest.mark.parametrize("loss_type, level, scale, epsilon, epsilon_high", [
+    ("grpo", "token", "batch", 0.01, 0.02), ("grpo", "sequence", "group", 1e-4, 2e-4),
+    ("dr_grpo", "token", "batch", 0.01, 0.02)])
+def test_main_hands_every_argument_to_the_loss(monkeypatch, tmp_path, loss_type, level, scale, epsilon, epsilon_high):
     """Two rollouts of two updates with every argument off its default, each against plain transformers, row by
     row: the policy that sampled is the first update's, the reference the start, and from the second rollout on
     all three differ."""
@@ -297,7 +298,7 @@ def test_main_hands_every_argument_to_the_loss(monkeypatch, tmp_path, level, sca
     monkeypatch.setattr(grpo, "make_optimizer", MoveAndRecord)
     metrics = run(
         grpo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 8, "--num_generations", 4,
-        "--max_grad_norm", 0, "--max_steps", 4, "--num_iterations", 2, "--loss_type", "grpo",
+        "--max_grad_norm", 0, "--max_steps", 4, "--num_iterations", 2, "--loss_type", loss_type,
         "--importance_sampling_level", level, "--scale_rewards", scale, "--epsilon", epsilon,
         "--epsilon_high", epsilon_high, "--kl_coef", 0.3, "--temperature", 1.3, "--overlong_penalty", buffer,
         "--mask_truncated_completions", "--max_completion_length", longest, "--learning_rate", 0.05,
@@ -337,7 +338,8 @@ def test_main_hands_every_argument_to_the_loss(monkeypatch, tmp_path, level, sca
             clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
             surrogate = torch.minimum(ratio * advantage, clipped * advantage)
             kl = token_ratio * ((ref - new).exp() - 1 - (ref - new))
-            loss = loss + (0.3 * kl - surrogate).mean() / len(rows)
+            length = len(new) if loss_type == "grpo" else longest
+            loss = loss + (0.3 * kl - surrogate).sum() / length / len(rows)
             low += ((ratio < 1 - epsilon) & (advantage < 0)).sum()
             high += ((ratio > 1 + epsilon_high) & (advantage > 0)).sum()
             tokens += len(new)
