@@ -580,10 +580,25 @@ def test_later_draws_of_a_step_sample_anew(monkeypatch, tmp_path):
         drawn.append([(row["prompt"]["prompt"], row["completion_ids"]) for row in common.flat(groups)])
         return groups, logged
     monkeypatch.setattr(grpo, "rollout", spy)
-    run(grpo, tmp_path / "a", "--dataset_name", data, "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 1, "--drop_flat_groups",
-        "--temperature", 1.5, "--max_completion_length", 8)
+    first, = run(grpo, tmp_path / "a", "--dataset_name", data, "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 1, "--drop_flat_groups",
+                 "--temperature", 1.5, "--max_completion_length", 8)
     assert len(drawn) == grpo.MAX_DRAWS and all({p for p, _ in d} == {"1+1=", "2+1="} for d in drawn)
     assert len({str(sorted(d)) for d in drawn}) == grpo.MAX_DRAWS
+    distinct = [common.distinct_n([ids for _, ids in rows]) for rows in (drawn[0], sum(drawn, []))]
+    assert first["completions/distinct_4"] == distinct[0] != distinct[1], "of one draw: more of them repeat more"
+
+
+@pytest.mark.parametrize("flags", [["--num_iterations", 2], ["--drop_flat_groups"]], ids=str)
+def test_each_draw_takes_the_next_prompts(monkeypatch, tmp_path, flags):
+    """No prompt comes twice in an epoch of 30: neither with several updates a rollout nor several draws."""
+    prompts, rollout = [], grpo.rollout
+
+    def spy(model, drawn, *a, **k):
+        prompts.extend(prompt["prompt"] for prompt in drawn)
+        return rollout(model, drawn, *a, **k)
+    monkeypatch.setattr(grpo, "rollout", spy)
+    run(grpo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 3, "--num_generations", 2, "--max_steps", 4, *flags)
+    assert len(prompts) == len(set(prompts)) >= 6
 
 
 # ---- verification at inference --------------------------------------------------------------------------------------------
