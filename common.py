@@ -1972,6 +1972,7 @@ def base_and_adapter(name):
         with explain(f"{name}/adapter_config.json is not readable"):
             config = PeftConfig.from_pretrained(name)
             base, adapter, kind = config.base_model_name_or_path, name, str(config.peft_type)
+            require(not getattr(config, "alora_invocation_tokens", None), "an activated LoRA is not supported")
         require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
                 f"{name} holds no adapter weights")
         require(kind.endswith(".LORA"), f"{name} is an adapter of type {kind.partition('.')[2]}, not LoRA")
@@ -2416,7 +2417,7 @@ def open_run(args):
     then = checkpoint["args"]
     args.date = args.date or then.get("date")
     for name, value in sorted(asdict(args).items()):
-        require(name in MAY_CHANGE or repr(then.get(name)) == repr(value),
+        require(name in MAY_CHANGE or then.get(name) == value,
                 f"{path} was written with --{name} {then.get(name)} and this run has {value}: "
                 "that would change the result; give the old value, or start a new --output_dir")
     say(f"resume   from {path}, step {checkpoint['step']}")
@@ -2516,9 +2517,11 @@ def load_checkpoint(folder):
         folders = any(info.external_attr for info in file.infolist())  # of which it would read nothing
         require(not folders and file.testzip() is None, "damaged: its checksums do not fit")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    parts = {"step": int, "args": dict, "weights": dict, "optimizer": dict, "kept": dict}
+    parts = {"step": int, "args": dict, "data": dict, "weights": dict, "optimizer": dict, "kept": dict}
     require(isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in parts.items()),
             "it is no checkpoint of this project's")
+    with explain("damaged", TypeError):  # by a tensor where a value is compared
+        json.dumps({k: v for k, v in state.items() if k not in ("weights", "optimizer", "kept")})
     return state
 
 

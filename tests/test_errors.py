@@ -74,6 +74,8 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--model_name_or_path", "./mute"], "the tokenizer of ./mute: "),
     (sft, ["--output_dir", "theirs", "--model_name_or_path", os.path.join(TINY, "model"), "--lora_r", "4"], "theirs holds base but no args.json"),
     (grpo, ["--audit", "theirs.html"], "--audit theirs.html: another file is there"), (grpo, ["--audit", "theirs"], "expected the name of an .html file"),
+    (sft, ["--resume_from_checkpoint", "tensor"], "--resume_from_checkpoint tensor: damaged: Object of type Tensor"),
+    (sft, ["--model_name_or_path", "./activated"], "an activated LoRA is not supported"),
     (sft, ["--resume_from_checkpoint", "strange"], "--resume_from_checkpoint strange: it is no checkpoint of this project's"),
     (sft, ["--dataset_name", "missing.jsonl"], "no such file: missing.jsonl"), (sft, ["--dataset_name", "empty.jsonl"], "empty.jsonl holds no usable row"),
     (sft, ["--dataset_name", "blank.jsonl"], "holds no usable row"), (grpo, ["--dataset_name", "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
@@ -141,8 +143,9 @@ def folder(tmp_path_factory):
     (path / "foreign" / "model").mkdir(parents=True)
     (path / "foreign" / "model" / "precious").write_text("keep me")
     (path / "another").mkdir()
-    torch.save({"step": 1, "args": {"adversarial": torch.zeros(2)}, "weights": {}, "optimizer": {}, "kept": {}},
-               path / "another" / "state.pt")
+    state = {"step": 1, "args": {}, "data": {}, "weights": {}, "optimizer": {}, "kept": {}}
+    torch.save(state, path / "another" / "state.pt")
+    torch.save(state | {"data": {"x": torch.zeros(2)}}, (path / "tensor").mkdir() or path / "tensor" / "state.pt")
     (path / "damaged").mkdir()
     torch.save({"step": 1, "args": {}, "weights": {"x": torch.zeros(1000)}}, path / "damaged" / "state.pt")
     with open(path / "damaged" / "state.pt", "r+b") as file:  # one byte of the weights
@@ -172,9 +175,11 @@ def folder(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.add_tokens([f"<{i}>" for i in range(100)])
     tokenizer.save_pretrained(path / "wide")
-    for name, base, weights in (("orphan", "/nowhere/base", True), ("bare", CHECKPOINT, False), ("nameless", None, True), ("prompts", CHECKPOINT, True)):
+    for name, base, weights in (("orphan", "/nowhere/base", True), ("bare", CHECKPOINT, False), ("nameless", None, True), ("prompts", CHECKPOINT, True),
+                                ("activated", CHECKPOINT, True)):
         (path / name).mkdir()
         kind = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2} if name == "prompts" else {"peft_type": "LORA", "r": 4}
+        kind |= {"alora_invocation_tokens": [5, 6]} if name == "activated" else {}
         (path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "task_type": "CAUSAL_LM", **kind}))
         if weights:
             (path / name / "adapter_model.safetensors").write_text("")
