@@ -513,6 +513,15 @@ def test_the_loss_with_best_of_group_and_demonstrations_equals_the_formula_row_b
     assert metrics[0]["sampling/logprob_difference"] < 1e-4 and abs(metrics[0]["kl"]) < 1e-5
 
 
+def test_the_best_are_as_many_as_asked_for(tmp_path):
+    """Every completion has a score of its own, so that none ties."""
+    (tmp_path / "r.py").write_text("def own(completion_ids):\n    return [sum(i * t for t, i in enumerate(c)) for c in completion_ids]\n")
+    for fraction in (0.25, 0.75):
+        first, = run(grpo, tmp_path / str(fraction), "--eval_fraction", 0, "--batch_size", 2, "--num_generations", 4, "--max_steps", 1,
+                     "--temperature", 2, "--reward_funcs", f"{tmp_path}/r.py:own", "--best_fraction", fraction, "--sft_coef", 0.1)
+        assert first["best_fraction"] == fraction
+
+
 def test_the_gate_looks_at_correctness_alone_and_at_the_threshold():
     demonstration = {"sampled": 0.0, "nll": True}
     asked, without = {"demonstration": demonstration}, {}
