@@ -38,6 +38,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from bisect import bisect_left, bisect_right
@@ -300,7 +301,7 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
     "packing": "rows are not packed but sorted by length inside a step, which removes the padding",
     "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
-    "max_seq_length": "use --max_length", "use_peft": "use --lora_r 16",
+    "max_seq_length": "use --max_length", "use_peft": "use --lora_r 16", "lr": "use --learning_rate",
     "fp16": "bf16 autocast or fp32 only: --bf16", "per_device_eval_batch_size": "use --micro_batch_tokens",
     "tools": "tool calls are not supported"}
 
@@ -360,7 +361,7 @@ class Parser(HfArgumentParser):
     def unknown(self, word):
         """The sentence about a flag, or a file's argument, that there is not."""
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        close = difflib.get_close_matches(name, self.names, n=1)
+        close = difflib.get_close_matches(name, self.names, n=1) or [n for n in self.names if name in n]
         dashes = "--" if word.startswith("--") else ""
         hint = f"; did you mean {dashes}{close[0]}?" if close else "; --help lists the flags"
         instead = INSTEAD.get(name, "")
@@ -862,7 +863,8 @@ def read_file(path):
                 f"{path}: unknown kind of file; .json, .jsonl, .csv and .parquet are read")
         with open(path, "rb") as file:
             if not re.match(rb"(\xef\xbb\xbf)?\s*\[", file.peek(64)):
-                return [(parse_json(line), f"{path}:{n}") for n, line in enumerate(file, 1) if line.strip()]
+                lines = enumerate(map(bytes.strip, file), 1)
+                return [(parse_json(line), f"{path}:{n}") for n, line in lines if line]
             rows = parse_json(file.read())
         require(isinstance(rows, list), f"{path}: {rows}")
     return ((row, f"{path} row {i}") for i, row in enumerate(rows))
@@ -1274,14 +1276,9 @@ def make_row(ids, mask, **fields):
     return {"input_ids": ids, "mask": mask, "trained": int(mask.sum()), **fields}
 
 
-def truncate(ids, mask, max_length):
-    """Cuts both to max_length: the prompt's beginning, down to max_length / 2, then the completion's end."""
-    kept = kept_part(len(ids), mask.index(1), max_length)
-    return ids[kept], mask[kept]
-
-
 def kept_part(length, answer, max_length):
-    """The slice that is left of a row of so many tokens, whose completion begins at place `answer`."""
+    """The slice that is left of a row of so many tokens, whose completion begins at place `answer`: it loses
+    the prompt's beginning, down to max_length / 2, then the completion's end."""
     start = max(0, min(length - max_length, answer - max_length // 2))
     return slice(start, start + max_length)
 
@@ -1293,21 +1290,15 @@ def upto_answer(part):
     return {**part, "input_ids": ids[:end], "mask": mask[:end]}
 
 
-def encode_text(tokenizer, text):
-    """Raw text plus EOS, all of it trained; BOS once, if the tokenizer adds one."""
-    ids = tokenizer(text)["input_ids"]
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids = ids[1:]
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        ids = ids + [tokenizer.eos_token_id]
-    return {"input_ids": ids, "mask": [1] * len(ids), "notes": {}}
-
-
 def encode_sft(tokenizer, conversation, completion_only_loss=True):
-    """What to_conversation gives -> its encodings, as encode_conversation gives them. ValueError."""
-    if "text" in conversation:
-        return [encode_text(tokenizer, conversation["text"])]
-    return encode_conversation(tokenizer, conversation["messages"], completion_only_loss)
+    """What to_conversation gives -> its encodings, as encode_conversation gives them. ValueError. Raw text
+    gets an EOS, is trained as a whole, and begins with one BOS, if the tokenizer adds one."""
+    if "messages" in conversation:
+        return encode_conversation(tokenizer, conversation["messages"], completion_only_loss)
+    ids = tokenizer(conversation["text"])["input_ids"]
+    doubled = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+    ids = ids[doubled:] + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
+    return [{"input_ids": ids, "mask": [1] * len(ids), "notes": {}}]
 
 
 def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
@@ -1318,7 +1309,8 @@ def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
         counts["rows split into turns"] += len(parts) > 1
         for part in parts:
             whole, mask, notes = (part.pop(name) for name in ("input_ids", "mask", "notes"))
-            row = make_row(*truncate(whole, mask, max_length), **part)
+            kept = kept_part(len(whole), mask.index(1), max_length)
+            row = make_row(whole[kept], mask[kept], **part)
             if row["trained"]:
                 rows.append(row)
             counts["cut to max_length"] += len(whole) > max_length
@@ -1637,8 +1629,8 @@ def try_rewards(rewards, train, held, args):
         if unread:
             say(f"warning  accuracy does not apply to {len(unread):,} of {len(train):,} prompts: it reads no "
                 f"number in their answers, such as {unread[0]}")
-    score(rewards, train[:1], [{"text": "a first try", "completion_ids": [0], "truncated": False}], 0, 0,
-          args.reward_timeout)
+    n, trial = max(2, args.num_generations), {"text": "made up, to try the rewards", "truncated": False}
+    score(rewards, train[:1] * n, [trial | {"completion_ids": [0]}] * n, 0, 0, args.reward_timeout)
 
 
 def load_reward(name, weight, args, device):
@@ -1731,6 +1723,10 @@ def call_reward(function, given, n):
     **kwargs: what it does to them changes nothing for others -> its values as a list, where they have an
     order; of an endless one n + 1."""
     parameters = inspect.signature(function).parameters
+    for p in parameters.values():
+        needed = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if needed and p.name not in given:
+            raise TypeError(f"it asks for {p.name!r}, and there are only {', '.join(given)}")
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     values = function(**{
         name: [copy.deepcopy(one) for one in value] if isinstance(value, list) else copy.copy(value)
@@ -1753,8 +1749,12 @@ def checked_values(name, function, given, places, timeout):
             one = {k: v[i:i + 1] if isinstance(v, list) else v for k, v in given.items()}
             checked_values(name, function, one, places[i:i + 1], timeout)
         where = rows[0] if len(rows) == 1 else "the whole batch"
+        own = getattr(getattr(function, "__code__", None), "co_filename", None)
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+                 if frame.f_code.co_filename == own]
+        at = f" ({os.path.basename(own)}:{lines[-1]})" if lines and own != __file__ else ""
         raise UserError(f"reward function '{name}' raised {type(error).__name__}: "
-                        f"{' '.join(str(error).split())}, on {where}") from error
+                        f"{' '.join(str(error).split())}{at}, on {where}") from error
     returned = f"reward function '{name}' returned"
     require(isinstance(values, list), f"{returned} {type(values).__name__}, not a list of numbers")
     require(len(values) == len(places), f"{returned} {len(values)} values for {len(places)} completions")
@@ -1972,7 +1972,7 @@ def base_and_adapter(name):
         with explain(f"{name}/adapter_config.json is not readable"):
             config = PeftConfig.from_pretrained(name)
             base, adapter, kind = config.base_model_name_or_path, name, str(config.peft_type)
-            require(not getattr(config, "alora_invocation_tokens", None), "an activated LoRA is not supported")
+            require(not getattr(config, "alora_invocation_tokens", None), "activated LoRA is not supported")
         require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
                 f"{name} holds no adapter weights")
         require(kind.endswith(".LORA"), f"{name} is an adapter of type {kind.partition('.')[2]}, not LoRA")
@@ -2446,8 +2446,11 @@ def check_free(args):
         return
     names = outputs(args)
     used = [name for name in names if os.path.lexists(os.path.join(args.output_dir, name))]
-    # asked to go on, but killed before its first checkpoint: such a run has no model/ yet
-    started = args.resume_from_checkpoint == "latest" and not {"model", "merged"}.intersection(used)
+    # it ended before its first checkpoint, and is asked to go on, or made one step at most
+    log, *paths = (os.path.join(args.output_dir, name) for name in ("metrics.jsonl", *used))
+    with explain(log, OSError), open(log if os.path.isfile(log) else os.devnull, "rb") as file:
+        started = all(map(os.path.isfile, paths)) and len(file.readlines()) < 2
+    started |= args.resume_from_checkpoint == "latest" and not {"model", "merged"}.intersection(used)
     require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
             "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
     require(not used or args.overwrite_output_dir or started,
@@ -2565,14 +2568,10 @@ def fingerprint_of_file(path):
 def fingerprint(rows):
     """A digest of all that the rows hold, but for their places, so that no run goes on with other data."""
     def plain(value):
-        if isinstance(value, dict):
-            return [(name, plain(v)) for name, v in sorted(value.items())]
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return value.numpy().tobytes() if torch.is_tensor(value) else value
+        return value.numpy().tobytes().hex() if torch.is_tensor(value) else repr(value)
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr(plain({**row, "place": None})).encode())
+        digest.update(json.dumps({**row, "place": None}, default=plain, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

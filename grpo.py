@@ -478,7 +478,7 @@ def credit(groups, args):
         kept = not (args.mask_truncated_completions and row["truncated"])
         row["mask"] = row["mask"] * kept
         row["advantage"], row["nll"] = advantage.item(), is_best.item() and kept
-        row["note"] = f"score {row['score']:.4g}, "
+        row["note"] = f"score {row['score']:.4g}, advantage {row['advantage']:.4g}, "
 
 
 def demonstrate(group, threshold, gate):
@@ -605,7 +605,7 @@ def main(args):
         reference, use_reference = common.make_reference(model, args, run.device)
     policy, optimizer = run.prepare(Policy(model), make_optimizer(model, args))
     check_head(policy, model, {"input_ids": train[0]["prompt_ids"]}, run)
-    run.start(rollouts * updates, f"{rollouts} rollouts of {args.batch_size} prompts x "
+    run.start(rollouts * updates, f"{rollouts} rollouts of {min(args.batch_size, len(train))} prompts x "
               f"{args.num_generations} completions, {updates} update(s) each")
 
     def complete(prompts, num_generations=1, seed=None, first=0):

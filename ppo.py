@@ -640,7 +640,7 @@ def main(args):
         reference, use_reference = common.make_reference(model, args, run.device)
     policy, optimizer = run.prepare(module, make_optimizer(module, args))
     check_head(policy, model, {"input_ids": train[0]["prompt_ids"]}, run)
-    run.start(rollouts * updates, f"{rollouts} rollouts of {args.batch_size} prompts x "
+    run.start(rollouts * updates, f"{rollouts} rollouts of {min(args.batch_size, len(train))} prompts x "
               f"{args.num_generations} completion(s), {updates} update(s) each")
 
     def report():

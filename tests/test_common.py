@@ -186,8 +186,8 @@ def test_raw_text_has_one_bos_and_one_eos_and_all_of_it_counts(tokenizer):
     bos = TEMPLATES["plain"][0]
     for t, text, want in ((tokenizer, "hi", "[[hi<|end|>]]"), (tokenizer, "hi<|end|>", "[[hi<|end|>]]"),
                           (bos, "hi", "[[<s>hi<|end|>]]"), (bos, "<s>hi", "[[<s>hi<|end|>]]")):
-        assert marked(t, common.encode_text(t, common.to_conversation({"text": text},
-                                                            "text")["text"])) == want
+        encoded, = common.encode_sft(t, common.to_conversation({"text": text}, "text"))
+        assert marked(t, encoded) == want
 
 
 # ---- templates that make trouble ---------------------------------------------------------------------------
@@ -393,10 +393,12 @@ def test_a_day_that_cannot_be_fixed_is_refused_and_a_scorer_keeps_its_own(tmp_pa
 
 def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end():
     ids, mask = list(range(10)), [0] * 6 + [1] * 4
-    for length, want in ((10, range(10)), (8, range(2, 10)), (5, range(4, 9)), (1, range(6, 7))):
-        assert common.truncate(ids, mask, length) == (list(want), [int(i >= 6) for i in want])
-    assert common.truncate(ids, [1] * 10, 4) == ([0, 1, 2, 3], [1] * 4)
-    assert common.truncate(ids, [0] + [1] * 9, 4) == ([0, 1, 2, 3], [0, 1, 1, 1])
+    for length, want in ((10, range(10)), (8, range(2, 10)), (5, range(4, 9))):
+        row, = common.encode_rows([({}, {}, "")], lambda *_: [{"input_ids": ids, "mask": mask, "notes": {}}],
+                                  length, common.Counter())
+        assert row["input_ids"].tolist() == list(want) and row["trained"] == sum(i >= 6 for i in want)
+    assert [common.kept_part(10, answer, 4) for answer in (0, 1)] == [slice(0, 4)] * 2
+    assert common.kept_part(10, 6, 1) == slice(6, 7)
 
 
 def test_pad():

@@ -75,7 +75,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--output_dir", "theirs", "--model_name_or_path", os.path.join(TINY, "model"), "--lora_r", "4"], "theirs holds base but no args.json"),
     (grpo, ["--audit", "theirs.html"], "--audit theirs.html: another file is there"), (grpo, ["--audit", "theirs"], "expected the name of an .html file"),
     (sft, ["--resume_from_checkpoint", "tensor"], "--resume_from_checkpoint tensor: damaged: Object of type Tensor"),
-    (sft, ["--model_name_or_path", "./activated"], "an activated LoRA is not supported"),
+    (sft, ["--model_name_or_path", "./activated"], "activated LoRA is not supported"),
     (sft, ["--resume_from_checkpoint", "strange"], "--resume_from_checkpoint strange: it is no checkpoint of this project's"),
     (sft, ["--dataset_name", "missing.jsonl"], "no such file: missing.jsonl"), (sft, ["--dataset_name", "empty.jsonl"], "empty.jsonl holds no usable row"),
     (sft, ["--dataset_name", "blank.jsonl"], "holds no usable row"), (grpo, ["--dataset_name", "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
@@ -95,10 +95,10 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--reward_funcs", "raises.py"], "say which: raises.py:function"), (grpo, ["--reward_funcs", "nope.py:f"], "no such file: nope.py"),
     (grpo, ["--reward_funcs", "raises.py:g"], "no function 'g'"), (grpo, ["--reward_funcs", "syntax.py:f"], "raised SyntaxError"),
     (grpo, ["--reward_funcs", "exits.py:f"], "raised SystemExit: 3"),
-    (grpo, ["--reward_funcs", "raises.py:f"], "'f' raised RuntimeError: no network at all, on the completion 'a first try' of row"),
-    (grpo, ["--reward_funcs", "short.py:f"], "returned 0 values for 1 completions"), (grpo, ["--reward_funcs", "nan.py:f"], "returned nan"),
+    (grpo, ["--reward_funcs", "raises.py:f"], "'f' raised RuntimeError: no network at all (raises.py:2), on the completion 'made up, to try the rewards' of row"),
+    (grpo, ["--reward_funcs", "short.py:f"], "returned 0 values for 8 completions"), (grpo, ["--reward_funcs", "nan.py:f"], "returned nan"),
     (grpo, ["--reward_funcs", "text.py:f"], "returned str"),
-    (grpo, ["--reward_funcs", "hangs.py:f", "--reward_timeout", "0.2"], "'f' raised TimeoutError: no answer in 0.2 s (--reward_timeout), on the whole batch"),
+    (grpo, ["--reward_funcs", "hangs.py:f", "--reward_timeout", "0.2"], "'f' raised TimeoutError: no answer in 0.2 s (--reward_timeout) (hangs.py:3), on the whole batch"),
     (ppo, ["--reward_funcs", "hangs.py:g", "--reward_timeout", "0.2"], "'g' raised TimeoutError: no answer in 0.2 s"),
     (sft, ["--resume_from_checkpoint", "another"], "was written with --"),
     (sft, ["--resume_from_checkpoint", "damaged"], "--resume_from_checkpoint damaged: damaged: its checksums do not fit"),
@@ -237,6 +237,27 @@ def test_what_a_run_reads_is_not_replaced_by_it(tmp_path, monkeypatch):
         common.open_run(common.parse_args(ppo.Args, [*tiny, "--resume_from_checkpoint", "latest"]))
 
 
+def test_a_run_that_failed_at_its_start_is_begun_again_by_the_same_command(tmp_path):
+    """It has an evaluation in its log, and nothing that was trained; two steps are refused, as is anything that is no file."""
+    (tmp_path / "r.py").write_text("def mine(completions):\n    return [1 / (c[0] == 'm') for c in completions]\n")
+    flags = [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--batch_size", "2",
+             "--num_generations", "2", "--eval_fraction", "0.001", "--overwrite_output_dir", "False", "--max_completion_length", "8"]
+    go = lambda *more: grpo.main(common.parse_args(grpo.Args, [*flags, *more]))
+    for _ in range(2):
+        def child():
+            with pytest.raises(common.UserError, match=r"'mine' raised ZeroDivisionError: division by zero \(r.py:2\)"):
+                go("--reward_funcs", f"{tmp_path}/r.py:mine")
+        assert in_child(child) == 0 and (tmp_path / "out" / "args.json").exists()
+    assert in_child(go) == 0
+    shutil.rmtree(tmp_path / "out" / "model")
+    with pytest.raises(common.UserError, match="already holds a run"):
+        go()
+    os.remove(tmp_path / "out" / "metrics.jsonl")
+    (tmp_path / "out" / "metrics.jsonl").mkdir()
+    with pytest.raises(common.UserError, match="already holds a run"):
+        go()
+
+
 @pytest.mark.parametrize("name, sentence", [("args.json", "args.json: argument --learning_rate"), ("unknown.json", "did you mean learning_rate"),
                                             ("list.json", "must hold one JSON object"), ("broken.json", "is not valid JSON"),
                                             ("missing.json", "cannot read the arguments file"), ("stray", "expected --flag value")])
@@ -372,7 +393,7 @@ def test_no_pickle_is_loaded(kind, tmp_path):
 
 
 def test_a_latest_checkpoint_that_runs_code_is_passed_over(tmp_path, capsys):
-    whole = {"step": 1, "args": {}, "weights": {}, "optimizer": {}, "kept": {}}
+    whole = {"step": 1, "args": {}, "data": {}, "weights": {}, "optimizer": {}, "kept": {}}
     for path, state in (("step-00000001", whole), ("step-00000002", {"step": 2, "x": Payload(tmp_path / "executed")})):
         (tmp_path / "checkpoints" / path).mkdir(parents=True)
         torch.save(state, tmp_path / "checkpoints" / path / "state.pt")

@@ -85,7 +85,7 @@ def test_only_built_in_rewards_are_told_what_was_cut_and_evaluation_reads_as_acc
 
 def test_answers_that_accuracy_cannot_read_are_said_or_refused(capsys):
     rewards, good, bad = {"accuracy": Reward(common.accuracy, 1.0)}, rows(2, answer="7"), rows(1, answer="11:30")
-    args = SimpleNamespace(dataset_name="d.jsonl", reward_timeout=5)
+    args = SimpleNamespace(dataset_name="d.jsonl", reward_timeout=5, num_generations=1)
     common.try_rewards(rewards, good + bad, [], args)
     assert "accuracy does not apply to 1 of 3 prompts: it reads no number in their answers, such as '11:30' of file:1" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="accuracy reads a number in no answer, such as '11:30' of file:1: give numbers"):
@@ -259,7 +259,7 @@ def leave(completions): raise SystemExit(0)
 @pytest.mark.parametrize("name, sentence", [
     ("retries", "'retries' gave no answer in 0.2 s (--reward_timeout), and goes on"), ("catches_all", "and goes on"), ("own_alarm", "and goes on"),
     ("returns_after_all", "raised TimeoutError: no answer in 0.2 s"), ("waits", "raised TimeoutError: no answer in 0.2 s"), ("children", "and goes on"),
-    ("in_c", "Timeout"), ("leave", "raised SystemExit: 0, on the completion 'a' of row file:1")])
+    ("in_c", "Timeout"), ("leave", "on the completion 'a' of row file:1")])
 def test_a_reward_that_does_not_end_or_ends_the_process_ends_the_run(name, sentence, monkeypatch, capfd):
     """Whatever it catches, and whoever has the alarm: code 2, one sentence that names it, and no process of its own left."""
     monkeypatch.setattr(common, "GRACE", 0.3)
@@ -276,6 +276,13 @@ def test_a_reward_that_does_not_end_or_ends_the_process_ends_the_run(name, sente
     else:
         assert status == 2 and error.count("\n") == 1 and f": error: reward function '{name}' " in error
     assert subprocess.run(["pgrep", "-f", "^sleep 61.5"], stdout=subprocess.DEVNULL).returncode == 1
+
+
+def test_a_reward_that_asks_for_a_column_that_is_not_there_is_told_which_are():
+    def mine(completions, *rest, answr, prompts=None, **more):
+        return [0.0] * len(completions)
+    with pytest.raises(common.UserError, match="'mine' raised TypeError: it asks for 'answr', and there are only .*completions"):
+        common.score({"mine": Reward(mine, 1.0, "r.py")}, rows(), sampled("a", "b"), 0, 1)
 
 
 def test_a_reward_that_draws_random_numbers_of_its_own_does_not_change_training(tmp_path):
