@@ -273,3 +273,16 @@ def test_a_rising_evaluation_loss_is_said_aloud(script, tmp_path, capsys, monkey
         monkeypatch.setattr(script, "evaluate", falsified)
         run(script, tmp_path / name, *flags)
         assert capsys.readouterr().out.count("risen three times in a row, from 0.4000: the model overfits. Take fewer epochs") == warned
+
+
+def test_equal_scores_order_no_pair(monkeypatch, tmp_path):
+    """A head of zeros: neither in training nor in evaluation is a tie counted as right."""
+    load_model = common.load_model
+
+    def zeroed(*a, **k):
+        model = load_model(*a, **k)
+        torch.nn.init.zeros_(model.score.weight)
+        return model
+    monkeypatch.setattr(common, "load_model", zeroed)
+    before, step, *_ = run(reward_model, tmp_path / "out", "--max_steps", 1, "--batch_size", 4)
+    assert before["eval/accuracy"] == step["accuracy"] == before["eval/margin"] == step["margin"] == 0
