@@ -1,5 +1,6 @@
 """common.py, arguments and data: every format under every kind of template, to the last token; files; --help."""
 
+import hashlib
 import inspect
 import json
 import os
@@ -531,6 +532,8 @@ def test_hold_out_goes_by_prompt_and_not_by_order():
     assert not {p for p, _ in train} & {p for p, _ in held}
     back = common.hold_out(items[::-1], [p for p, _ in items[::-1]], 0.1)
     assert {p for p, _ in back[1]} == {p for p, _ in held} and train == sorted(train, key=lambda x: x[1])
+    smallest = sorted({p for p, _ in items}, key=lambda p: hashlib.sha256(p.encode()).hexdigest())
+    assert {p for p, _ in held} <= set(smallest[:40]) and smallest[0] in {p for p, _ in held}  # 3 or 4 rows each
 
 
 @pytest.mark.parametrize("groups, fraction, held", [

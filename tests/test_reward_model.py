@@ -286,3 +286,12 @@ def test_equal_scores_order_no_pair(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "load_model", zeroed)
     before, step, *_ = run(reward_model, tmp_path / "out", "--max_steps", 1, "--batch_size", 4)
     assert before["eval/accuracy"] == step["accuracy"] == before["eval/margin"] == step["margin"] == 0
+
+
+def test_scores_of_a_row_are_taken_by_their_names(tokenizer):
+    """Whatever their order in the file; the names are those of the first row, sorted."""
+    args = common.parse_args(reward_model.Args, [os.path.join(TINY, "reward_model.json")])
+    items = [(common.to_scored({"prompt": "1+1", "completion": "2", "score": scores}, "prompt_completion_score"), {}, "here")
+             for scores in ({"b": 1, "a": 2}, {"a": 2, "b": 1})]
+    groups = reward_model.encode_scored_rows(items, tokenizer, args, common.Counter(), ["a", "b"])
+    assert reward_model.given_scores([row for row, in groups], ["a", "b"]).tolist() == [[2, 1], [2, 1]]

@@ -451,9 +451,10 @@ def test_the_lowest_blocks_stay_as_they_were(tmp_path, capsys, thirty_rows):
 
 
 @pytest.mark.parametrize("kind, names", [("llama", ("embed_tokens", "layers.0.")), ("llama-tied", ("layers.0.",)), ("gpt2", ("wte", "h.0."))])
-def test_an_embedding_is_frozen_with_them_unless_it_is_the_head(kind, names):
+@pytest.mark.parametrize("share", [0.2, 0.9])  # of two blocks: at least one, and rounded down
+def test_an_embedding_is_frozen_with_them_unless_it_is_the_head(kind, names, share):
     model = tiny_model(kind)
-    sft.freeze_lowest(model, 0.2)  # of two blocks: at least one
+    sft.freeze_lowest(model, share)
     assert all(p.requires_grad != any(n in name for n in names) for name, p in model.named_parameters())
 
 
