@@ -14,7 +14,7 @@ sys.path.insert(0, ROOT)
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PhiConfig
 
 import common
 
@@ -102,11 +102,15 @@ def tokenizer():
 
 
 def tiny_model(kind, seed=0):
-    """A random model of 64 dimensions over the byte tokenizer's 320 ids: llama (tied or not) or gpt2."""
+    """A random model of 64 dimensions over the byte tokenizer's 320 ids: llama (tied or not), gpt2, or phi,
+    whose head has a bias."""
     torch.manual_seed(seed)
     if kind == "gpt2":
         config = GPT2Config(vocab_size=320, n_positions=512, n_embd=64, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=260,
                             tie_word_embeddings=False)
+    elif kind == "phi":
+        config = PhiConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                           max_position_embeddings=512, bos_token_id=None, eos_token_id=260)
     else:
         config = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
                              num_key_value_heads=1, tie_word_embeddings=kind == "llama-tied", attention_dropout=0.0,
@@ -114,5 +118,7 @@ def tiny_model(kind, seed=0):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():  # spread the logits out, so that agreement means something
         model.get_output_embeddings().weight.mul_(8)
+        if kind == "phi":
+            model.lm_head.bias.normal_()
     common.no_dropout(model)  # gpt2 has it on by default
     return model.train()

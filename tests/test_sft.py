@@ -37,7 +37,7 @@ def test_a_masked_infinity_gives_neither_loss_nor_gradient():
 # ---- log-probs ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.promise("formulas")
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "phi"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
     """Values and gradients of a padded batch against log_softmax + gather on each row alone."""
