@@ -1,12 +1,14 @@
-"""What main hands on, in all five scripts: clipping, the learning rate, the order of the rows."""
+"""What main hands on, in all five scripts: clipping, the learning rate, AdamW, the order of the rows."""
 
 import json
 import os
 from itertools import islice
 
 import pytest
+import torch
 from conftest import TINY, RecordGradients, run
 
+import common
 import dpo
 import grpo
 import ppo
@@ -41,6 +43,32 @@ def test_the_gradient_is_clipped_and_the_rate_is_that_of_the_step(script, few, t
         assert RecordGradients.last.rates[0] == step["learning_rate"] == pytest.approx(0.02 / 4)
     assert seen[1].norm().item() == pytest.approx(1e-3, rel=1e-3)
     assert (seen[1] / seen[1].norm() - seen[0] / seen[0].norm()).norm() < 1e-3, "scaled, and not turned"
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])  # so small a tensor has moments of 32 bits
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_optimizer_is_adamw_by_its_formula(script, optim):
+    """Three steps by hand (Loshchilov 2019, arXiv 1711.05101, algorithm 2), betas 0.9 and 0.999, epsilon 1e-8;
+    some gradients are so small that epsilon counts. Biases do not decay, frozen weights stay."""
+    pytest.importorskip("bitsandbytes") if optim == "adamw_8bit" else None
+    file = os.path.join(TINY, f"{script.__name__}.json")
+    args = common.parse_args(script.Args, [file, "--learning_rate", "0.01", "--weight_decay", "0.5", "--optim", optim])
+    torch.manual_seed(0)
+    module, frozen = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3).requires_grad_(False)
+    both = torch.nn.ModuleList([module, frozen])
+    start = {name: p.detach().clone() for name, p in both.named_parameters()}
+    optimizer, moments = script.make_optimizer(both, args), {}
+    for step in range(1, 4):
+        for name, p in module.named_parameters():
+            p.grad = torch.randn(p.shape) * 10.0 ** torch.randint(-8, 1, p.shape)
+            m, v = moments.get(name, (0, 0))
+            m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad.square()
+            update = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+            decay = 0.5 * 0.01 if p.ndim == 2 else 0
+            moments[name], start[f"0.{name}"] = (m, v), (1 - decay) * start[f"0.{name}"] - 0.01 * update
+        optimizer.step()
+    for name, p in both.named_parameters():
+        torch.testing.assert_close(p.detach(), start[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
