@@ -324,7 +324,9 @@ def test_learning_rate_is_a_plain_function_of_the_step():
     args.lr_scheduler_type = "constant"
     assert at()[2:] == [1.0] * 4
     args.lr_scheduler_type, args.warmup_steps = "cosine", 0.0
-    assert at()[0] == 1.0 and at()[3] == 0.5
+    assert at() == [1.0, 0.933, 0.75, 0.5, 0.25, 0.067]  # (1 + cos of 0, 30, 60 ... degrees) / 2
+    args.warmup_steps = 0.25  # a share: 1.5 of 6 steps, then 4.5 of decay
+    assert at() == [0.3333, 0.6667, 0.9698, 0.75, 0.4132, 0.117]  # at 1/9, 3/9, 5/9 and 7/9 of it
 
 
 def test_trained_weights_are_fp32_whatever_the_checkpoint_is_in(tmp_path):
