@@ -93,3 +93,20 @@ def test_prompts_are_trained_on_where_that_is_asked_for(few, tmp_path):
     alone, whole = (run(sft, tmp_path / f"{only}", *flags, "--completion_only_loss", only)[0] for only in (True, False))
     assert whole["trained_tokens"] == whole["num_tokens"] - 4 and alone["num_tokens"] == whole["num_tokens"]
     assert alone["trained_tokens"] < whole["trained_tokens"] - 4 * 4
+
+
+@pytest.mark.parametrize("script", [ppo, grpo], ids=lambda script: script.__name__)
+def test_every_pass_over_a_rollout_cuts_it_anew(script, few, tmp_path, monkeypatch):
+    """Three passes of two minibatches, two rollouts: each pass has every row once, and no two the same halves."""
+    halves, micro_batches = [], script.common.Run.micro_batches
+
+    def spy(self, groups, fields=(), module=None, micro_batch_tokens=None):
+        if module is not None:
+            halves.append(frozenset(row["number"] for row in groups))
+        return micro_batches(self, groups, fields, module, micro_batch_tokens)
+    monkeypatch.setattr(script.common.Run, "micro_batches", spy)
+    run(script, tmp_path / "out", *FIRST, *few, "--batch_size", 8, "--num_generations", 2, "--max_completion_length", 8,
+        "--num_iterations", 3, "--num_minibatches", 2, "--max_steps", 12)
+    passes = [frozenset(halves[i:i + 2]) for i in range(0, len(halves), 2)]
+    assert len(set(passes)) == len(passes) == 6
+    assert all(len(half) == 8 for half in halves) and all(len(frozenset.union(*halves)) == 16 for halves in passes)
