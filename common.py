@@ -361,7 +361,8 @@ class Parser(HfArgumentParser):
     def unknown(self, word):
         """The sentence about a flag, or a file's argument, that there is not."""
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        close = difflib.get_close_matches(name, self.names, n=1) or [n for n in self.names if name in n]
+        close = difflib.get_close_matches(name, self.names, n=1)
+        close = close or [n for n in self.names if {*name.split("_")} <= {*n.split("_")}]
         dashes = "--" if word.startswith("--") else ""
         hint = f"; did you mean {dashes}{close[0]}?" if close else "; --help lists the flags"
         instead = INSTEAD.get(name, "")

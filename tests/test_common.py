@@ -397,7 +397,7 @@ def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end(
     for length, want in ((10, range(10)), (8, range(2, 10)), (5, range(4, 9))):
         row, = common.encode_rows([({}, {}, "")], lambda *_: [{"input_ids": ids, "mask": mask, "notes": {}}],
                                   length, common.Counter())
-        assert row["input_ids"].tolist() == list(want) and row["trained"] == sum(i >= 6 for i in want)
+        assert row["input_ids"].tolist() == list(want) and row["mask"].tolist() == [int(i >= 6) for i in want]
     assert [common.kept_part(10, answer, 4) for answer in (0, 1)] == [slice(0, 4)] * 2
     assert common.kept_part(10, 6, 1) == slice(6, 7)
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, WHOLE as TINY
+from conftest import ROOT, WHOLE
 
 
 def shell(*words, cwd=ROOT, expect=0):
@@ -43,6 +43,7 @@ def test_ppo_goes_past_them_too(tmp_path):
     shell("accelerate", "launch", "ppo.py", "--output_dir", tmp_path)
     reached = accuracies(tmp_path)
     assert 0.15 < reached[0] < 0.6 and reached[-1] >= 0.97
+    assert sorted(os.listdir(tmp_path)) == [".lock", "args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
 
 
 @pytest.mark.long
@@ -65,13 +66,16 @@ def test_dpo_learns_to_carry(tmp_path):
 def test_reward_model_tells_right_from_forgetful(tmp_path):
     shell("accelerate", "launch", "reward_model.py", "--output_dir", tmp_path)
     assert accuracies(tmp_path)[-1] >= 0.97
+    with open(tmp_path / "metrics.jsonl") as file:
+        errors = [m["eval/calibration_error"] for m in map(json.loads, file) if "eval/calibration_error" in m]
+    assert errors[-1] < 0.3
 
 
 def test_two_files_in_an_empty_folder_run(tmp_path):
     for name in ("grpo.py", "common.py"):
         shutil.copy(os.path.join(ROOT, name), tmp_path)
-    shutil.copy(os.path.join(TINY, "addition.jsonl"), tmp_path)
-    done = shell(sys.executable, "grpo.py", "--model_name_or_path", os.path.join(TINY, "sft"), "--dataset_name", "addition.jsonl", "--max_steps", 1,
+    shutil.copy(os.path.join(WHOLE, "addition.jsonl"), tmp_path)
+    done = shell(sys.executable, "grpo.py", "--model_name_or_path", os.path.join(WHOLE, "sft"), "--dataset_name", "addition.jsonl", "--max_steps", 1,
                  "--batch_size", 2, "--eval_fraction", "0.001", "--max_completion_length", 80, cwd=tmp_path)
     assert "saved    out/grpo/model" in done.stdout
     done = shell(sys.executable, "grpo.py", cwd=tmp_path, expect=2)
@@ -85,12 +89,12 @@ def test_importing_a_script_runs_nothing(tmp_path):
 
 
 def test_make_regenerates_data_and_tokenizer_byte_for_byte(tmp_path, monkeypatch):
-    sys.path.insert(0, TINY)
+    sys.path.insert(0, WHOLE)
     import make
     make.make_data(tmp_path)
     make.make_model(tmp_path / "model")
-    for name in ["addition.jsonl", "preferences.jsonl", *(os.path.join("model", n) for n in os.listdir(os.path.join(TINY, "model")))]:
-        assert (tmp_path / name).read_bytes() == open(os.path.join(TINY, name), "rb").read(), name
+    for name in ["addition.jsonl", "preferences.jsonl", *(os.path.join("model", n) for n in os.listdir(os.path.join(WHOLE, "model")))]:
+        assert (tmp_path / name).read_bytes() == open(os.path.join(WHOLE, name), "rb").read(), name
 
 
 def test_the_demonstrations():
@@ -98,7 +102,7 @@ def test_the_demonstrations():
     assert make.demonstration(17, 48, True) == "<think>7+8+0=15 1+4+1=6</think><answer>65</answer>"
     assert make.demonstration(17, 48, False) == "<think>7+8+0=15 1+4+0=5</think><answer>55</answer>"
     assert make.demonstration(99, 1, True) == "<think>9+1+0=10 9+0+1=10 0+0+1=1</think><answer>100</answer>"
-    with open(os.path.join(TINY, "addition.jsonl")) as file:
+    with open(os.path.join(WHOLE, "addition.jsonl")) as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == len({r["prompt"] for r in rows}) == 8000
     wrong = careful = 0

@@ -42,6 +42,8 @@ FILES = {
     "template.jinja": "{{ messages[0].content", "lossy.jinja": "{{ 'always the same' }}",
 }
 CASES = [  # (script, flags on top of its small example, what the sentence must say)
+    (sft, ["--model", "x"], "unknown argument --model; did you mean --model_name_or_path?"), (sft, ["--x", "1"], "unknown argument --x; --help lists the flags"),
+    (sft, ["--lr", "1"], "unknown argument --lr: use --learning_rate"),
     (sft, ["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate?"),
     (grpo, ["--use_vllm"], "unknown argument --use_vllm: rollouts are sampled in the script itself"),
     (sft, ["--packing", "True"], "sorted by length"),

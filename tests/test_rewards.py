@@ -259,7 +259,7 @@ def leave(completions): raise SystemExit(0)
 @pytest.mark.parametrize("name, sentence", [
     ("retries", "'retries' gave no answer in 0.2 s (--reward_timeout), and goes on"), ("catches_all", "and goes on"), ("own_alarm", "and goes on"),
     ("returns_after_all", "raised TimeoutError: no answer in 0.2 s"), ("waits", "raised TimeoutError: no answer in 0.2 s"), ("children", "and goes on"),
-    ("in_c", "Timeout"), ("leave", "on the completion 'a' of row file:1")])
+    ("in_c", "Timeout"), ("leave", "raised SystemExit: 0 (<string>:23), on the completion 'a' of row file:1")])
 def test_a_reward_that_does_not_end_or_ends_the_process_ends_the_run(name, sentence, monkeypatch, capfd):
     """Whatever it catches, and whoever has the alarm: code 2, one sentence that names it, and no process of its own left."""
     monkeypatch.setattr(common, "GRACE", 0.3)

@@ -50,7 +50,8 @@ def test_the_gradient_is_clipped_and_the_rate_is_that_of_the_step(script, few, t
 def test_the_optimizer_is_adamw_by_its_formula(script, optim):
     """Three steps by hand (Loshchilov 2019, arXiv 1711.05101, algorithm 2), betas 0.9 and 0.999, epsilon 1e-8;
     some gradients are so small that epsilon counts. Biases do not decay, frozen weights stay."""
-    pytest.importorskip("bitsandbytes") if optim == "adamw_8bit" else None
+    if optim == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     file = os.path.join(TINY, f"{script.__name__}.json")
     args = common.parse_args(script.Args, [file, "--learning_rate", "0.01", "--weight_decay", "0.5", "--optim", optim])
     torch.manual_seed(0)
@@ -109,4 +110,4 @@ def test_every_pass_over_a_rollout_cuts_it_anew(script, few, tmp_path, monkeypat
         "--num_iterations", 3, "--num_minibatches", 2, "--max_steps", 12)
     passes = [frozenset(halves[i:i + 2]) for i in range(0, len(halves), 2)]
     assert len(set(passes)) == len(passes) == 6
-    assert all(len(half) == 8 for half in halves) and all(len(frozenset.union(*halves)) == 16 for halves in passes)
+    assert all(len(half) == 8 for half in halves) and all(len(frozenset.union(*both)) == 16 for both in passes)
