@@ -54,6 +54,7 @@ from itertools import accumulate, groupby, islice, repeat
 from operator import ge, gt, itemgetter, le, lt
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
+from unittest.mock import MagicMock, patch
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its import names what it lacks
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says every retry; the error comes at the end
@@ -226,7 +227,7 @@ class Args:
     date: str | None = arg(None, "what a chat template takes for today; default: the day the run began")
     load_in_4bit: bool = arg(False, "QLoRA: hold the frozen base in 4 bits (NF4, double quantisation)",
                              "lora_r or adapter")
-    lora_r: int = arg(0, "rank of the LoRA adapters; 0 trains all weights", least=0)
+    lora_r: int = arg(0, "rank of the LoRA adapters; 0 trains all weights", least=0, most=2**16)
     lora_alpha: int = arg(32, "scale of LoRA: its update is multiplied by lora_alpha / lora_r", NEW)
     lora_target_modules: list[str] | None = arg(
         None, "modules that get an adapter; default: all-linear", NEW)
@@ -2040,10 +2041,27 @@ def check_fit(model, base, tokenizer, args, scores):
     longest, limit = sum(getattr(args, flag) for flag in flags), max_positions(model)
     require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions: "
             f"lower --{' or --'.join(flags)}")
-    scaled = [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
-              if getattr(model.config, name, None) not in (None, 1)]
-    require(scores or not scaled, f"models of type {model.config.model_type} change their logits after "
-            f"the head ({', '.join(scaled)}), so their log-probs would be off: not supported")
+    with explain(f"models of type {model.config.model_type} are not supported: their trunk and their output "
+                 "head cannot be called apart"):
+        scores or after_head(model)
+
+
+@torch.no_grad()
+def after_head(model):
+    """What a causal model does to the outputs z of its head -> (scale, cap): its logits are scale z, or
+    cap tanh(scale z / cap) where cap is not None. Every config names it otherwise, so it is found by running
+    the model's own forward between a trunk and a head that say what they are told."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = model.get_output_embeddings()
+    told = torch.tensor([2.0**-10, 1e30])  # z: one that no cap changes, and one that a cap alone decides
+    hidden = torch.ones(1, 1, head.weight.shape[-1])
+    trunk, outputs = causal.base_model, MagicMock(last_hidden_state=hidden)
+    outputs.__getitem__.return_value = hidden
+    with (patch.object(getattr(trunk, "decoder", trunk), "forward", lambda *_, **__: outputs),
+          patch.object(head, "forward", lambda x: x[..., :1] * told)):  # a model may scale what goes in too
+        logits = causal(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+    small, most = logits[0, 0].tolist()
+    return small / told[0].item(), most if most < 1e20 else None
 
 
 def max_positions(model):

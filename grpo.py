@@ -138,9 +138,6 @@ class Args(common.Args):
         self.learning_rate = self.learning_rate or (1e-5 if lora else 1e-6)
 
 
-MAX_DRAWS = 10  # of --drop_flat_groups: after so many the step takes the groups that it has
-
-
 # ---- loss --------------------------------------------------------------------------------------------------
 
 def varies(scores):
@@ -248,27 +245,24 @@ def weigh(rows, args):
 class TokenLogprobs(torch.autograd.Function):
     """Log-prob, entropy and top-1 hit of N target tokens, with one chunk of the (N, V) logits in memory.
 
-    z = (h W^T + b) / temperature,  log p(y) = z_y - logsumexp(z),  d log p(y) / dz = onehot(y) - p. All is
-    fp32 but the matrix product, which autocast may do in bf16. Entropy (ppo, grpo) and hits (sft) carry no
-    gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
+    z = h W^T + b, with a cap cap tanh(z / cap);  log p(y) = z_y - logsumexp(z),  whose gradient to z is
+    onehot(y) - p. All is fp32 but the matrix product, which autocast may do in bf16. Entropy and hits carry
+    no gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
     CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
 
     @staticmethod
-    def logits(hidden, weight, bias, temperature, out):
+    def logits(hidden, weight, bias, cap, out):
         """z (n, V) fp32, in `out`: on a CPU, allocating it anew costs more than the softmax."""
         z = out[:len(hidden)]
-        if weight.dtype == torch.float32:
-            torch.mm(hidden, weight.T, out=z)
-        else:
-            z.copy_(hidden @ weight.T)
+        torch.mm(hidden, weight.T, out=z) if weight.dtype == torch.float32 else z.copy_(hidden @ weight.T)
         if bias is not None:
             z += bias
-        return z if temperature == 1 else z.div_(temperature)
+        return z if cap is None else z.div_(cap).tanh_().mul_(cap)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature):
-        device, ctx.temperature, ctx.dtype = hidden.device, temperature, weight.dtype
+    def forward(ctx, hidden, weight, bias, targets, cap):
+        device, ctx.cap, ctx.dtype = hidden.device, cap, weight.dtype
         if torch.is_autocast_enabled(device.type):  # by hand: autograd does not autocast a custom backward
             ctx.dtype = torch.get_autocast_dtype(device.type)
         w, count = weight.to(ctx.dtype), max(1, math.ceil(len(hidden) * len(weight) / TokenLogprobs.CHUNK))
@@ -277,7 +271,7 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs, entropy, hits = torch.empty(3, len(targets), device=device)
         with torch.autocast(device.type, enabled=False):
             for n in ctx.chunks:
-                z = TokenLogprobs.logits(hidden[n].to(ctx.dtype), w, bias, temperature, out_z)  # (n, V)
+                z = TokenLogprobs.logits(hidden[n].to(ctx.dtype), w, bias, cap, out_z)  # (n, V)
                 z -= z.amax(-1, keepdim=True)  # the largest is 0 now
                 p = torch.exp(z, out=out_p[:len(n)])
                 total = p.sum(-1)  # softmax's own sum is off by 3e-5 for V = 150,000, this one by 1e-6
@@ -293,17 +287,20 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _entropy, _hits):
         hidden, weight, bias, targets, p = ctx.saved_tensors
-        w, d_hidden = weight.to(ctx.dtype), torch.zeros_like(hidden)
+        w, d_hidden, cap = weight.to(ctx.dtype), torch.zeros_like(hidden), ctx.cap
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        out = torch.empty(len(ctx.chunks[0]) if ctx.chunks[1:] else 0, len(w), device=hidden.device)
+        out = torch.empty(len(ctx.chunks[0]) if ctx.chunks[1:] or cap else 0, len(w), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for n in reversed(ctx.chunks):
-                h, d_logprobs = hidden[n].to(ctx.dtype), grad[n, None] / ctx.temperature
-                if n is not ctx.chunks[-1]:
-                    p = TokenLogprobs.logits(h, w, bias, ctx.temperature, out)
-                    torch.softmax(p, -1, out=p)
-                dz = p.mul_(-d_logprobs).scatter_add_(-1, targets[n, None], d_logprobs).to(ctx.dtype)
+                h, d_logprobs = hidden[n].to(ctx.dtype), grad[n, None]
+                if n is not ctx.chunks[-1] or cap:
+                    z = TokenLogprobs.logits(h, w, bias, cap, out)
+                    p = torch.softmax(z, -1, out=None if cap else z)
+                dz = p.mul_(-d_logprobs).scatter_add_(-1, targets[n, None], d_logprobs)
+                if cap:  # the slope of cap tanh(z / cap)
+                    dz *= 1 - (z / cap).square_()
+                dz = dz.to(ctx.dtype)
                 d_hidden[n] = (dz @ w).to(hidden.dtype)
                 if d_weight is not None:
                     d_weight.addmm_(dz.T, h) if dz.dtype == torch.float32 else d_weight.add_(dz.T @ h)
@@ -319,6 +316,7 @@ class Policy(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self._no_split_modules = model, model._no_split_modules  # the units that FSDP shards
+        self.scale, self.cap = common.after_head(model)  # cohere and granite scale their logits, gemma 2 caps
 
     def hidden(self, input_ids):
         """input_ids (B, T) right-padded -> the trunk's last hidden states (B, T, d). There is no attention
@@ -331,7 +329,9 @@ class Policy(nn.Module):
         mask[:, 0] is 0: nothing predicts token 0."""
         head, counts = self.model.get_output_embeddings(), mask[:, 1:].bool()
         hidden, targets = hidden[:, :-1][counts], input_ids[:, 1:][counts]  # the causal shift: (N, d), (N,)
-        flat = TokenLogprobs.apply(hidden, head.weight, getattr(head, "bias", None), targets, temperature)
+        factor, bias = self.scale / temperature, getattr(head, "bias", None)
+        bias, cap = bias if bias is None else bias * factor, self.cap and self.cap / temperature
+        flat = TokenLogprobs.apply(hidden * factor, head.weight, bias, targets, cap)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return tuple(zeros.masked_scatter(mask.bool(), x) for x in flat)  # (N,) -> (B, T)
 
@@ -341,11 +341,9 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def check_head(policy, model, row, run):
-    """UserError if trunk + head do not give the model's own log-probs on a row's first tokens, which happens
-    when a model scales or caps its logits."""
+    """UserError if trunk, head, scale and cap do not give the model's log-probs on a row's first tokens."""
     ids = torch.as_tensor(row["input_ids"][:64]).long()[None].to(run.device)
-    mask = torch.ones_like(ids)
-    mask[:, 0] = 0
+    mask = torch.arange(ids.shape[1], device=run.device)[None].clamp(max=1)  # all but the first token
     model.eval()
     with run.accelerator.autocast():
         ours, _, _ = policy(ids, mask)
@@ -355,8 +353,8 @@ def check_head(policy, model, row, run):
     theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     worst = (ours[:, 1:] - theirs).abs().max().item()
     require(worst < (0.2 if run.args.bf16 else 1e-3),
-            f"models of type {model.config.model_type} change their logits after the head, "
-            f"so their log-probs would be off by {worst:.2g}: not supported")
+            f"models of type {model.config.model_type} do more to their logits than to scale and to cap "
+            f"them, so their log-probs would be off by {worst:.2g}: not supported")
 
 
 # ---- rollout -----------------------------------------------------------------------------------------------
@@ -581,6 +579,7 @@ def number_of_rollouts(args, train, held, updates):
     return math.ceil(math.ceil(len(train) / args.batch_size) * args.num_train_epochs)
 
 
+MAX_DRAWS = 10  # of --drop_flat_groups: after so many the step takes the groups that it has
 FIELDS = ("sampled", "sampled_logprobs", "old_logprobs", "advantage", "weight", "nll_weight")
 SHOWN = ("reward", "loss", "kl", "entropy", "completions/mean_length")
 PAGE = ("A token's share is weight x loss (the clipped surrogate, negated, and kl_coef ratio k3) - sft_coef "

@@ -14,7 +14,7 @@ sys.path.insert(0, ROOT)
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PhiConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PhiConfig
 
 import common
 
@@ -101,9 +101,19 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(os.path.join(TINY, "model"))
 
 
+CHANGED = {  # models that change their logits: the type, and how its config says it -> (scale, cap)
+    "gemma2": ({"final_logit_softcapping": 3.0}, (1.0, 3.0)), "nanochat": ({"final_logit_softcapping": 3.0}, (1.0, 3.0)),
+    "recurrent_gemma": ({"logits_soft_cap": 3.0, "attention_window_size": 8, "num_hidden_layers": 3}, (1.0, 3.0)),
+    "cohere": ({"logit_scale": 0.3}, (0.3, None)), "granite": ({"logits_scaling": 1.7}, (1 / 1.7, None)),
+    "hyperclovax": ({"logits_scaling": 0.3}, (0.3, None)), "minicpm3": ({"dim_model_base": 20, "num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
+                  "head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16}, (20 / 64, None)),
+    "falcon_h1": ({"lm_head_multiplier": 0.3, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
+                  (0.3, None))}
+
+
 def tiny_model(kind, seed=0):
-    """A random model of 64 dimensions over the byte tokenizer's 320 ids: llama (tied or not), gpt2, or phi,
-    whose head has a bias."""
+    """A random model of 64 dimensions over the byte tokenizer's 320 ids: llama (tied or not), gpt2, phi, whose
+    head has a bias, or one of CHANGED."""
     torch.manual_seed(seed)
     if kind == "gpt2":
         config = GPT2Config(vocab_size=320, n_positions=512, n_embd=64, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=260,
@@ -111,6 +121,10 @@ def tiny_model(kind, seed=0):
     elif kind == "phi":
         config = PhiConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
                            max_position_embeddings=512, bos_token_id=None, eos_token_id=260)
+    elif kind in CHANGED:
+        config = AutoConfig.for_model(kind, **{
+            "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0} | CHANGED[kind][0])
     else:
         config = LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
                              num_key_value_heads=1, tie_word_embeddings=kind == "llama-tied", attention_dropout=0.0,

@@ -7,7 +7,8 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, RecordGradients, run, tiny_model
+from conftest import CHANGED, TINY, RecordGradients, run, tiny_model
+from peft import LoraConfig, get_peft_model
 from torch import tensor
 
 import common
@@ -37,7 +38,7 @@ def test_a_masked_infinity_gives_neither_loss_nor_gradient():
 # ---- log-probs ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.promise("formulas")
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "phi"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "phi", *CHANGED])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
     """Values and gradients of a padded batch against log_softmax + gather on each row alone."""
@@ -65,21 +66,23 @@ def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item())
 
 
-def test_chunks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_chunks_change_nothing(monkeypatch, cap):
     h, w, b = torch.randn(10, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.randn(20, requires_grad=True)
     y, outputs = torch.randint(0, 20, (10,)), []
     for chunk, rows in ((2**25, [10]), (60, [3, 3, 2, 2]), (20, [1] * 10)):  # 200 logits in all
         monkeypatch.setattr(sft.TokenLogprobs, "CHUNK", chunk)
-        values = sft.TokenLogprobs.apply(h, w, b, y, 0.7)
+        values = sft.TokenLogprobs.apply(h, w, b, y, cap)
         assert [len(c) for c in values[0].grad_fn.chunks] == rows
         outputs.append([*values, *torch.autograd.grad(values[0], [h, w, b], torch.arange(10.0))])
     for whole, *cut in zip(*outputs):
         for part in cut:
             torch.testing.assert_close(whole, part, rtol=1e-5, atol=1e-5)
-    values = sft.TokenLogprobs.apply(h, w, b, y, 0.7)
+    values = sft.TokenLogprobs.apply(h, w, b, y, cap)
     values[0].sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # the kept chunk is used up: no second backward
-        values[0].sum().backward()
+    if cap is None:  # the kept chunk is used up: no second backward
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            values[0].sum().backward()
 
 
 def test_log_probs_over_a_large_vocabulary_are_good_to_six_digits():
@@ -87,7 +90,7 @@ def test_log_probs_over_a_large_vocabulary_are_good_to_six_digits():
     h, w = torch.randn(4, 8), torch.randn(150_000, 8) * 2
     y = torch.randint(0, 150_000, (4,))
     want = (h.double() @ w.double().T).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-    assert (sft.TokenLogprobs.apply(h, w, None, y, 1.0)[0] - want).abs().max() < 5e-6
+    assert (sft.TokenLogprobs.apply(h, w, None, y, None)[0] - want).abs().max() < 5e-6
 
 
 def test_an_empty_batch_touches_every_parameter():
@@ -96,14 +99,21 @@ def test_an_empty_batch_touches_every_parameter():
     assert all(p.grad is not None and p.grad.eq(0).all() for p in model.parameters())
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path):
-    from transformers import AutoModelForCausalLM, GraniteConfig
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GraniteConfig(vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                                                           num_attention_heads=1, num_key_value_heads=1, logits_scaling=8.0))
-    with torch.no_grad():
-        model.lm_head.weight.mul_(50)
-    with pytest.raises(common.UserError, match="granite change their logits after the head"):
+@pytest.mark.parametrize("kind", ["llama", "phi", *CHANGED])
+def test_scale_and_cap_are_found_whatever_a_config_calls_them(kind):
+    """Of a model alone and under LoRA; and models that do something else to their logits are refused."""
+    model = tiny_model(kind)
+    scale, cap = CHANGED.get(kind, (None, (1.0, None)))[1]
+    assert common.after_head(model) == (pytest.approx(scale, rel=1e-6), cap and pytest.approx(cap, rel=1e-6))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "q_b_proj"], task_type="CAUSAL_LM"))
+    assert common.after_head(adapted) == common.after_head(model)
+
+
+def test_a_model_that_does_something_else_to_its_logits_is_refused(tmp_path):
+    model = tiny_model("llama")
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: head(x).sin()
+    with pytest.raises(common.UserError, match="llama do more to their logits than to scale and to cap them"):
         sft.check_head(sft.Policy(model), model, {"input_ids": torch.arange(20)}, new_run(tmp_path))
 
 

@@ -275,7 +275,7 @@ def logprobs(which):
     targets = torch.randint(150_000, (2048,))
     before, start = peak(), time.perf_counter()
     if which == "ours":
-        values, _, _ = grpo.TokenLogprobs.apply(hidden, weight, None, targets, 1.0)
+        values, _, _ = grpo.TokenLogprobs.apply(hidden, weight, None, targets, None)
     else:
         values = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     values.sum().backward()

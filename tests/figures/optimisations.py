@@ -39,15 +39,16 @@ UNSORTED = {
 ALL_TOKENS = {  # mask[:, 0] stays 0: nothing predicts token 0
     "head, counts = ": "mask = torch.cat([mask[:, :1], torch.ones_like(mask[:, 1:])], 1)\n"
                        "        head, counts = "}
-NEVER_KEPT = {"len(ctx.chunks[0]) if ctx.chunks[1:] else 0": "len(ctx.chunks[0])",
-              "if n is not ctx.chunks[-1]:": "if True:"}
+NEVER_KEPT = {"len(ctx.chunks[0]) if ctx.chunks[1:] or cap else 0": "len(ctx.chunks[0])",
+              "if n is not ctx.chunks[-1] or cap:": "if True:"}
 ANEW = {
     "z = out[:len(hidden)]": "z = None",
-    "torch.mm(hidden, weight.T, out=z)": "z = hidden @ weight.T",
+    "torch.mm(hidden, weight.T, out=z) if weight.dtype == torch.float32 else z.copy_(hidden @ weight.T)":
+    "z = hidden @ weight.T",
     "(torch.empty(len(ctx.chunks[0]), len(w), device=device) for _ in range(2))": "(None, None)",
     "torch.exp(z, out=out_p[:len(n)])": "torch.exp(z)",
-    "out = torch.empty(len(ctx.chunks[0]) if ctx.chunks[1:] else 0, len(w)": "out = torch.empty(0, len(w)",
-    "torch.softmax(p, -1, out=p)": "p = torch.softmax(p, -1)"}
+    "out = torch.empty(len(ctx.chunks[0]) if ctx.chunks[1:] or cap else 0, len(w)": "out = torch.empty(0, len(w)",
+    "torch.softmax(z, -1, out=None if cap else z)": "torch.softmax(z, -1)"}
 NEVER_ENDS = {"~torch.isin(tokens, torch.tensor(stop_ids, device=device))": "torch.ones_like(tokens).bool()"}
 READ_AGAIN = {"common.Decoder(model, prompts, num_generations)":
               "common.Decoder(model, [p for p in prompts for _ in range(num_generations)])"}
