@@ -141,6 +141,22 @@ def say(*text, file=None):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(" ".join(map(str, text)), file=file or sys.stdout)
         (file or sys.stdout).flush()
+    say.last = time.monotonic()
+
+
+SILENCE = 10  # seconds after which a person wonders whether it hangs
+say.last = time.monotonic()
+
+
+def silent():
+    """Whether nothing has been said for SILENCE seconds."""
+    return time.monotonic() - say.last > SILENCE
+
+
+def still(doing):
+    """Says what is going on, where nothing has been said for a while."""
+    if silent():
+        say(f"...      {doing}")
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
@@ -249,13 +265,15 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW's weight decay, of matrices alone", least=0)
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this norm; 0: never", least=0)
     optim: Literal["adamw_torch", "adamw_8bit"] = arg("adamw_torch", "8bit needs bitsandbytes")
-    micro_batch_tokens: int = arg(8192, "padded tokens of a forward pass: changes memory alone", above=0)
+    micro_batch_tokens: int | None = arg(None, "padded tokens of a forward pass: changes memory alone; "
+                                         "default: 8192, on a CPU 2048", above=0)
     max_steps: int = arg(-1, "updates (ppo, grpo: whole rollouts of them); overrides num_train_epochs")
     seed: int = arg(0, "decides orders, samples, noise and random weights", least=0, below=2**32)
     # output
     output_dir: str | None = arg(None, "folder of the run; default: out/<name of the script>")
     overwrite_output_dir: bool = arg(False, "replace the run that is there")
     resume_from_checkpoint: str | None = arg(None, "go on from 'latest', or from a checkpoint's folder")
+    eval_on_start: bool = arg(True, "also evaluate before the first step", EVAL)
     save_steps: int = arg(200, "steps between checkpoints (ppo, grpo: rounded up to whole rollouts)", above=0)
     save_total_limit: int = arg(2, "checkpoints that are kept", above=0)
     logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step", above=0)
@@ -501,7 +519,7 @@ class Decoder:
         prompt_ids = pad(prompts, 0, side="left").to(device)
         mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
         position = (mask.cumsum(-1) - 1).clamp(min=0)  # left padding shifts positions
-        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.model, self.cache, self.read = model, DynamicCache(config=model.config), mask.shape[1]
         logits = model(input_ids=prompt_ids, attention_mask=mask, position_ids=position,
                        past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         self.cache.batch_repeat_interleave(num_generations)
@@ -516,6 +534,7 @@ class Decoder:
             tokens, self.mask, self.position = tokens[kept], self.mask[kept], self.position[kept]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], -1)
         self.position = self.position + 1
+        still(f"sampling: {len(tokens)} completions go on at token {self.mask.shape[1] - self.read}")
         return self.model(input_ids=tokens[:, None], attention_mask=self.mask, position_ids=self.position,
                           past_key_values=self.cache, use_cache=True).logits[:, -1]
 
@@ -528,10 +547,15 @@ def complete_greedily(model, prompts, stop_ids, max_completion_length):
     ids = pad(prompts, 0, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
     shipped, causal.generation_config = causal.generation_config, transformers.GenerationConfig()
+
+    def beat(out, _):
+        still(f"answering {len(ids)} prompts, at token {out.shape[1] - ids.shape[1]}")
+        return torch.zeros(len(out), dtype=torch.bool, device=out.device)
     try:
         out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
                              max_new_tokens=max(1, min(max_completion_length, room)), eos_token_id=stop_ids,
-                             pad_token_id=0, synced_gpus=False)  # processes differ in length
+                             pad_token_id=0, stopping_criteria=[beat],
+                             synced_gpus=False)  # processes differ in length
     finally:
         causal.generation_config = shipped
     completions = out[:, ids.shape[1]:].tolist()
@@ -549,12 +573,12 @@ def answer_greedily(run, model, rows):
         prompts = [rows[i]["prompt_ids"] for i in places]
         with run.accelerator.autocast():
             completions = prompts and complete_greedily(model, prompts, stop_ids, args.max_completion_length)
-        for i, prompt, completion in zip(places, prompts, completions):
+        for i, completion in zip(places, completions):
             text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
             hit = is_right(text, completion[-1] not in stop_ids, answer)
             right += hit
-            table.append({"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "completion": text,
-                          "answer": answer, "right": str(hit)})
+            table.append({"prompt": rows[i]["prompt"], "completion": text, "answer": answer,
+                          "right": str(hit)})
     right = run.accelerator.reduce(torch.tensor(float(right), device=run.device), "sum").item()
     return right / len(rows) if rows else None, table[:3]
 
@@ -761,8 +785,8 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
 
 # ---- showing things to a person ----------------------------------------------------------------------------
 
-def show_example(tokenizer, ids, mask, title="first example", limit=600):
-    """One row, trained tokens marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
+def show_example(tokenizer, ids, mask, title="first example", what="trained", limit=600):
+    """One row, `what` the mask holds marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
     terminal = ("green", "\033[32m", "\033[0m")
     marks, opening, closing = terminal if sys.stdout.isatty() else ("[[ ]]", "[[", "]]")
     text, trained = "", sum(map(int, mask))
@@ -771,13 +795,15 @@ def show_example(tokenizer, ids, mask, title="first example", limit=600):
         if len(piece) > limit:
             piece = piece[:limit // 2] + " ... " + piece[-limit // 2:]
         text += opening + piece + closing if marked else piece
-    say(f"{title}: {len(ids)} tokens" + (f", {trained} trained, in {marks}" if trained else ""))
+    say(f"{title}: {len(ids)} tokens" + (f", {trained} {what}, in {marks}" if trained else ""))
     say("  " + text.replace("\n", "\n  "))
 
 
 def show_table(rows):
     """[{column: value}] as a table; long texts are cut."""
     def short(value):
+        if isinstance(value, list):  # messages: the last one is the user's
+            value = value[-1]["content"]
         text = " ".join(value.split()) if isinstance(value, str) else ""
         return text[:27] + " ... " + text[-27:] if len(text) > 60 else text or value
     if rows:
@@ -900,7 +926,8 @@ def convert_rows(rows, convert, skip_bad_rows, name=None):
     """[(*values, place)] -> [(convert(*values), *values, place)]. A ValueError becomes a UserError with the
     place; with skip_bad_rows it is counted and printed. UserError if no row of `name` is left."""
     kept, skipped = [], Counter()
-    for *values, place in rows:
+    for number, (*values, place) in enumerate(rows, 1):
+        still(f"{'reading ' + name if name else 'tokenizing'}: row {number:,}")
         try:
             kept.append((convert(*values), *values, place))
         except ValueError as error:
@@ -997,6 +1024,10 @@ def read_split(args, tokenizer, formats, convert, key, counts=None, also=()):
         items = list(unique.values())
     if args.eval_dataset_name:
         held, held_format = read_items(args.eval_dataset_name, args, tokenizer, formats, convert, also)
+        trained = {key(converted) for converted, _, _ in items}
+        both = sum(key(converted) in trained for converted, _, _ in held)
+        if both:
+            say(f"warning  {both:,} of {len(held):,} evaluation rows have a prompt that is trained on too")
         return items, held, [format, held_format]
     train, held = hold_out(items, [key(converted) for converted, _, _ in items], args.eval_fraction)
     return train, held, [format]
@@ -1322,9 +1353,9 @@ def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
 
 
 def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
-    """[(pair, row, place)] -> [{"rows": [chosen, rejected], "prompt_ids", "margin", "row"}]. Both sides lose
-    the same tokens of the prompt's beginning, then each its completion's end. Empty and identical pairs are
-    dropped; `counts` (a Counter) says how many, and what was cut."""
+    """[(pair, row, place)] -> [{"rows": [chosen, rejected], "prompt" (its last message), "prompt_ids",
+    "margin", "row"}]. Both sides lose the same tokens of the prompt's beginning, then each its completion's
+    end. Empty and identical pairs are dropped; `counts` (a Counter) says how many, and what was cut."""
     def encode(pair, row):
         parts = [encode_conversation(tokenizer, pair["prompt"] + pair[side]) for side in SIDES]
         require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, or does not end them, "
@@ -1346,8 +1377,8 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
         elif not chosen["trained"] or not rejected["trained"]:
             counts["dropped: no trained token left"] += 1
         else:
-            pairs.append({"rows": [chosen, rejected], "prompt_ids": prompt_ids, "margin": pair["margin"],
-                          "row": row})
+            pairs.append({"rows": [chosen, rejected], "prompt": pair["prompt"][-1]["content"],
+                          "prompt_ids": prompt_ids, "margin": pair["margin"], "row": row})
     return pairs
 
 
@@ -1833,11 +1864,11 @@ def given_answers(rows):
             for row, reference in zip(rows, known)]
 
 
-def rollout_metrics(rows, rewards, first=None):
-    """A rollout's rewards, unweighted, weighted and in sum, lengths, and repetition in its `first` rows."""
+def rollout_metrics(rows, rewards):
+    """A rollout's rewards, unweighted, weighted and in sum, lengths, and repetition inside completions."""
     values = torch.stack([row["rewards_per_func"] for row in rows])  # (rows, F)
     metrics = {"reward": torch.tensor([row["score"] for row in rows]).nanmean().item(),
-               "completions/distinct_4": distinct_n([row["completion_ids"] for row in rows[:first]]),
+               "completions/distinct_4": sum(distinct_n(row["completion_ids"]) for row in rows) / len(rows),
                "completions/mean_length": sum(len(row["completion_ids"]) for row in rows) / len(rows),
                "completions/clipped_ratio": sum(row["truncated"] for row in rows) / len(rows)}
     for (name, reward), column in zip(rewards.items(), values.T):
@@ -1848,10 +1879,10 @@ def rollout_metrics(rows, rewards, first=None):
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def distinct_n(sequences, n=4):
-    """Different n-grams / all n-grams of token sequences, after Li 2016 (arXiv 1510.03055), who divide by the
+def distinct_n(ids, n=4):
+    """Different n-grams / all n-grams of a completion, after Li 2016 (arXiv 1510.03055), who divide by the
     tokens; 1: none comes twice."""
-    grams = [tuple(s[i:i + n]) for s in sequences for i in range(len(s) - n + 1)]
+    grams = [tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
@@ -1864,8 +1895,10 @@ def warn_of_drift(run, seen):
     run.warn(length, now[length] > 2 * first[length],
              f"completions have {now[length]:.0f} tokens, at first {first[length]:.0f}: the reward may be "
              f"paying for length. Look at {run.samples_file}")
-    run.warn(distinct, now[distinct] < 0.5 * first[distinct],
-             f"completions repeat: {now[distinct]:.0%} of their 4-grams are different, at first "
+    held = run.state["held_rewards"]
+    rises = len(held) == 2 and held[0] < held[1]
+    run.warn(distinct, now[distinct] < 0.5 * first[distinct] and not rises,
+             f"completions repeat themselves: {now[distinct]:.0%} of their 4-grams are different, at first "
              f"{first[distinct]:.0%}. Look at {run.samples_file}")
 
 
@@ -1874,6 +1907,9 @@ def samples_table(rows, rewards):
     return [{"prompt": row["prompt"]["prompt"], "completion": row["text"],
              **{name: None if x.isnan() else x.item() for name, x in zip(rewards, row["rewards_per_func"])}}
             for row in rows]
+
+
+NORMAL = " (0.01 to 0.03 is normal in bf16)"
 
 
 def warn_of_flat(run, flat, what):
@@ -2227,6 +2263,59 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
             scores[at] = model(**batch).logits.float().cpu()
         return scores
     return [config.id2label[i] for i in range(config.num_labels)], score
+
+
+def head_sizes(config):
+    """-> (heads, key-value heads, size of each) of an attention layer."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, size
+
+
+def step_memory(config, tokens, full, bf16, checkpointing):
+    """Bytes that a forward and backward pass over so many tokens keeps and works with. The formula is
+    explained, and held against measured peaks, in tests/figures/memory.py."""
+    d, layers, (h, k, e) = config.hidden_size, config.num_hidden_layers, head_sizes(config)
+    f = getattr(config, "intermediate_size", None) or 4 * d
+    size, stream = (2 if bf16 else 4), (2 if bf16 and not full else 4)  # of an activation; between the layers
+    wide = 3 * h * e + 2 * k * e + 4 * f
+    if bf16 and not full:
+        wide += h * e + f  # each adapter casts its own input
+    layer = (26 if bf16 else 24) * d + size * wide  # norms are in fp32
+    if not full:
+        layer -= 2 * size * d  # frozen norms keep less
+    kept = layers * (stream * d if checkpointing else layer) + 12 * d
+    head = 8 * min(tokens * config.vocab_size, 2**25) + (4 * config.vocab_size * d if full else 0)
+    return tokens * kept + max(head, tokens * (layer * checkpointing + 3 * size * f))
+
+
+def rollout_memory(config, completions, length, bf16):
+    """Bytes of the cache of completions of `length` tokens with their prompts, and of choosing a token."""
+    _, k, e = head_sizes(config)
+    cache = 2 * config.num_hidden_layers * k * e * length * (2 if bf16 else 4)
+    return completions * (cache + 36 * config.vocab_size)
+
+
+def say_memory(model, args, device):
+    """Says, by estimate, what this process takes at its peak, and what makes it smaller."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights += trained * (14 if args.bf16 else 12)  # AdamW's moments 8, gradients 4, under autocast a copy 2
+    room = torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().total
+    full, rollout, gib, said = not trains_adapter(args), 0, 2**30, ""
+    with suppress(AttributeError):  # a config that has no such sizes
+        config = model.config.get_text_config()
+        step = step_memory(config, args.micro_batch_tokens, full, args.bf16, args.gradient_checkpointing)
+        if hasattr(args, "rollout_batch_size"):
+            completions = min(args.rollout_batch_size, args.batch_size * args.num_generations)
+            length = args.max_prompt_length + args.max_completion_length
+            rollout = rollout_memory(config, completions, length, args.bf16)
+            said = f", {rollout / gib:.1f} for a rollout of the longest rows (less: --rollout_batch_size)"
+        peak = weights + max(step, rollout - 4 * trained)
+        say(f"memory   {peak / gib:.1f} of {room / gib:.0f} GiB at the peak, by estimate: "
+            f"{weights / gib:.1f} for weights, gradients and AdamW"
+            f"{' (less: --lora_r 16)' if full else ''}, {step / gib:.1f} for a micro-batch of "
+            f"{args.micro_batch_tokens:,} tokens (less: --micro_batch_tokens){said}")
 
 
 def dropout_rates(model):
@@ -2607,6 +2696,8 @@ class Run:
         base = base_and_adapter(args.model_name_or_path)[0]
         args.load_in_4bit = four_bit_on_disk(base, trains_adapter(args)) or args.load_in_4bit
         self.args, self.accelerator = args, make_accelerator(args)
+        on_cpu = self.accelerator.device.type == "cpu"
+        args.micro_batch_tokens = args.micro_batch_tokens or (2048 if on_cpu else 8192)
         Run.preparing, self.lock = True, None
         self.device = self.accelerator.device
         self.place = self.accelerator.process_index, self.accelerator.num_processes
@@ -2623,7 +2714,8 @@ class Run:
             self.lock = None if args.audit else lock(args.output_dir)
             return open_run(args)
         self.checkpoint = self.from_first(opened)  # until start: what to go on from, or None
-        self.state = {"step": 0, "num_tokens": 0, "data": None} | state
+        self.state = {"step": 0, "num_tokens": 0, "data": None, "unevaluated": args.eval_on_start,
+                      "held_rewards": []} | state
         args.date = gather_object([args.date or time.strftime("%Y-%m-%d")])[0]  # midnight may be near
         if self.checkpoint:
             with explain("the checkpoint is of another version, which has to finish this run; it lacks",
@@ -2634,7 +2726,7 @@ class Run:
             require(re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template)),
                     f"--chat_template_kwargs: the chat template reads no '{name}'")
         self.kept, self.warned, self.last, self.total_steps, self.audit_step = {}, set(), self.step, 0, None
-        self.flat_rollouts = 0
+        self.flat_rollouts, self.evaluating, self.doing = 0, False, ""
         self.signal, self.stop = 0, False  # what reached this process; what all agreed on in Sums.reduce
         self.writes = self.accelerator.is_main_process and not args.audit  # an audit writes nothing here
         self.track = args.log_with and not args.audit
@@ -2705,9 +2797,15 @@ class Run:
         Run.preparing = False
         if self.step == total_steps > 0:
             say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
+        if total_steps:
+            say_memory(self.module.model, args, self.device)
+        if 0 < args.max_steps < total_steps:
+            say(f"flags    --max_steps {args.max_steps} ends inside a rollout: {total_steps} steps are made")
+        self.state["unevaluated"] |= total_steps == 0  # then there is nothing else to do
         self.bar = tqdm(total=total_steps, initial=self.step, unit="step", dynamic_ncols=True,
+                        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
                         disable=not (self.writes and sys.stderr.isatty()))
-        self.begun, self.first, self.tokens = time.time(), self.step, 0
+        self.begun, self.first, self.tokens, self.doing = time.time(), self.step, 0, ""
         self.catch_signals()
         say(f"train    {what}; learning rate {args.learning_rate:g} ({args.lr_scheduler_type}), "
             f"{self.place[1]} process(es) on {self.device}")
@@ -2734,13 +2832,16 @@ class Run:
                 self.accelerator.init_trackers(os.path.basename(os.path.normpath(folder)))
 
     def catch_signals(self):
-        """Ctrl-C and SIGTERM are noted: the loop saves a checkpoint and stops. A second one ends at once."""
+        """Ctrl-C and SIGTERM are noted: the loop saves a checkpoint and stops. They cut an evaluation, but in
+        several processes, which would wait for one another. A second one ends at once."""
         def note(number, frame):
-            self.signal = number
-            say("stopping after this step (ppo, grpo: this rollout), with a checkpoint (once more: at once)",
-                file=sys.stderr)
+            self.signal, cut = number, self.evaluating and self.place[1] == 1
+            what = "without this evaluation" if cut else "after this step (ppo, grpo: this rollout)"
+            say(f"stopping {what}, with a checkpoint (once more: at once)", file=sys.stderr)
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, signal.SIG_DFL)
+            if cut:
+                raise KeyboardInterrupt
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
 
@@ -2755,6 +2856,7 @@ class Run:
         batches = cut(lengths, micro_batch_tokens or self.args.micro_batch_tokens, *self.place)
         nothing = [[{"input_ids": [0, 0], "mask": [0, 0]}] * (len(groups[0]) if groups else 1)]
         for number, places in enumerate(batches):
+            still(f"{self.doing or f'step {self.step + 1}'}: micro-batch {number + 1} of {len(batches)}")
             sides = zip(*([groups[i] for i in places] or nothing))
             rows = [row for side in sides for row in side]
             mb = pad_rows(rows, fields, self.device)
@@ -2813,7 +2915,9 @@ class Run:
 
     def annotate(self, rows, module, names, temperature):
         """Gives rows what module(input_ids, mask, temperature) returns, cut to (T,), under these names."""
+        self.doing = "log-probs of the rollout"
         outputs = self.over_rows(rows, lambda mb: module(mb.input_ids, mb.mask, temperature))
+        self.doing = ""
         for row, values in zip(rows, outputs):
             row |= {name: x[:len(row["input_ids"])] for name, x in zip(names, values)}
 
@@ -2837,13 +2941,26 @@ class Run:
         if self.track and (evaluation or self.step % self.args.logging_steps == 0):
             self.accelerator.log(metrics, step=self.step)
 
-    def report(self, metrics, table=(), keep=False):
-        """Logs and prints an evaluation and the first rows of its table; keep: all go to samples.jsonl."""
+    def report(self, evaluate, keep=False):
+        """Calls evaluate() -> (metrics, table), logs and prints them, the first rows of the table alone, and
+        returns the metrics; keep: all rows go to samples.jsonl. A signal cuts evaluate(): the run stops here,
+        and evaluates before anything else when it goes on. Its seconds count for no step."""
+        begun, self.doing, self.evaluating, self.state["unevaluated"] = time.time(), "evaluation", True, True
+        try:
+            metrics, table = evaluate()
+        except KeyboardInterrupt:
+            self.stop = True
+            self.save_or_leave()
+        self.doing, self.evaluating, self.state["unevaluated"] = "", False, False
         self.log(metrics)
         self.samples("evaluation", table if keep else ())
+        if "eval/reward" in metrics:
+            self.state["held_rewards"] = [*self.state["held_rewards"][-1:], metrics["eval/reward"]]
         figures = (f"{name.removeprefix('eval/')} {value:.4f}" for name, value in metrics.items())
         say(f"eval     step {self.step}: " + "  ".join(figures))
         show_table(list(table)[:3])
+        self.begun += time.time() - begun
+        return metrics
 
     def done(self, metrics, tokens, shown):
         """An update of so many tokens is made: logs its metrics and prints those that are `shown`."""
@@ -2853,11 +2970,15 @@ class Run:
         seconds = max(time.time() - self.begun, 1e-9)
         figures = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
         figures += f"  {self.tokens / seconds:,.0f} tok/s"
+        made = self.step - self.first
+        if made > 1 and self.step < self.total_steps:  # the first one is slower
+            left = seconds / made * (self.total_steps - self.step)
+            figures += f"  {timedelta(seconds=round(left))} left"
         self.bar.set_postfix_str(figures, refresh=False)
         self.bar.update(1)
-        if self.bar.disable and (self.step % self.args.logging_steps == 0 or self.step == self.total_steps):
-            left = seconds / max(self.step - self.first, 1) * (self.total_steps - self.step)
-            say(f"step {self.step}/{self.total_steps}  {figures}  {left:.0f} s left")
+        shows = self.step % self.args.logging_steps == 0 or self.step == self.total_steps or silent()
+        if self.bar.disable and shows:
+            say(f"step {self.step}/{self.total_steps}  {figures}")
 
     def check_finite(self, loss, grad_norm, where, remedy="Try a lower --learning_rate"):
         """UserError unless both are finite: before the update, so that no checkpoint is spoilt."""
@@ -2871,15 +2992,22 @@ class Run:
         difference, kl = metrics.get("sampling/logprob_difference"), metrics.get("kl")
         if difference is None:  # no token is trained
             return
+        most = metrics["sampling/logprob_difference/max"]
+        differ = f"{difference:.1g} on average and {most:.1g} at most"
         self.warn("sampler", difference > (0.1 if self.args.bf16 else 1e-3), f"sampler and trainer differ by "
-                  f"{difference:.2g} in a token's log-prob: what is learned is not what was sampled")
+                  f"{differ} in a token's log-prob: what is learned is not what was sampled")
         if self.step == 0:
             require(abs(kl or 0.0) < (0.05 if self.args.bf16 else 1e-4),
                     f"the policy starts {kl or 0:.2g} nats a token from its reference, not at it: "
                     "try --bf16 False or --attn_implementation eager")
             start = "" if kl is None else f", kl {kl:.1g}"
-            say(f"check    first update: sampler and trainer agree on log-probs to {difference:.1g}, "
-                f"ratio is 1 to within {metrics['ratio/deviation']:.1g}{start}")
+            say(f"check    first update: sampler and trainer differ by {differ} in a log-prob"
+                f"{NORMAL if self.args.bf16 else ''}, ratio is 1 to within "
+                f"{metrics['ratio/deviation']:.1g}{start}")
+            held, reward = self.state["held_rewards"][-1:], metrics["reward"]
+            self.warn("temperature", held and held[0] - reward > abs(held[0]) / 3,
+                      f"samples score {reward:.3g} where greedy answers score {held[0]:.3g} (entropy "
+                      f"{metrics['entropy']:.2g} nats a token): a lower --temperature samples nearer to them")
 
     def warn(self, name, sign, sentence):
         """Says the sentence when the sign is seen, and again only after it was gone."""
@@ -2970,7 +3098,8 @@ class Sums:
 
     def add(self, mb, parts, shown=None, mask=None, page=None):
         """One micro-batch. parts {name: tensor of any shape} are summed; "loss" (B, T): what each token adds
-        to the step's loss. shown {name: (B, T)}: averaged over the tokens of mask (B, T), else of mb.mask.
+        to the step's loss. shown {name: (B, T)}: averaged over the tokens of mask (B, T), else of mb.mask; of
+        a name that ends in "/max" the largest is taken.
         The page shows these and what is in mb; or, where a loss is no sum over tokens, `page()` -> {"share",
         "mask": (B, T), "columns": {name: (B, T) or (B, 1)}, "constants": (B,), a row's share at no token}."""
         mask = mb.mask if mask is None else mask
@@ -2978,7 +3107,8 @@ class Sums:
         for name, x in means.items():
             parts = parts | {name: torch.where(mask.bool(), x, 0.0)}
         for name, x in parts.items():
-            self.named[name] = self.named.get(name, 0.0) + x.detach().double().sum()
+            x, before = x.detach().double(), self.named.get(name, 0.0)
+            self.named[name] = x.max().clamp(min=before) if name.endswith("/max") else before + x.sum()
         self.shown |= shown or {}
         if self.due:
             columns = {name: x for name, x in (shown or {}).items() if re.match("clip_ratio/|[^/]+$", name)}
@@ -2989,14 +3119,17 @@ class Sums:
         """-> {name: sum, or mean over the trained tokens}, of all processes; no means without such tokens."""
         run = self.run
         stop = torch.tensor(float(run.signal), dtype=torch.float64, device=run.device)
-        *values, stop = run.accelerator.reduce(torch.stack([*self.named.values(), stop]), "sum").tolist()
+        everybody = run.accelerator.gather(torch.stack([*self.named.values(), stop])[None])  # (processes, N)
+        *values, stop = everybody.sum(0).tolist()
         # a signal may have reached one process alone; after the last step the run ends as it is
         run.stop = run.stop or (stop > 0 and run.step < run.total_steps)
         total = dict(zip(self.named, values))
+        largest = dict(zip(self.named, everybody.amax(0).tolist()))
         tokens = total.get("trained_tokens")
         for name in self.shown:
-            mean = total.pop(name) / max(tokens, 1)
-            total |= {name: mean} if tokens else {}
+            total[name] = largest[name] if name.endswith("/max") else total[name] / max(tokens, 1)
+            if not tokens:
+                del total[name]
         return total | ({"trained_tokens": int(tokens)} if self.shown else {})
 
     def write_page(self, loss, about):

@@ -24,7 +24,7 @@ loss                            dpo_loss + sft_coef x nll_loss
 dpo_loss                        the loss of --loss_type: ln 2 = 0.6931 at the start for sigmoid
 nll_loss                        mean NLL a token of the chosen completions
 rewards/chosen, rewards/rejected   beta (log pi - log ref) of summed log-probs, for ipo too
-rewards/margins, rewards/accuracies   their difference; share of pairs where it is positive
+rewards/margins, rewards/accuracies   their difference; share of pairs where it is positive; a tie: half
 logps/chosen, logps/rejected    summed log-prob of a completion; logps/chosen should not fall far
 grad_norm, learning_rate        before clipping; of this update
 num_tokens, trained_pairs       tokens so far; pairs of this step
@@ -258,9 +258,11 @@ def pair_figures(mb, args):
                       args.beta, args.loss_type, args.label_smoothing)
     nll = -sums[0] / lengths[0]  # mean over the chosen completion's tokens
     chosen, rejected = args.beta * (sums.detach() - ref_sums)
+    tie = (chosen - rejected).abs() < 1e-4  # what rounding makes of equal ones: half a pair is right
+    accuracy = torch.where(tie, 0.5, (chosen > rejected).float())
     figures = {"loss": losses + args.sft_coef * nll, "dpo_loss": losses, "nll_loss": nll,
                "rewards/chosen": chosen, "rewards/rejected": rejected,
-               "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float(),
+               "rewards/margins": chosen - rejected, "rewards/accuracies": accuracy,
                "logps/chosen": sums[0], "logps/rejected": sums[1]}
     weight, _ = mb.weight.view(2, -1)
     return {name: x * weight for name, x in figures.items()}
@@ -356,6 +358,10 @@ def main(args):
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
 
+    def numbers_of(step):
+        """The places of a step's pairs: a function of (seed, epoch) and the step alone."""
+        return common.shuffled(range(len(train)), step, args.batch_size, args.seed)
+
     # 2. Policy, reference, optimizer. The reference is the policy here, before a checkpoint is restored.
     model = common.load_model(args, run.tokenizer, run.device)
     if precompute:
@@ -365,18 +371,21 @@ def main(args):
         reference = Policy(frozen)
     policy, optimizer = run.prepare(Policy(model), make_optimizer(model, args))
     check_head(policy, model, rows[0], run)
-    if precompute and run.checkpoint:
-        known = run.checkpoint["kept"].get("ref_sums")  # (N, 2)
+    if precompute:  # of the pairs that this run will use, except those that the checkpoint knows
+        known = torch.full((len(rows) // 2, 2), math.nan)
+        if run.checkpoint:
+            known = run.checkpoint["kept"].get("ref_sums")
         require(torch.is_tensor(known) and known.numel() == len(rows),
                 "the checkpoint does not hold the reference log-probs of these pairs")
-        run.kept["ref_sums"] = known
-    elif precompute:
+        used = {i for step in range(min(total_steps, steps_per_epoch)) for i in numbers_of(step)}
+        missing = [i for i, sums in enumerate(known) if sums.isnan().any() and (i in used or i >= len(train))]
+        run.doing, run.kept["ref_sums"] = f"reference log-probs of {len(missing):,} pairs", known
         with common.unsharded(policy):
-            found = run.over_rows(groups_of(train + held), lambda mb: [
+            found = missing and run.over_rows(groups_of([(train + held)[i] for i in missing]), lambda mb: [
                 policy(mb.input_ids, mb.mask)[0].sum(-1).view(2, -1).T])  # (2B, T) -> (B, 2)
-        run.kept["ref_sums"] = torch.stack([sums for sums, in found])
-    if precompute:
-        for row, ref_sum in zip(rows, run.kept["ref_sums"].flatten().tolist(), strict=True):
+        for i, (sums,) in zip(missing, found):
+            known[i] = sums
+        for row, ref_sum in zip(rows, known.flatten().tolist(), strict=True):
             row["ref_sum"] = ref_sum
     run.start(total_steps, f"{total_steps} steps of {args.batch_size} pairs ({steps_per_epoch} an epoch)")
 
@@ -390,19 +399,18 @@ def main(args):
     def report():
         if held and not args.audit:
             with common.unsharded(policy):
-                metrics, table = evaluate(model, policy, held, add_reference, run)
-            run.report(metrics, table)
+                metrics = run.report(lambda: evaluate(model, policy, held, add_reference, run))
             run.watch_loss(metrics["eval/loss"])
             moved = metrics["eval/rewards/chosen"] / args.beta  # nats a completion, against the reference
             run.warn("chosen", moved < min(-1.0, 0.2 * (metrics["eval/logps/chosen"] - moved)),
                      f"the chosen completions have lost {-moved:.3g} nats, over a fifth of their log-prob: "
                      "the policy leaves them too. Add --sft_coef 1, raise --beta or lower --learning_rate")
 
-    if run.step == 0:
+    if run.state["unevaluated"]:
         report()
     for step in range(run.step, total_steps):
-        # 3. The pairs of this step: they depend on (seed, epoch) and the step alone.
-        numbers = common.shuffled(range(len(train)), step, args.batch_size, args.seed)
+        # 3. The pairs of this step.
+        numbers = numbers_of(step)
         groups = groups_of([train[i] for i in numbers])  # the denominator is that of the whole step
 
         # 4. The gradient, a micro-batch at a time: any cut gives the same.

@@ -33,12 +33,12 @@ reward, reward_std              mean score; std inside a group, mean over groups
 rewards/<name>/mean, /std, /weighted      one reward function where it applies; its mean after its weight
 frac_reward_zero_std            share of groups whose scores are all equal: they teach nothing
 completions/mean_length, completions/clipped_ratio   tokens; share that was cut at --max_completion_length
-completions/distinct_4          share of different 4-grams among all of a draw; a fall means repetition
+completions/distinct_4          share of different 4-grams inside a completion; a fall means repetition
 entropy                         mean entropy of the policy at the sampled tokens, nats
 kl                              mean k3 a token, nats: in a first update an estimate of KL(policy, reference)
 ratio, ratio/deviation          mean ratio; mean distance from 1, about 0 in a rollout's first update
 clip_ratio/low_mean, clip_ratio/high_mean   share of tokens whose ratio is clipped below, above
-sampling/logprob_difference     mean |trainer's - sampler's log-prob| in a rollout's first update
+sampling/logprob_difference, /max   |trainer's - sampler's log-prob| in a rollout's first update
 nll_loss                        mean NLL a token of the best completions and of demonstrations
 best_fraction, best_length      share of completions that were best in their group; their mean length
 demo_fraction                   share of groups that were replaced by a demonstration
@@ -499,10 +499,9 @@ def scores_of(groups):
 def rollout_figures(sampled, groups, rewards, args):
     """What is known of a rollout before anything is learned: of all sampled groups the rewards, the mean std
     inside a group, the share of flat ones; of the groups to train on, what gets an NLL term."""
-    one_draw = args.batch_size * args.num_generations  # in more draws fewer of the 4-grams are new
     scores = scores_of(sampled)
     stds = [group[~group.isnan()].std().item() for group in scores if (~group.isnan()).sum() > 1]
-    figures = common.rollout_metrics(common.flat(sampled), rewards, one_draw)
+    figures = common.rollout_metrics(common.flat(sampled), rewards)
     figures["reward_std"] = sum(stds) / len(scores)
     figures["frac_reward_zero_std"] = 1 - varies(scores).float().mean().item()
     rows = common.flat(groups)
@@ -612,9 +611,9 @@ def main(args):
             return rollout(model, prompts, rewards, args, run, num_generations, seed, first)
     def report():
         if held and not args.audit:
-            run.report(*evaluate(complete, held, rewards, args), keep=True)
+            run.report(lambda: evaluate(complete, held, rewards, args), keep=True)
 
-    if run.step == 0:
+    if run.state["unevaluated"]:
         report()
     for number in range(run.step // updates, rollouts):
         # 3. Rollout. Prompts depend on (seed, draws so far), a completion on (seed, step, its place).
@@ -669,7 +668,8 @@ def main(args):
                 share = mb.weight * mb.loss + args.sft_coef * nll  # what each token adds to the step's loss
                 run.accelerator.backward(share.sum() * run.accelerator.num_processes)  # DDP averages: undo it
                 if update == 0:  # later updates have moved away from the policy that sampled
-                    shown["sampling/logprob_difference"] = (logprobs - mb.sampled_logprobs).abs()
+                    difference = (logprobs - mb.sampled_logprobs).abs()
+                    shown |= {f"sampling/logprob_difference{kind}": difference for kind in ("", "/max")}
                 parts = {"loss": share, "nll_loss": nll} if has_nll else {"loss": share}
                 sums.add(mb, parts, shown | {"entropy": entropy}, mask)
             metrics = sums.reduce()  # the loss, and means over the trained tokens, of all processes
@@ -677,7 +677,7 @@ def main(args):
             # 8. The update.
             norm = run.accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
             run.check_finite(metrics["loss"], norm, f"the rollout of {sampled[0][0]['prompt']['place']}")
-            run.check_first_update(metrics)  # which looks at a rollout's first alone
+            run.check_first_update(seen | metrics)  # which looks at a rollout's first alone
             if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
                 return
             for param_group in optimizer.param_groups:

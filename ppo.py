@@ -40,7 +40,7 @@ kl, kl_sequence                 mean log pi_old - log pi_ref (k1) of a token, of
 kl_coef                         the coefficient that this rollout's rewards were made with
 values/explained_variance       share of the returns' variance that the value foresaw; at 0 it is no help
 completions/mean_length, completions/clipped_ratio   tokens; share that was cut at --max_completion_length
-completions/distinct_4          share of different 4-grams among all of the rollout; a fall means repetition
+completions/distinct_4          share of different 4-grams inside a completion; a fall means repetition
 entropy                         mean entropy of the policy at the sampled tokens, nats
 ratio, ratio/deviation          mean ratio; mean distance from 1, about 0 in a rollout's first update
 clip_ratio/low_mean, clip_ratio/high_mean   share of tokens whose ratio is clipped below, above
@@ -647,10 +647,9 @@ def main(args):
     def report():
         if held and not args.audit:
             with common.unsharded(policy):
-                metrics, table = evaluate(model, held, rewards, args, run)
-            run.report(metrics, table, keep=True)
+                run.report(lambda: evaluate(model, held, rewards, args, run), keep=True)
 
-    if run.step == 0:
+    if run.state["unevaluated"]:
         report()
     for number in range(run.step // updates, rollouts):
         # 3. Rollout. Prompts depend on (seed, number), a completion on (seed, step, its place).
@@ -697,7 +696,8 @@ def main(args):
                 share = mb.weight * (mb.policy_loss + args.vf_coef * mb.value_loss) + args.sft_coef * nll
                 run.accelerator.backward(share.sum() * run.accelerator.num_processes)  # DDP averages: undo it
                 if update == 0:  # later updates have moved away from the policy that sampled
-                    shown["sampling/logprob_difference"] = (logprobs - mb.sampled_logprobs).abs()
+                    difference = (logprobs - mb.sampled_logprobs).abs()
+                    shown |= {f"sampling/logprob_difference{kind}": difference for kind in ("", "/max")}
                 parts = {"loss": share, "policy_loss": mb.weight * mb.policy_loss,
                          "value_loss": mb.weight * mb.value_loss} | ({"sft_loss": nll} if extra else {})
                 sums.add(mb, parts, shown | clipped | {"entropy": entropy}, mask)

@@ -298,7 +298,7 @@ def main(args):
     train, held, names = load_groups(args, run.tokenizer)
     run.check_data(common.flat(train), common.flat(held))
     for title, row in zip(("first row",) if names else ("first chosen", "first rejected"), train[0]):
-        common.show_example(run.tokenizer, row["input_ids"], torch.zeros_like(row["mask"]), title)
+        common.show_example(run.tokenizer, row["input_ids"], row["mask"], title, "of the answer")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
 
@@ -312,11 +312,10 @@ def main(args):
     def report():
         if held and not args.audit:
             with common.unsharded(scorer):
-                metrics = evaluate(scorer, model, held, names, args, run)
-            run.report(metrics)
+                metrics = run.report(lambda: (evaluate(scorer, model, held, names, args, run), ()))
             run.watch_loss(metrics["eval/loss"])
 
-    if run.step == 0:
+    if run.state["unevaluated"]:
         report()
     for step in range(run.step, total_steps):
         # 3. The groups of this step: a function of (seed, epoch) and the step. Their number, over all

@@ -288,8 +288,8 @@ def load_rows(args, tokenizer):
         parts, answer = encode(conversation, row), row.get("answer")
         if args.max_completion_length and "messages" in conversation and answer is not None:
             prompt_ids = common.encode_prompt(tokenizer, conversation["messages"][:-1])
-            parts[-1] |= {"prompt_ids": prompt_ids[-args.max_length:],
-                          "answer": common.readable(answer)}
+            parts[-1] |= {"prompt_ids": prompt_ids[-args.max_length:], "answer": common.readable(answer),
+                          "prompt": conversation["messages"][-2:][0]["content"]}
         return parts
 
     counts = Counter()
@@ -408,14 +408,13 @@ def main(args):
         """Evaluates, and keeps the weights if they are the best so far."""
         if not held or args.audit:
             return
-        metrics, table = evaluate(policy, model, held, args, run)
-        run.report(metrics, table)
+        metrics = run.report(lambda: evaluate(policy, model, held, args, run))
         run.watch_loss(metrics["eval/loss"], "--keep_best, ")
         if args.keep_best and metrics["eval/loss"] < run.state["best_loss"]:
             run.state["best_loss"] = metrics["eval/loss"]
             run.save("best")
 
-    if run.step == 0:
+    if run.state["unevaluated"]:
         report()
     while run.step < total_steps:
         # 3. The rows of this step, a function of (seed, step), and the denominator of the whole step.

@@ -304,6 +304,30 @@ def test_a_signal_saves_a_checkpoint_first(name, number, data, whole, tmp_path, 
     assert_equal(outcome(tmp_path / "out"), whole[name][0])
 
 
+@pytest.mark.parametrize("name, number", [("sft", 1), ("dpo", 2), ("reward_model", 2), ("ppo", 2), ("grpo", 1)])
+def test_a_signal_cuts_an_evaluation_which_is_made_again(name, number, data, whole, tmp_path, capfd):
+    """The first evaluation, before any step, or the second, after one: the run goes on with it, and every
+    line of the log stands there once."""
+    def child():
+        report, seen = common.Run.report, []
+
+        def cut(self, evaluate, **named):
+            seen.append(self.step)
+
+            def evaluate_and_cut():
+                evaluate()
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise AssertionError("the evaluation went on")
+            return report(self, evaluate_and_cut if len(seen) == number else evaluate, **named)
+        common.Run.report = cut
+        common.Run.catch_signals = CATCH_SIGNALS
+        start(name, data, tmp_path / "out", "--save_steps", 1000)()
+    assert os.WEXITSTATUS(in_child(child)) == 128 + signal.SIGTERM
+    assert "without this evaluation" in capfd.readouterr().err
+    assert in_child(start(name, data, tmp_path / "out", *LATEST)) == 0
+    assert_equal(outcome(tmp_path / "out"), whole[name][0])
+
+
 def killed(name, data, out, *flags):
     """A run that was killed after step 3, with a checkpoint of step 2."""
     def child():

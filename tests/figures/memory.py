@@ -33,7 +33,12 @@ import subprocess
 import sys
 import tempfile
 
+from types import SimpleNamespace
+
 from pipelines import ROOT, TINY
+
+sys.path.insert(0, ROOT)
+import common
 
 SHAPES = {  # d, f, layers, h, k, e, V, whether the embedding is the head too
     "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
@@ -58,34 +63,24 @@ def estimate(shape, mode, tokens, checkpointing=True, bf16=True, rank=16, comple
     full = mode == "full"
     adapters = layers * rank * (2 * (d + h * e) + 2 * (d + k * e) + 3 * (d + f))
     Q = linear + outer if full else adapters
-    size = 2 if bf16 else 4  # bytes of an activation
-    stream = 2 if bf16 and not full else 4  # of the sums between the layers
-    frozen = {"full": 0, "LoRA": (linear + outer) * size, "QLoRA": 0.516 * linear + 2 * outer + 2 * d * f}
-    wide = 3 * h * e + 2 * k * e + 4 * f
-    if bf16 and not full:
-        wide += h * e + f  # each adapter casts its own input
-    layer = (26 if bf16 else 24) * d + size * wide  # norms are in fp32
-    if not full:
-        layer -= 2 * size * d  # frozen norms keep less
-    kept = layers * stream * d if checkpointing else layers * layer
-    head = 8 * min(tokens * V, 2**25) + (4 * V * d if full else 0)
+    frozen = {"full": 0, "LoRA": (linear + outer) * (2 if bf16 else 4),
+              "QLoRA": 0.516 * linear + 2 * outer + 2 * d * f}
+    config = SimpleNamespace(hidden_size=d, num_attention_heads=h, num_hidden_layers=layers,
+                             intermediate_size=f, head_dim=e, num_key_value_heads=k, vocab_size=V)
     parts = {
         "weights": 4 * Q + frozen[mode],
         "copies": 2 * Q if bf16 else 0,
         "moments": 8 * Q,
         "gradients": 4 * Q,
-        "activations": tokens * (kept + 12 * d),
-        "at work": max(head, tokens * (layer * checkpointing + 3 * size * f)),
+        "activations": common.step_memory(config, tokens, full, bf16, checkpointing),
         "reference": 4 * (linear + outer) if reference and full else 0}
-    rollout = completions * (2 * layers * k * e * length * size + 36 * V)
-    makes_room = parts["activations"] + parts["at work"] + parts["gradients"]
+    rollout = common.rollout_memory(config, completions, length, bf16)
+    makes_room = parts["activations"] + parts["gradients"]
     return parts | {"rollout beyond": max(0, rollout - makes_room)}
 
 
 def child(folder, flags):
     """Runs sft.py up to its second update and prints the peak of this process's memory."""
-    sys.path.insert(0, ROOT)
-    import common
     import sft
 
     def stop(*_):
