@@ -171,7 +171,7 @@ def arg(default, help, needs="", aliases=(), **limits):
 def is_on(args, name):
     """Whether a flag is given and not switched off, by 0 too, unless None is what switches it off."""
     value, off = getattr(args, name), getattr(type(args), name, [])
-    return bool(value) or value == 0 and value is not False and off is None
+    return bool(value) or value == 0 and off is None
 
 
 def unmet(args, needs):
@@ -273,7 +273,7 @@ class Args:
     output_dir: str | None = arg(None, "folder of the run; default: out/<name of the script>")
     overwrite_output_dir: bool = arg(False, "replace the run that is there")
     resume_from_checkpoint: str | None = arg(None, "go on from 'latest', or from a checkpoint's folder")
-    eval_on_start: bool = arg(True, "also evaluate before the first step", EVAL)
+    eval_on_start: bool | None = arg(None, "evaluate before the first step; default: yes", EVAL)
     save_steps: int = arg(200, "steps between checkpoints (ppo, grpo: rounded up to whole rollouts)", above=0)
     save_total_limit: int = arg(2, "checkpoints that are kept", above=0)
     logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step", above=0)
@@ -2714,7 +2714,7 @@ class Run:
             self.lock = None if args.audit else lock(args.output_dir)
             return open_run(args)
         self.checkpoint = self.from_first(opened)  # until start: what to go on from, or None
-        self.state = {"step": 0, "num_tokens": 0, "data": None, "unevaluated": args.eval_on_start,
+        self.state = {"step": 0, "num_tokens": 0, "data": None, "unevaluated": args.eval_on_start is not False,
                       "held_rewards": []} | state
         args.date = gather_object([args.date or time.strftime("%Y-%m-%d")])[0]  # midnight may be near
         if self.checkpoint:
@@ -3004,9 +3004,9 @@ class Run:
             say(f"check    first update: sampler and trainer differ by {differ} in a log-prob"
                 f"{NORMAL if self.args.bf16 else ''}, ratio is 1 to within "
                 f"{metrics['ratio/deviation']:.1g}{start}")
-            held, reward = self.state["held_rewards"][-1:], metrics["reward"]
-            self.warn("temperature", held and held[0] - reward > abs(held[0]) / 3,
-                      f"samples score {reward:.3g} where greedy answers score {held[0]:.3g} (entropy "
+            greedy, reward = (self.state["held_rewards"] or [math.nan])[-1], metrics["reward"]
+            self.warn("temperature", greedy - reward > abs(greedy) / 3,
+                      f"samples score {reward:.3g} where greedy answers score {greedy:.3g} (entropy "
                       f"{metrics['entropy']:.2g} nats a token): a lower --temperature samples nearer to them")
 
     def warn(self, name, sign, sentence):

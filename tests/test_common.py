@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import TINY, tiny_model
+from conftest import TINY, run, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
@@ -570,6 +571,99 @@ def test_show_example_and_show_table(capsys, tokenizer):
     assert " ... " in out and "行" in out and "1.5" in out and max(map(len, out.splitlines())) < 80
 
 
+def test_the_table_shows_what_the_user_said(capsys):
+    common.show_table([{"prompt": [{"role": "system", "content": "rules"}, {"role": "user", "content": "why?"}], "n": 1}])
+    out = capsys.readouterr().out
+    assert "why?" in out and "rules" not in out
+
+
+def test_nobody_waits_in_silence(capsys, monkeypatch, tmp_path):
+    """Whatever takes long says so, but only where nothing else was said for a while."""
+    common.say("now")
+    common.still("not yet")
+    assert capsys.readouterr().out == "now\n"
+    monkeypatch.setattr(common.say, "last", -1e9)
+    common.still("reading")
+    common.still("not yet")
+    assert capsys.readouterr().out == "...      reading\n"
+    monkeypatch.setattr(common, "SILENCE", -1)  # each one speaks
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n' * 2)
+    run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "rows.jsonl", "--eval_dataset_name", tmp_path / "rows.jsonl", "--max_steps", 2,
+        "--num_iterations", 2, "--max_completion_length", 3, "--batch_size", 1, "--num_generations", 2, "--logging_steps", 100)
+    out = capsys.readouterr().out
+    for doing in ("reading", "tokenizing: row 2", "sampling: 2 completions go on at token 1", "log-probs of the rollout: micro-batch 1 of 1",
+                  "step 1: micro-batch 1 of 1", "step 1/2  reward"):
+        assert doing in out, doing
+    run(dpo, tmp_path / "dpo", "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0.01, "--max_completion_length", 3)
+    out = capsys.readouterr().out
+    for doing in ("reference log-probs of", "evaluation: micro-batch 1 of", "answering"):
+        assert doing in out, doing
+
+
+def test_rows_of_both_sets_are_counted_aloud(capsys, tmp_path):
+    for name, numbers in (("train", "123"), ("eval", "345")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "{n}", "completion": "x"}}\n' for n in numbers))
+    run(sft, tmp_path / "out", "--dataset_name", tmp_path / "train.jsonl", "--eval_dataset_name", tmp_path / "eval.jsonl", "--max_steps", 1)
+    assert "warning  1 of 3 evaluation rows have a prompt that is trained on too\n" in capsys.readouterr().out
+
+
+def test_what_is_said_at_the_start_of_a_run(capsys, tmp_path):
+    """The first evaluation can be left out, a rounded --max_steps is said, and the cut that a CPU has by default is saved."""
+    lines = run(ppo, tmp_path, "--max_steps", 1, "--num_minibatches", 2, "--num_iterations", 1, "--batch_size", 4, "--max_completion_length", 4,
+                "--eval_on_start", False)
+    out = capsys.readouterr().out
+    assert [line["step"] for line in lines if "eval/reward" in line] == [2]
+    assert "flags    --max_steps 1 ends inside a rollout: 2 steps are made\n" in out and "eval     step 0" not in out
+    assert json.loads((tmp_path / "args.json").read_text())["micro_batch_tokens"] == 2048
+
+
+def test_an_evaluation_counts_for_no_step(tmp_path):
+    run_, seconds = SimpleNamespace(begun=100.0, doing="", evaluating=False, step=0, state={"held_rewards": [0.1, 0.2]}, log=lambda m: None,
+                                    samples=lambda *a: None), 0.05
+    metrics = common.Run.report(run_, lambda: (time.sleep(seconds), ({"eval/reward": 0.3}, ()))[1])
+    assert metrics == {"eval/reward": 0.3} and run_.begun >= 100 + seconds
+    assert run_.state == {"held_rewards": [0.2, 0.3], "unevaluated": False} and not run_.evaluating
+
+
+def test_a_largest_figure_is_the_largest():
+    run_ = SimpleNamespace(audit_step=None, step=0, signal=0, device="cpu", stop=False, total_steps=9,
+                           accelerator=SimpleNamespace(gather=lambda x: torch.cat([x, x / 2])))  # two processes
+    sums = common.Sums(run_)
+    for x in ([1.0, 9.0], [3.0, 2.0]):
+        x = torch.tensor([x])
+        sums.add(SimpleNamespace(mask=torch.tensor([[1.0, 0.0]])), {}, {"a": x, "a/max": x})
+    assert sums.reduce() == {"a": (4 + 2) / (2 + 1), "a/max": 3.0, "trained_tokens": 3}
+
+
+def test_samples_far_below_greedy_answers_are_said(capsys):
+    run_ = SimpleNamespace(step=0, args=SimpleNamespace(bf16=False), state={"held_rewards": [0.6]}, warned=set())
+    run_.warn = lambda *a: common.Run.warn(run_, *a)
+    metrics = {"sampling/logprob_difference": 1e-6, "sampling/logprob_difference/max": 2e-5, "ratio/deviation": 0.0, "reward": 0.3, "entropy": 1.5}
+    common.Run.check_first_update(run_, metrics)
+    out = capsys.readouterr().out
+    assert "differ by 1e-06 on average and 2e-05 at most" in out and "normal in bf16" not in out
+    assert "samples score 0.3 where greedy answers score 0.6 (entropy 1.5 nats a token): a lower --temperature" in out
+    run_.warned = set()
+    common.Run.check_first_update(run_, metrics | {"reward": 0.5})
+    assert "temperature" not in capsys.readouterr().out
+
+
+def test_memory_by_hand(capsys):
+    """2 layers of 8 with 2 heads of 4, MLP 16, 10 ids; 3 tokens, fp32, all weights trained: a layer keeps 24 x 8 + 4 (3 x 8 + 2 x 4
+    + 4 x 16) = 576 bytes a token, all 2 x 576 + 12 x 8 = 1,248; the layer's MLP works with 3 x 4 x 16 = 192, the head with
+    8 x 3 x 10 + 4 x 10 x 8 = 560, or 576."""
+    config = SimpleNamespace(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, intermediate_size=16, vocab_size=10)
+    assert common.step_memory(config, 3, True, False, False) == 3 * 1248 + 576
+    assert common.step_memory(config, 3, True, False, True) == 3 * (2 * 32 + 96) + 3 * (576 + 192)  # a layer at a time is made again
+    assert common.rollout_memory(config, 5, 7, False) == 5 * (2 * 2 * 4 * 7 * 4 + 360)
+    args = SimpleNamespace(bf16=False, micro_batch_tokens=2**20, gradient_checkpointing=False, lora_r=0, adapter=None)
+    model = tiny_model("llama")
+    common.say_memory(model, args, torch.device("cpu"))
+    step, weights = common.step_memory(model.config, 2**20, True, False, False), 16 * sum(p.numel() for p in model.parameters())
+    said = re.search(r"memory   (\S+) of \d+ GiB at the peak, by estimate: (\S+) for .*--lora_r 16\), (\S+) for a micro", capsys.readouterr().out)
+    assert said.groups() == tuple(f"{x / 2**30:.1f}" for x in (weights + step, weights, step))
+
+
 # ---- files -------------------------------------------------------------------------------------------------
 
 ROWS = [{"prompt": "你好", "completion": "🙂 a,b"}, {"prompt": "x" * 2**21, "completion": 'two\n"lines"'}]
@@ -1119,7 +1213,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_stays(tmp_path):
 LORA, MOVED, NO_EVALUATION = ["--lora_r", "4"], ["--num_minibatches", "2"], ["--eval_fraction", "0"]
 ALL = [("load_in_4bit", "True", LORA, []), ("merge", "True", LORA, []), ("lora_alpha", "64", LORA, []), ("lora_target_modules", "q_proj", LORA, []),
        ("modules_to_save", "lm_head", LORA, []), ("audit_step", "2", ["--audit", "a.html"], []), ("eval_fraction", "0.2", [], ["--eval_dataset_name", "e.jsonl"]),
-       ("eval_steps", "7", [], NO_EVALUATION)]
+       ("eval_steps", "7", [], NO_EVALUATION), ("eval_on_start", "False", [], NO_EVALUATION)]
 DROPOUT, ANSWERS = ("lora_dropout", "0.1", LORA, []), ("max_completion_length", "9", [], NO_EVALUATION)
 ROLLOUT = [("kl_warn", "9", ["--kl_coef", "0.1"], ["--kl_coef", "0"]), ("epsilon", "0.1", MOVED, ["--num_iterations", "1", "--num_minibatches", "1"])]
 TABLE = {

@@ -52,6 +52,26 @@ def test_the_arguments_reach_the_loss():
         close(seen["loss"], seen["dpo_loss"] + 0.5 * seen["nll_loss"]), close(seen["rewards/margins"], tensor([0.9, 0.0]))
 
 
+def test_a_tie_is_half_right():
+    """At the start all margins are 0, or what rounding makes of it; this is no 25 % accuracy."""
+    chosen = tensor([-3.0, -3.0 + 1e-5, -3.0, -2.0])
+    seen = figures(chosen, tensor([-7.0, -7.0, -7.0 + 1e-5, -7.0]), tensor([-3.0] * 4), tensor([-7.0] * 4), beta=0.1)
+    assert seen["rewards/accuracies"].tolist() == [0.5, 0.5, 0.5, 1.0]
+
+
+def test_the_reference_is_asked_only_for_pairs_that_are_used(tmp_path, monkeypatch):
+    """2 or 3 steps of 4 pairs and the held-out ones; a resumed run finds them in its checkpoint."""
+    scored, over_rows = [], common.Run.over_rows
+    monkeypatch.setattr(common.Run, "over_rows", lambda self, groups, *a: scored.append(len(groups)) or over_rows(self, groups, *a))
+    flags = ["--batch_size", 4, "--eval_fraction", 0.05, "--max_completion_length", 0, "--save_steps", 1]
+    run(dpo, tmp_path / "two", *flags, "--max_steps", 2)
+    run(dpo, tmp_path / "two", *flags, "--max_steps", 2, "--resume_from_checkpoint", "latest")
+    three = run(dpo, tmp_path / "three", *flags, "--max_steps", 3)
+    held = scored[0] - 8
+    assert 0 < held and scored == [8 + held, 12 + held]
+    assert all(math.isfinite(line["loss"]) for line in three if "loss" in line)
+
+
 def test_only_ipo_divides_by_lengths():
     """Completions of 2 and 4 tokens, log-ratios 2 and -4 in sum, 1 and -1 in mean; weight 1/4."""
     mask = tensor([[0.0, 1, 1, 0, 0], [0, 1, 1, 1, 1]])

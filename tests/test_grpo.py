@@ -593,8 +593,8 @@ def test_later_draws_of_a_step_sample_anew(monkeypatch, tmp_path):
                  "--temperature", 1.5, "--max_completion_length", 8)
     assert len(drawn) == grpo.MAX_DRAWS and all({p for p, _ in d} == {"1+1=", "2+1="} for d in drawn)
     assert len({str(sorted(d)) for d in drawn}) == grpo.MAX_DRAWS
-    distinct = [common.distinct_n([ids for _, ids in rows]) for rows in (drawn[0], sum(drawn, []))]
-    assert first["completions/distinct_4"] == distinct[0] != distinct[1], "of one draw: more of them repeat more"
+    distinct = [common.distinct_n(ids) for _, ids in sum(drawn, [])]  # of each completion alone: all may be the same
+    assert first["completions/distinct_4"] == pytest.approx(sum(distinct) / len(distinct))
 
 
 @pytest.mark.parametrize("flags", [["--num_iterations", 2], ["--drop_flat_groups"]], ids=str)

@@ -167,12 +167,12 @@ def test_the_score_less_kl_has_the_gradient_of_reward_less_reverse_kl():
 
 
 def test_distinct_n_and_the_signs_of_over_optimisation():
-    assert common.distinct_n([[1, 2, 3, 4, 5]], 4) == 1 and common.distinct_n([[1, 2], [3]], 4) == 1
-    assert common.distinct_n([[1, 2, 3, 4], [1, 2, 3, 4]], 4) == 0.5 and common.distinct_n([[7] * 13], 4) == 0.1
+    assert common.distinct_n([1, 2, 3, 4, 5], 4) == 1 and common.distinct_n([1, 2], 4) == 1
+    assert common.distinct_n([1, 2, 3, 4, 1, 2, 3, 4], 4) == 0.8 and common.distinct_n([7] * 13, 4) == 0.1
 
-    def signs(seen):
+    def signs(seen, held=()):
         said = []
-        run = SimpleNamespace(state={"first": first}, samples_file="samples.jsonl", flat_rollouts=0, args=SimpleNamespace(kl_warn=5.0),
+        run = SimpleNamespace(state={"first": first, "held_rewards": list(held)}, samples_file="samples.jsonl", flat_rollouts=0, args=SimpleNamespace(kl_warn=5.0),
                               warn=lambda name, sign, sentence: said.extend([sentence] * bool(sign)))
         run.warn_of_kl = lambda *a: common.Run.warn_of_kl(run, *a)
         ppo.warn_of_signs(run, seen)
@@ -184,6 +184,8 @@ def test_distinct_n_and_the_signs_of_over_optimisation():
                          ({"completions/mean_length": 21.0}, "paying for length"), ({"score_std": 1e3}, "--score_clip"), ({"completions/distinct_4": 0.3}, "30% of their 4-grams")):
         (sentence,) = signs(fine | change)
         assert word in sentence and sentence.endswith("samples.jsonl")
+    repeats = fine | {"completions/distinct_4": 0.3}  # which may be right while the held-out reward rises
+    assert signs(repeats, [0.4, 0.5]) == [] and len(signs(repeats, [0.5, 0.4])) == len(signs(repeats, [0.5])) == 1
 
 
 def test_rows_are_taken_in_one_permutation_after_another():
