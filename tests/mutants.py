@@ -122,7 +122,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
      'Policy(reference), ("ref_logprobs",), 1.0)'),
     ("ppo", "policy(mb.input_ids, mb.mask, args.temperature)", "policy(mb.input_ids, mb.mask)"),
     ("ppo", "values = values.roll(1, dims=1)", "values = values.roll(0, dims=1)"),
-    ("ppo", "make_value_head(reward.weight * row)", "make_value_head(row)"),
+    ("ppo", "make_value_head(start.weight * row)", "make_value_head(row)"),
     ("ppo", "correction=min(1, len(known) - 1))", "correction=0)"),
     ("ppo", "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio"),
     ("ppo", "0.5 * torch.maximum(error, clipped)", "0.5 * error"),
