@@ -2341,14 +2341,13 @@ def save_value(run, owner, trunk, head):
     if model is None:
         say(f"value    transformers has no reward models of type {config.model_type}: no value/ is written")
         return
-    bare.score = head
+    bare.score = head  # of which peft makes a copy
     if isinstance(owner, PeftModel):
         adapter = copy.deepcopy(owner.peft_config["default"])
         adapter.task_type, model.name_or_path = "SEQ_CLS", adapter.base_model_name_or_path
         adapter.modules_to_save = [m for m in adapter.modules_to_save or []
                                    if m not in ("lm_head", "score", "classifier")]  # peft adds the last two
         model, owner = get_peft_model(model, adapter), owner.get_base_model()
-        bare.score.modules_to_save["default"] = head
     setattr(bare, bare.base_model_prefix, owner.base_model if trunk is None else trunk)
     finish(run.args, run.accelerator, model, tokenizer, "value")
 
