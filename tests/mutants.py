@@ -186,6 +186,9 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", 'counts["duplicates dropped"] += len(items) - len(unique)\n',
      'counts["duplicates dropped"] += 0\n'),
     ("common", '["step"] > step:', '["step"] > step + 1:'),
+    ("common", "    use_scoring_pad_token(tokenizer)\n    config.update", "    config.update"),
+    ("common", "owner.base_model if trunk is None else trunk)", "owner.base_model)"),
+    ("common", 'getattr(self.args, "value_model", None),', "None,"),
 ]
 
 

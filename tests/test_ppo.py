@@ -251,16 +251,15 @@ def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers
     policy, ref = (AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft"), dtype=torch.float32) for _ in range(2))
     judge = AutoModelForSequenceClassification.from_pretrained(scorer, dtype=torch.float32)
     critic, weight = judge.model, 0.3 * judge.score.weight.detach()
-    bias = torch.zeros(1, requires_grad=True)
     if share:
         critic, weight = policy.model, torch.zeros_like(weight)
     weight.requires_grad_()
-    params = [*policy.parameters(), *([] if share else critic.parameters()), weight, bias]
+    params = [*policy.parameters(), *([] if share else critic.parameters()), weight]
 
     def both(record, model):
         ids, n = record["input_ids"].long(), len(record["completion_ids"])
         lp = (model(ids[None]).logits[0] / 0.9).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)[-n:]
-        return lp, (critic(ids[None]).last_hidden_state[0, :-1] @ weight.T + bias).squeeze(-1)[-n:]
+        return lp, (critic(ids[None]).last_hidden_state[0, :-1] @ weight.T).squeeze(-1)[-n:]
     start = []
     for record in records:
         with torch.no_grad():
