@@ -470,6 +470,21 @@ def test_what_no_value_can_start_from_is_refused(scorer, tmp_path, tokenizer, mo
     refused("cannot read .*several", "--value_model", tmp_path / "several")
 
 
+def test_a_checkpoint_of_a_value_with_a_bias_is_another_versions(tmp_path, monkeypatch):
+    flags = [tmp_path / "out", "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 4, "--max_completion_length", 8]
+    make = ppo.make_value_head
+
+    def with_bias(weight):
+        head = make(weight)
+        head.bias = torch.nn.Parameter(torch.zeros(1))
+        return head
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "make_value_head", with_bias)
+        run(ppo, *flags)
+    with pytest.raises(common.UserError, match="cannot be restored: it has moments of weights that this model lacks: another version"):
+        run(ppo, *flags, "--resume_from_checkpoint", "latest")
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_value_that_no_reward_model_can_hold_is_said(known, monkeypatch, tmp_path, capsys):
     if not known:
