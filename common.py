@@ -2676,8 +2676,9 @@ def restore(module, optimizer, state):
             p.copy_(like(saved, p))
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        require(all(place < len(parameters) for place in state["optimizer"]), "it has moments of weights that "
-                "this model lacks: another version wrote it, which has to finish this run")
+        known = all(place < len(parameters) for place in state["optimizer"])
+        require(known, "it has moments of weights that this model lacks: another version wrote it, which has "
+                "to finish this run")
         moments = {place: recursively_apply(like, values, parameters[place])  # 8-bit ones are nested
                    for place, values in state["optimizer"].items()}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
