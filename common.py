@@ -66,6 +66,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs,
                               gather_object, parse_flag_from_env, recursively_apply, set_seed)
+from huggingface_hub import ModelCardData
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
@@ -166,6 +167,11 @@ def arg(default, help, needs="", aliases=(), **limits):
     what it needs to have an effect: "a or b=x, no c>1" is (a is on, or b is x) and not c > 1."""
     given = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(metadata={"help": help, "aliases": list(aliases), "needs": needs, "limits": limits}, **given)
+
+
+def default_of(flag):
+    """A flag's default, a list too."""
+    return flag.default_factory() if callable(flag.default_factory) else flag.default
 
 
 def is_on(args, name):
@@ -370,7 +376,7 @@ class Parser(HfArgumentParser):
         takes = "|".join(re.findall(r"\w+", choices[1])) if choices else next(
             (word for kind, word in (("bool", ""), ("int", "N"), ("float", "X")) if kind in written), "TEXT")
         takes = "True|False" if flag.default is True or "bool | None" in written else takes
-        default = flag.default_factory() if callable(flag.default_factory) else flag.default
+        default = default_of(flag)
         default = " ".join(default) if isinstance(default, list) else default
         what = flag.metadata["help"] + ("" if default is None or default is False else f" [{default}]")
         head = f"  --{flag.name} {takes}{' ...' if 'list' in written else ''} "
@@ -1685,7 +1691,7 @@ def load_reward(name, weight, args, device):
             conversations = [[*before, answer] for before, answer in zip(turns, answers)]
             return score_texts(conversations, truncated)[:, names.index(part)].tolist()
         parent, own = os.path.split(os.path.abspath(path))
-        run = os.path.basename(parent) if own in ("model", "merged") else own
+        run = os.path.basename(parent) if own in ("model", "merged", "value") else own
         return f"{run}_{part}", Reward(function, weight, path, part)
     require(part or not name.endswith(".py"), f"reward '{name}': say which: {name}:function")
     require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
@@ -1711,6 +1717,31 @@ def load_rewards(args, device="cpu"):
         require(label not in rewards, f"two rewards are called '{label}'")
         rewards[label] = reward
     return rewards
+
+
+def value_start(args, rewards, tokenizer):
+    """The reward model that ppo's value starts from, as a Reward: --value_model, else the first that it can
+    start from; None if there is none, or with --share_trunk. UserError if --value_model cannot be one."""
+    given, options = args.value_model, {"trust_remote_code": args.trust_remote_code}
+    models = [reward for reward in rewards.values() if reward.score is not None]
+    for reward in [] if args.share_trunk else [Reward(None, 1.0, given)] if given else models:
+        base, adapter = base_and_adapter(reward.path)
+        with explain(f"cannot read {reward.path}"):
+            theirs = AutoTokenizer.from_pretrained(reward.path, **options)
+            kind = adapter and PeftConfig.from_pretrained(adapter).task_type
+            config = AutoConfig.from_pretrained(base if kind == "CAUSAL_LM" else reward.path, **options)
+            kind = kind or str(config.architectures)
+        reason = ""
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            reason = "has another tokenizer"
+        elif not re.search("SEQ_CLS|ForSequenceClassification", kind) or not scorer_outline(config, options):
+            reason = "is no causal model with a score head"
+        elif given and config.num_labels > 1:
+            reason = f"has several scores ({', '.join(config.id2label.values())})"
+        require(not (given and reason), f"--value_model {given} {reason}: the value cannot start from it")
+        if not reason:
+            return reward._replace(score=reward.score or config.id2label[0])
+        say(f"value    {reward.path} {reason}: the value cannot start from it")
 
 
 GRACE = 5.0  # seconds until a reward that goes on after a TimeoutError ends the run
@@ -2171,9 +2202,12 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
             return model
         if args.load_in_4bit or four_bit_on_disk(base, frozen):
             options |= hold_in_4bit(config, base, dtype, device)
+        if scores and args.adapter:  # which brings the head: that of its base may have other scores
+            options["ignore_mismatched_sizes"] = True
         model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
                                              **options)
-        missing = [name for name in loaded["missing_keys"] if not (scores and name.startswith("score."))]
+        missing = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
+        missing = [name for name in missing if not (scores and name.startswith("score."))]
         require(not missing, f"it holds no weights for {', '.join(sorted(missing)[:3])}: "
                 "they would be random")
         return model
@@ -2239,9 +2273,10 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
         config = AutoConfig.from_pretrained(folder, **options)
         if hasattr(config, "quantization_config") or four_bit_on_disk(base, True):
             options |= hold_in_4bit(config, base, torch.float32, device)
+        with_head = bool(adapter) and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            base, config=config, dtype=torch.float32, output_loading_info=True, **options)
-        with_head = adapter and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
+            base, config=config, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=with_head, **options)
         require(with_head or not loaded["missing_keys"], "it has no trained score head")
         model = PeftModel.from_pretrained(model, adapter) if adapter else model
         model.to(device).eval()
@@ -2318,6 +2353,28 @@ def say_memory(model, args, device):
             f"{args.micro_batch_tokens:,} tokens (less: --micro_batch_tokens){said}")
 
 
+def load_value(reward, args, model, run):
+    """What value_start found, ready to train as the policy is: in full, or with a new adapter of its rank; an
+    adapter goes on -> (the reward model, the weights (1, d) of the reward's score)."""
+    own = copy.copy(args)
+    own.model_name_or_path = reward.path
+    own.modules_to_save = [m for m in args.modules_to_save or [] if m != "lm_head"]  # it has none
+    adapted = isinstance(model, PeftModel) and not own.adapter
+    own.lora_r = model.peft_config["default"].r if adapted else 0  # 0: its own adapter goes on
+    config = AutoConfig.from_pretrained(reward.path, trust_remote_code=args.trust_remote_code)
+    names = list(config.id2label.values())
+    scorer = load_model(own, run.tokenizer, run.device, score_names=names)
+    return scorer, scorer.score.weight[[names.index(reward.score)]]
+
+
+def scorer_outline(config, options):
+    """A reward model of this config, its weights without memory; None where transformers has none that is a
+    trunk and a head `score`."""
+    with torch.device("meta"), suppress(ValueError):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **options)
+        return model if hasattr(model, "score") else None
+
+
 def dropout_rates(model):
     """Yields (module, attribute) of every rate above 0: dropout modules', and those of functional dropout."""
     for module in model.modules():
@@ -2369,20 +2426,41 @@ def make_reference(model, args, device):
 
 # ---- saving ------------------------------------------------------------------------------------------------
 
-def finish(args, accelerator, model, tokenizer):
-    """Writes model/ and says where."""
+def finish(args, accelerator, model, tokenizer, name="model"):
+    """Writes model/, or what is named, and says where."""
     named = model.state_dict(keep_vars=True)
     values = {id(value): whole(value).detach() for value in named.values()}  # tied weights stay one tensor
     state = {name: values[id(value)] for name, value in named.items()}
     if accelerator.is_main_process:
-        folder = os.path.join(args.output_dir, "model")
-        save_model(model, tokenizer, folder, state)
+        folder = os.path.join(args.output_dir, name)
+        save_model(args, model, tokenizer, folder, state)
         say(f"saved    {folder}")
     accelerator.wait_for_everyone()
 
 
-def save_model(model, tokenizer, folder, state=None):
-    """An adapter or full weights, with tokenizer, template and generation config."""
+def save_value(run, owner, trunk, head):
+    """Writes value/: ppo's value as a reward model, as an adapter where `owner` has one: the model that the
+    trunk is of, or was copied from. trunk None: the owner's own. Every process calls it."""
+    tokenizer, config = copy.deepcopy((run.tokenizer, owner.config))
+    use_scoring_pad_token(tokenizer)
+    config.update(score_config(["value"], tokenizer))
+    model = bare = scorer_outline(config, {"trust_remote_code": run.args.trust_remote_code})
+    if model is None:
+        say(f"value    transformers has no reward models of type {config.model_type}: no value/ is written")
+        return
+    bare.score = head  # of which peft makes a copy
+    if isinstance(owner, PeftModel):
+        adapter = copy.deepcopy(owner.peft_config["default"])
+        adapter.task_type, model.name_or_path = "SEQ_CLS", adapter.base_model_name_or_path
+        adapter.modules_to_save = [m for m in adapter.modules_to_save or []
+                                   if m not in ("lm_head", "score", "classifier")]  # peft adds the last two
+        model, owner = get_peft_model(model, adapter), owner.get_base_model()
+    setattr(bare, bare.base_model_prefix, owner.base_model if trunk is None else trunk)
+    finish(run.args, run.accelerator, model, tokenizer, "value")
+
+
+def save_model(args, model, tokenizer, folder, state=None):
+    """An adapter or full weights, with tokenizer, template, generation config and a model card."""
     model.config.use_cache = True
     options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
     with written_whole(folder) as unfinished:
@@ -2390,6 +2468,63 @@ def save_model(model, tokenizer, folder, state=None):
         # a reward model generates nothing: its config tells the names of its scores, beside an adapter too
         (model.generation_config if model.can_generate() else model.config).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        with open(os.path.join(unfinished, "README.md"), "w", encoding="utf-8") as file:  # peft's is empty
+            file.write(model_card(args, model))
+
+
+CARD = string.Template("""---
+$data
+---
+
+# $kind, trained by $script
+
+`$script` made it from `$base` on `$dataset`$held. The arguments that decide the result, where they
+are not the defaults:
+
+```json
+$arguments
+```
+
+To load it:
+
+```python
+import transformers$peft
+
+folder = "path/of/this/folder"
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model = transformers.$auto.from_pretrained($options)$adapt
+```
+""")
+
+
+def model_card(args, model):
+    """A saved folder's README.md: front matter for the Hub, what made it from what, and how to load it."""
+    adapter = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    base = adapter.base_model_name_or_path if adapter else model.config._name_or_path
+    scores = {} if model.can_generate() else model.config.id2label
+    task, auto = ("text-classification", "AutoModelForSequenceClassification") if scores else (
+        "text-generation", "AutoModelForCausalLM")
+    of_hub, dataset = (None if os.path.exists(name) else name for name in (base, args.dataset_name))
+    script = os.path.basename(sys.modules[type(args).__module__].__file__)
+    data = ModelCardData(  # the Hub refuses what is a path
+        base_model=of_hub, datasets=dataset and [dataset.partition(":")[0]], pipeline_tag=task,
+        library_name="peft" if adapter else "transformers", tags=[script.removesuffix(".py")])
+    changed = {flag.name: getattr(args, flag.name) for flag in fields(args)  # written again it is the same
+               if flag.name not in MAY_CHANGE and getattr(args, flag.name) != default_of(flag)}
+    options = [json.dumps(base) if adapter else "folder"]
+    if adapter and scores:
+        options += [f"id2label={scores}, pad_token_id={model.config.pad_token_id}",
+                    "ignore_mismatched_sizes=True"]
+    if adapter and args.load_in_4bit:
+        options += ["quantization_config=transformers.BitsAndBytesConfig(\n        "
+                    "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"]
+    return CARD.substitute(
+        data=data.to_yaml(), script=script, base=base, dataset=args.dataset_name, auto=auto,
+        kind={(): "Language model", ("value",): "Value function"}.get(tuple(scores.values()), "Reward model"),
+        held=f", evaluated on `{args.eval_dataset_name}`" if args.eval_dataset_name else "",
+        arguments=json.dumps(changed, indent=1), peft="\nimport peft" if adapter else "",
+        options=",\n    ".join(options),
+        adapt="\nmodel = peft.PeftModel.from_pretrained(model, folder)" if adapter else "")
 
 
 @torch.no_grad()
@@ -2413,7 +2548,7 @@ def merge_adapter(run, model):
     merged = adapted.merge_and_unload()
     if not scores:
         merged.generation_config = model.generation_config
-    save_model(merged, run.tokenizer, folder)
+    save_model(args, merged, run.tokenizer, folder)
     merged = adapted = base = None  # one model at a time
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     with explain(f"cannot load {folder} again"):
@@ -2498,7 +2633,7 @@ OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # the fi
 
 def outputs(args):
     """The files and folders in output_dir that a run replaces."""
-    names = ["args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged"]
+    names = ["args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged", "value"]
     base = base_and_adapter(args.model_name_or_path)[0]
     return names + ["base"] * (trains_adapter(args) and has_no_weights(base))
 
@@ -2558,14 +2693,15 @@ def check_free(args):
     log, *paths = (os.path.join(args.output_dir, name) for name in ("metrics.jsonl", *used))
     with explain(log, OSError), open(log if os.path.isfile(log) else os.devnull, "rb") as file:
         started = all(map(os.path.isfile, paths)) and len(file.readlines()) < 2
-    started |= args.resume_from_checkpoint == "latest" and not {"model", "merged"}.intersection(used)
+    started |= args.resume_from_checkpoint == "latest" and not {"model", "merged", "value"}.intersection(used)
     require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
             "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
     require(not used or args.overwrite_output_dir or started,
             f"{args.output_dir} already holds a run: choose another --output_dir, or add "
             "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
     given = [(name, getattr(args, name, None)) for name in (
-        "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset")]
+        "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset",
+        "value_model")]
     given += [("reward_funcs", name) for name in getattr(args, "reward_funcs", [])]
     given += [("model_name_or_path", base_and_adapter(args.model_name_or_path)[0])]
     for name, value in given:
@@ -2647,6 +2783,9 @@ def restore(module, optimizer, state):
             p.copy_(like(saved, p))
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        known = all(place < len(parameters) for place in state["optimizer"])
+        require(known, "it has moments of weights that this model lacks: another version wrote it, which has "
+                "to finish this run")
         moments = {place: recursively_apply(like, values, parameters[place])  # 8-bit ones are nested
                    for place, values in state["optimizer"].items()}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -2752,7 +2891,8 @@ class Run:
         self.example = first["input_ids"] if "input_ids" in first else first["prompt_ids"]
         found = {"training data": fingerprint(rows), "evaluation data": fingerprint(held),
                  "chat template": hashlib.sha256(template.encode()).hexdigest()[:16]}
-        paths = [self.args.model_name_or_path, *(reward.path for reward in (rewards or {}).values())]
+        paths = [self.args.model_name_or_path, getattr(self.args, "value_model", None),
+                 *(reward.path for reward in (rewards or {}).values())]
         for path in filter(None, paths):
             inside = base_and_adapter(path) if os.path.isdir(path) else (path, None)
             found |= {f"files of {name}": fingerprint_of_file(name) for name in inside if name}
@@ -3062,13 +3202,15 @@ class Run:
             sys.exit(128 + (self.signal or signal.SIGTERM))
         self.last = self.step
 
-    def finish(self, model):
-        """Closes the log; writes model/ (and merged/ with --merge) if anything was trained."""
+    def finish(self, model, value=None):
+        """Closes the log; writes model/ (merged/ with --merge, ppo's value/) if anything was trained."""
         self.bar.close()
         if self.track:
             self.accelerator.end_training()
         if self.total_steps:
             finish(self.args, self.accelerator, model, self.tokenizer)
+            if value:
+                save_value(self, *value)
             if self.args.merge and self.accelerator.is_main_process:
                 merge_adapter(self, model)
             self.accelerator.wait_for_everyone()
@@ -3099,19 +3241,20 @@ class Sums:
     def add(self, mb, parts, shown=None, mask=None, page=None):
         """One micro-batch. parts {name: tensor of any shape} are summed; "loss" (B, T): what each token adds
         to the step's loss. shown {name: (B, T)}: averaged over the tokens of mask (B, T), else of mb.mask; of
-        a name that ends in "/max" the largest is taken.
+        a difference the largest is kept too, as name/max.
         The page shows these and what is in mb; or, where a loss is no sum over tokens, `page()` -> {"share",
         "mask": (B, T), "columns": {name: (B, T) or (B, 1)}, "constants": (B,), a row's share at no token}."""
-        mask = mb.mask if mask is None else mask
+        mask, shown = mb.mask if mask is None else mask, shown or {}
+        shown = shown | {f"{name}/max": x for name, x in shown.items() if name.endswith("_difference")}
         means = {"trained_tokens": mask, **shown} if shown else {}
         for name, x in means.items():
             parts = parts | {name: torch.where(mask.bool(), x, 0.0)}
         for name, x in parts.items():
             x, before = x.detach().double(), self.named.get(name, 0.0)
             self.named[name] = x.max().clamp(min=before) if name.endswith("/max") else before + x.sum()
-        self.shown |= shown or {}
+        self.shown |= shown
         if self.due:
-            columns = {name: x for name, x in (shown or {}).items() if re.match("clip_ratio/|[^/]+$", name)}
+            columns = {name: x for name, x in shown.items() if re.match("clip_ratio/|[^/]+$", name)}
             own = {"share": parts["loss"], "mask": mb.mask, "columns": vars(mb) | columns}
             self.page += page_rows(mb, **(page() if page else own))
 

@@ -668,8 +668,7 @@ def main(args):
                 share = mb.weight * mb.loss + args.sft_coef * nll  # what each token adds to the step's loss
                 run.accelerator.backward(share.sum() * run.accelerator.num_processes)  # DDP averages: undo it
                 if update == 0:  # later updates have moved away from the policy that sampled
-                    difference = (logprobs - mb.sampled_logprobs).abs()
-                    shown |= {f"sampling/logprob_difference{kind}": difference for kind in ("", "/max")}
+                    shown["sampling/logprob_difference"] = (logprobs - mb.sampled_logprobs).abs()
                 parts = {"loss": share, "nll_loss": nll} if has_nll else {"loss": share}
                 sums.add(mb, parts, shown | {"entropy": entropy}, mask)
             metrics = sums.reduce()  # the loss, and means over the trained tokens, of all processes

@@ -21,9 +21,11 @@ Differences from TRL's PPOTrainer (trl.experimental.ppo, which TRL 1.16 no longe
 1. Rewards are reward models' folders, Python functions or both, with weights, as in grpo.py.
 2. What is sampled is what is scored: the whole softmax at --temperature, without top-k, top-p or penalties.
 3. The training forward makes the old log-probs, so the ratio is 1 in a rollout's first update.
-4. The value starts as the first reward model with the policy's tokenizer, else as a copy of the policy with a
-   head of zeros; with LoRA, but not under FSDP, policy, value and reference then share one frozen base.
-5. --share_trunk: one trunk for policy and value, and always a head of zeros.
+4. The value starts as --value_model, else the first reward model with the policy's tokenizer, else a copy of
+   the policy with a head of zeros; then, with LoRA but not under FSDP, policy, value and reference share one
+   frozen base. --share_trunk: one trunk for policy and value, and always a head of zeros.
+5. The value is saved as a reward model, value/: its score "value" at a row's last token is the value of the
+   state after it. With --share_trunk value/ has a copy of the policy's trunk.
 6. The score stands on the last token (EOS, if there is one), not after it, where no value is learned.
 7. Advantages are whitened, and losses divided, over all processes and micro-batches together.
 8. A stopped run goes on from its last checkpoint, always the end of a rollout, and ends bit-equal.
@@ -45,7 +47,7 @@ entropy                         mean entropy of the policy at the sampled tokens
 ratio, ratio/deviation          mean ratio; mean distance from 1, about 0 in a rollout's first update
 clip_ratio/low_mean, clip_ratio/high_mean   share of tokens whose ratio is clipped below, above
 clip_ratio/value_mean           share of tokens whose value is clipped: it has moved too far to learn more
-sampling/logprob_difference     mean |trainer's - sampler's log-prob| in a rollout's first update
+sampling/logprob_difference, /max   |trainer's - sampler's log-prob| in a rollout's first update
 grad_norm, learning_rate        before clipping; of this update
 num_tokens, trained_tokens      tokens so far, without demonstrations; the completions' in this step
 eval/reward, eval/accuracy      greedy completions of held-out prompts: mean score; share of right answers
@@ -69,7 +71,6 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
@@ -92,6 +93,8 @@ class Args(common.Args):
     rollout_batch_size: int = arg(256, "completions that a process samples at once", above=0)
     # objective
     share_trunk: bool = arg(False, "make the value a head on the policy's own trunk: saves memory")
+    value_model: str | None = arg(None, "start the value from this folder: a run's value/, or a reward model "
+                                  "with one score", "no share_trunk")
     gamma: float = arg(1.0, "discount per token", least=0, most=1)
     gae_lambda: float = arg(0.95, "1: returns as they came; 0: one step, then the value", least=0, most=1)
     epsilon: float = arg(0.2, "the ratio is clipped at 1 - epsilon and 1 + epsilon", MOVED, above=0)
@@ -336,54 +339,39 @@ class PolicyValue(Policy):
 
 
 def make_value_head(weight):
-    """weight (1, d) -> Linear(d, 1) with a bias of 0."""
-    head = nn.Linear(weight.shape[1], 1, device=weight.device)
+    """weight (1, d) -> Linear(d, 1) without a bias: transformers' reward models have none."""
+    head = nn.Linear(weight.shape[1], 1, bias=False, device=weight.device)
     head.weight.data.copy_(weight.detach())
-    nn.init.zeros_(head.bias)
     return head
 
 
-def make_value(args, rewards, model, run):
-    """-> (the value's trunk, or None for the policy's, and its head, Linear(d, 1)).
+def make_value(args, start, model, run):
+    """-> (model, trunk, head): the value's trunk, or None for the policy's, the model that it is of or was
+    copied from, and its head, Linear(d, 1).
 
-    From the first reward model whose tokens are the policy's, the head times the reward's weight; else a copy
-    of the policy's trunk and a head of zeros.
+    From a reward model, if there is one to start from (common.value_start), the head times the reward's
+    weight; else a copy of the policy's trunk and a head of zeros.
     """
-    zeros = torch.zeros(1, model.config.hidden_size)
+    if start:
+        say(f"value    its own trunk, from the reward model {start.path}")
+        scorer, row = common.load_value(start, args, model, run)  # row (1, d): the head of that score
+        classifier = scorer.get_base_model() if isinstance(scorer, PeftModel) else scorer
+        head = make_value_head(start.weight * row)
+        return scorer, classifier.base_model, head
+    head = make_value_head(torch.zeros(1, model.config.hidden_size))
     if args.share_trunk:
         say("value    a head of zeros on the policy's trunk")
-        return None, make_value_head(zeros)
-    for reward in rewards.values():
-        if reward.score is None:  # a function
-            continue
-        theirs = AutoTokenizer.from_pretrained(reward.path, trust_remote_code=args.trust_remote_code)
-        if theirs.get_vocab() != run.tokenizer.get_vocab():
-            say(f"value    {reward.path} has another tokenizer: the value cannot start from it")
-            continue
-        config = AutoConfig.from_pretrained(reward.path, trust_remote_code=args.trust_remote_code)
-        names = list(config.id2label.values())
-        own = copy.copy(args)
-        own.model_name_or_path = reward.path
-        own.modules_to_save = [m for m in args.modules_to_save or [] if m != "lm_head"]  # it has none
-        adapted = isinstance(model, PeftModel) and not common.base_and_adapter(reward.path)[1]
-        own.lora_r = model.peft_config["default"].r if adapted else 0  # 0: its own adapter goes on
-        classifier = common.load_model(own, run.tokenizer, run.device, score_names=names)
-        classifier = classifier.get_base_model() if isinstance(classifier, PeftModel) else classifier
-        if not hasattr(classifier, "score"):
-            say(f"value    {reward.path} is no causal model with a score head: the value cannot start from "
-                "it")
-            continue
-        say(f"value    its own trunk, from the reward model {reward.path}")
-        row = classifier.score.weight[[names.index(reward.score)]]  # (1, d)
-        return classifier.base_model, make_value_head(reward.weight * row)
+        return model, None, head
     say("value    its own trunk, a copy of the policy's, with a head of zeros")
-    trunk = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    trunk = causal.base_model
     # deepcopy takes from its memo, {id of an object: its copy}, what has been copied before. Frozen weights
     # stand in it as copies of themselves, so they are shared and the value costs no second base. Not under
     # FSDP, which cannot shard a weight in two places.
     shared = [p for p in trunk.parameters() if not p.requires_grad and not run.accelerator.is_fsdp2]
     memo = {id(p): p for p in shared}
-    return copy.deepcopy(trunk, memo), make_value_head(zeros)
+    own = copy.deepcopy(trunk, memo)
+    return model, own, head
 
 
 @torch.no_grad()
@@ -627,6 +615,7 @@ def main(args):
     demonstrations = load_demonstrations(args, run.tokenizer, held) if args.sft_dataset else []
     run.check_data([*train, *demonstrations], held, rewards)
     common.try_rewards(rewards, train, held, args)
+    start = common.value_start(args, rewards, run.tokenizer)  # a reward model for the value to start from
     completions = min(len(train), args.batch_size) * args.num_generations
     require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
             f"{completions} completions of a rollout")
@@ -636,7 +625,9 @@ def main(args):
 
     # 2. Policy, value, reference, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device)
-    module = PolicyValue(model, *make_value(args, rewards, model, run))
+    value = make_value(args, start, model, run)
+    _, trunk, head = value
+    module = PolicyValue(model, trunk, head)
     if args.kl_coef:  # the reference is a frozen copy, or the model with its adapters off
         reference, use_reference = common.make_reference(model, args, run.device)
     policy, optimizer = run.prepare(module, make_optimizer(module, args))
@@ -696,8 +687,7 @@ def main(args):
                 share = mb.weight * (mb.policy_loss + args.vf_coef * mb.value_loss) + args.sft_coef * nll
                 run.accelerator.backward(share.sum() * run.accelerator.num_processes)  # DDP averages: undo it
                 if update == 0:  # later updates have moved away from the policy that sampled
-                    difference = (logprobs - mb.sampled_logprobs).abs()
-                    shown |= {f"sampling/logprob_difference{kind}": difference for kind in ("", "/max")}
+                    shown["sampling/logprob_difference"] = (logprobs - mb.sampled_logprobs).abs()
                 parts = {"loss": share, "policy_loss": mb.weight * mb.policy_loss,
                          "value_loss": mb.weight * mb.value_loss} | ({"sft_loss": nll} if extra else {})
                 sums.add(mb, parts, shown | clipped | {"entropy": entropy}, mask)
@@ -723,7 +713,7 @@ def main(args):
         if run.due(args.eval_steps):
             report()
         run.save_or_leave()
-    run.finish(model)
+    run.finish(model, value)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import atexit
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -44,6 +45,15 @@ def run(script, out, *flags, tiny=True):
     script.main(common.parse_args(script.Args, argv))
     with open(os.path.join(out, "metrics.jsonl")) as lines:
         return [json.loads(line) for line in lines]
+
+
+def load_by_card(folder):
+    """A saved folder's model, in eval(), as the code in its README.md loads it."""
+    with open(os.path.join(folder, "README.md")) as file:
+        code = re.search(r"```python\n(.*?)```", file.read(), re.DOTALL)[1]
+    names = {}
+    exec(code.replace("path/of/this/folder", str(folder)), names)
+    return names["model"].eval()
 
 
 def fork(function):

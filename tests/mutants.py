@@ -126,7 +126,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
      'Policy(reference), ("ref_logprobs",), 1.0)'),
     ("ppo", "policy(mb.input_ids, mb.mask, args.temperature)", "policy(mb.input_ids, mb.mask)"),
     ("ppo", "values = values.roll(1, dims=1)", "values = values.roll(0, dims=1)"),
-    ("ppo", "make_value_head(reward.weight * row)", "make_value_head(row)"),
+    ("ppo", "make_value_head(start.weight * row)", "make_value_head(row)"),
     ("ppo", "correction=min(1, len(known) - 1))", "correction=0)"),
     ("ppo", "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio"),
     ("ppo", "0.5 * torch.maximum(error, clipped)", "0.5 * error"),
@@ -190,6 +190,9 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", 'counts["duplicates dropped"] += len(items) - len(unique)\n',
      'counts["duplicates dropped"] += 0\n'),
     ("common", '["step"] > step:', '["step"] > step + 1:'),
+    ("common", "    use_scoring_pad_token(tokenizer)\n    config.update", "    config.update"),
+    ("common", "owner.base_model if trunk is None else trunk)", "owner.base_model)"),
+    ("common", 'getattr(self.args, "value_model", None),', "None,"),
 ]
 
 

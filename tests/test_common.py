@@ -631,8 +631,8 @@ def test_a_largest_figure_is_the_largest():
     sums = common.Sums(run_)
     for x in ([1.0, 9.0], [3.0, 2.0]):
         x = torch.tensor([x])
-        sums.add(SimpleNamespace(mask=torch.tensor([[1.0, 0.0]])), {}, {"a": x, "a/max": x})
-    assert sums.reduce() == {"a": (4 + 2) / (2 + 1), "a/max": 3.0, "trained_tokens": 3}
+        sums.add(SimpleNamespace(mask=torch.tensor([[1.0, 0.0]])), {}, {"a_difference": x})
+    assert sums.reduce() == {"a_difference": (4 + 2) / (2 + 1), "a_difference/max": 3.0, "trained_tokens": 3}
 
 
 def test_samples_far_below_greedy_answers_are_said(capsys):

@@ -43,7 +43,7 @@ def test_ppo_goes_past_them_too(tmp_path):
     shell("accelerate", "launch", "ppo.py", "--output_dir", tmp_path)
     reached = accuracies(tmp_path)
     assert 0.15 < reached[0] < 0.6 and reached[-1] >= 0.97
-    assert sorted(os.listdir(tmp_path)) == [".lock", "args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "args.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl", "value"]
 
 
 @pytest.mark.long

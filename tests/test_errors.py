@@ -229,7 +229,8 @@ def test_what_a_run_reads_is_not_replaced_by_it(tmp_path, monkeypatch):
     os.symlink(out / "model", tmp_path / "alias")
     tiny = [os.path.join(TINY, "ppo.json"), "--output_dir", "rm"]
     for flags in (["--reward_funcs", "rm/model"], ["--reward_funcs", "alias:score"], ["--reward_funcs", "rm/model/precious.py:f"],
-                  ["--sft_dataset", "rm/samples.jsonl", "--sft_coef", "1"], ["--model_name_or_path", "alias"]):
+                  ["--sft_dataset", "rm/samples.jsonl", "--sft_coef", "1"], ["--model_name_or_path", "alias"],
+                  ["--value_model", "rm/model"]):
         with pytest.raises(common.UserError, match="lies inside the run that would be replaced"):
             common.open_run(common.parse_args(ppo.Args, [*tiny, *flags]))
     with pytest.raises(common.UserError, match="already holds a run"):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROWS, TINY, RecordGradients, run
+from conftest import ROWS, TINY, RecordGradients, load_by_card, run, tiny_model
 from torch import tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -253,16 +253,15 @@ def test_the_step_equals_the_formula_computed_row_by_row_with_plain_transformers
     policy, ref = (AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft"), dtype=torch.float32) for _ in range(2))
     judge = AutoModelForSequenceClassification.from_pretrained(scorer, dtype=torch.float32)
     critic, weight = judge.model, 0.3 * judge.score.weight.detach()
-    bias = torch.zeros(1, requires_grad=True)
     if share:
         critic, weight = policy.model, torch.zeros_like(weight)
     weight.requires_grad_()
-    params = [*policy.parameters(), *([] if share else critic.parameters()), weight, bias]
+    params = [*policy.parameters(), *([] if share else critic.parameters()), weight]
 
     def both(record, model):
         ids, n = record["input_ids"].long(), len(record["completion_ids"])
         lp = (model(ids[None]).logits[0] / 0.9).log_softmax(-1)[:-1].gather(-1, ids[1:, None]).squeeze(-1)[-n:]
-        return lp, (critic(ids[None]).last_hidden_state[0, :-1] @ weight.T + bias).squeeze(-1)[-n:]
+        return lp, (critic(ids[None]).last_hidden_state[0, :-1] @ weight.T).squeeze(-1)[-n:]
     start = []
     for record in records:
         with torch.no_grad():
@@ -320,7 +319,8 @@ def made(*flags):
     tokenizer = common.load_tokenizer(args)
     model = common.load_model(args, tokenizer)
     run = SimpleNamespace(tokenizer=tokenizer, device="cpu", accelerator=SimpleNamespace(is_fsdp2=False))
-    return args, model, *ppo.make_value(args, common.load_rewards(args), model, run)
+    start = common.value_start(args, common.load_rewards(args), tokenizer)
+    return args, model, *ppo.make_value(args, start, model, run)[1:]
 
 
 @pytest.mark.promise("value")
@@ -374,6 +374,126 @@ def test_beside_an_adapter_the_value_is_an_adapter_too(flags, scorer, tmp_path):
     _, model, trunk, _ = made("--reward_funcs", scorer, *first, *(["--lora_r", 4] if not first else []), *flags)
     trained = {n for n, p in trunk.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n for n in trained) and next(p for n, p in trunk.named_parameters() if "lora_A" in n).shape[0] == 4
+
+
+def ended(monkeypatch, out, *flags):
+    """A run that moves its value far -> (ids of rows, the values that it ended with, of the state after each token)."""
+    made, init = [], ppo.PolicyValue.__init__
+    out.with_suffix(".py").write_text("def length(completions):\n    return [len(c) % 7 / 2 for c in completions]\n")
+    monkeypatch.setattr(ppo.PolicyValue, "__init__", lambda self, *a: made.append(self) or init(self, *a))
+    run(ppo, out, "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 4, "--learning_rate", 1e-2, "--lr_scheduler_type", "constant",
+        "--reward_funcs", f"{out}.py:length", *flags)
+    monkeypatch.setattr(ppo.PolicyValue, "__init__", init)
+    ids = torch.cat([torch.arange(40, 60), tensor([260])])[None]  # the end of turn is a row's last token, as it is in a rollout
+    return ids, after_each(made[-1], ids)
+
+
+def after_each(module, ids):
+    """The values of the states after each token of one row."""
+    longer = torch.cat([ids, ids[:, :1]], 1)
+    return module(longer, all_but_the_first(longer))[1].detach()[0, 1:]
+
+
+@pytest.mark.promise("value")
+@pytest.mark.parametrize("kind, flags", [
+    ("tied", ()), ("untied", ()), ("gpt2", ()), ("tied", ("--lora_r", 4)), ("tied", ("--lora_r", 4, "--load_in_4bit")), ("tied", ("--share_trunk",)),
+    ("untied", ("--lora_r", 4, "--share_trunk")), ("untied", ("--lora_r", 4, "--modules_to_save", "lm_head", "embed_tokens")),
+    ("scorer", ()), ("scorer", ("--lora_r", 4))], ids=str)
+def test_the_saved_value_is_the_trained_one_and_starts_another(kind, flags, tmp_path, monkeypatch, tokenizer):
+    """In plain transformers and peft, as the card says, in a padded batch of all beginnings of a row, that which ends in an end of
+    turn too. --value_model goes on from the same numbers. A scorer is one of several scores."""
+    tokenizer.pad_token = tokenizer.eos_token  # of which a reward model's folder must not make its pad token
+    if kind in ("untied", "gpt2"):
+        model = tiny_model({"untied": "llama"}.get(kind, kind))
+        model.save_pretrained(tmp_path / "start")
+        tokenizer.save_pretrained(tmp_path / "start")
+        flags += ("--model_name_or_path", tmp_path / "start", "--max_prompt_length", 64)
+    if kind == "scorer":
+        config = common.score_config(["right", "short"], tokenizer)
+        AutoModelForSequenceClassification.from_pretrained(os.path.join(TINY, "sft"), **config).save_pretrained(tmp_path / "rm")
+        tokenizer.save_pretrained(tmp_path / "rm")
+        flags += ("--reward_funcs", "accuracy", f"{tmp_path / 'rm'}:short", "--reward_weights", 1, -0.5)
+    ids, values = ended(monkeypatch, tmp_path / "a", *flags)
+    folder = tmp_path / "a" / "value"
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert saved.pad_token_id not in (None, saved.eos_token_id)
+    model = load_by_card(folder)
+    assert model.config.id2label == {0: "value"}
+    batch = saved.pad({"input_ids": [ids[0, :n + 1].tolist() for n in range(ids.shape[1])]}, padding_side="right", return_tensors="pt")
+    with torch.no_grad():
+        close(model(**batch).logits.squeeze(-1), values, 1e-4)
+    assert values.std() > 2e-3 and values[-1].abs() > 1e-3, "training changed too little"
+    _, score = common.load_reward_model(str(folder))
+    assert score([[common.turn("user", "1+1"), common.turn("assistant", "2")]]).isfinite().all()
+    if "--share_trunk" not in flags:
+        _, policy, trunk, head = made(*flags, "--value_model", folder)
+        close(after_each(ppo.PolicyValue(policy, trunk, head), ids), values, 1e-5)
+
+
+def test_a_run_starts_from_value_and_resumes_with_it_alone(monkeypatch, tmp_path):
+    ended(monkeypatch, tmp_path / "a")
+    flags = ["--eval_fraction", 0, "--batch_size", 4, "--max_steps", 8, "--save_steps", 4, "--value_model", tmp_path / "a" / "value"]
+    metrics = run(ppo, tmp_path / "b", *flags)
+    for name in ("model", "value"):
+        os.rename(tmp_path / "b" / name, tmp_path / name)
+    assert run(ppo, tmp_path / "b", *flags, "--resume_from_checkpoint", "latest") == metrics
+    for name in ("model", "value"):  # a complete run writes them again
+        assert (tmp_path / "b" / name / "model.safetensors").read_bytes() == (tmp_path / name / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "b" / "args.json").read_text())["value_model"] == str(tmp_path / "a" / "value")
+    ended(monkeypatch, tmp_path / "a", "--seed", 1)
+    with pytest.raises(common.UserError, match="written with other files of .*value: give the same"):
+        run(ppo, tmp_path / "b", *flags, "--resume_from_checkpoint", "latest")
+
+
+def test_what_no_value_can_start_from_is_refused(scorer, tmp_path, tokenizer, monkeypatch):
+    def refused(sentence, *flags):
+        loads = []
+        monkeypatch.setattr(common, "load_model", lambda *a, **k: loads.append(a))
+        with pytest.raises(common.UserError, match=sentence):
+            run(ppo, tmp_path / "out", *flags)
+        assert not loads, "before a model is loaded"
+    refused("--value_model .* has no effect beside --share_trunk: leave it out", "--share_trunk", "--value_model", scorer)
+    refused("no such model folder: ./none", "--value_model", "./none")
+    refused("--value_model .*sft is no causal model with a score head: the value cannot start from it", "--value_model", os.path.join(TINY, "sft"))
+    several = AutoModelForSequenceClassification.from_pretrained(scorer, num_labels=1)
+    several.config.update(common.score_config(["right", "short"], tokenizer))
+    several.config.save_pretrained(tmp_path / "several")
+    tokenizer.save_pretrained(tmp_path / "several")
+    refused(r"has several scores \(right, short\): the value cannot start from it", "--value_model", tmp_path / "several")
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": os.path.join(TINY, "sft")}
+    tokenizer.save_pretrained(tmp_path / "policy")
+    (tmp_path / "policy" / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "policy" / "adapter_model.safetensors").write_bytes(b"")
+    refused("policy is no causal model with a score head", "--value_model", tmp_path / "policy")
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "several")
+    refused("has another tokenizer: the value cannot start from it", "--value_model", tmp_path / "several")
+    os.remove(tmp_path / "several" / "tokenizer.json")
+    refused("cannot read .*several", "--value_model", tmp_path / "several")
+
+
+def test_a_checkpoint_of_a_value_with_a_bias_is_another_versions(tmp_path, monkeypatch):
+    flags = [tmp_path / "out", "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 4, "--max_completion_length", 8]
+    make = ppo.make_value_head
+
+    def with_bias(weight):
+        head = make(weight)
+        head.bias = torch.nn.Parameter(torch.zeros(1))
+        return head
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "make_value_head", with_bias)
+        run(ppo, *flags)
+    with pytest.raises(common.UserError, match="cannot be restored: it has moments of weights that this model lacks: another version"):
+        run(ppo, *flags, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_value_that_no_reward_model_can_hold_is_said(known, monkeypatch, tmp_path, capsys):
+    if not known:
+        monkeypatch.setattr(common.AutoModelForSequenceClassification, "_model_mapping", {})
+    run(ppo, tmp_path / "out", "--eval_fraction", 0, "--batch_size", 2, "--max_steps", 1, "--max_completion_length", 8)
+    said = "transformers has no reward models of type llama: no value/ is written" in capsys.readouterr().out
+    assert said != known and os.path.exists(tmp_path / "out" / "value") == known and os.path.exists(tmp_path / "out" / "model")
 
 
 def test_a_reward_model_of_another_tokenizer_does_not_start_the_value(scorer, tmp_path, tokenizer, capsys):

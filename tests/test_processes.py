@@ -216,7 +216,8 @@ def test_sharded_over_two_processes_by_fsdp_equals_one(name, flags, tmp_path, fi
         for key in b:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
     whole, gathered = (saved(tmp_path / f"{name}-{n}") for n in (1, 2))
-    assert whole.keys() == gathered.keys()
+    assert whole.keys() == gathered.keys() and any("model/" in k for k in whole)
+    assert (name == "ppo") == any("value/" in k and "score" in k for k in whole)
     assert max((whole[k] - gathered[k]).abs().max() for k in whole) < 1e-5
 
 
@@ -237,8 +238,10 @@ def test_sharded_in_bf16_computes_as_one_process_does(name, flags, tmp_path, fiv
 
 
 def saved(out):
-    name = next(n for n in ("model.safetensors", "adapter_model.safetensors") if (out / "model" / n).exists())
-    return load_file(out / "model" / name)
+    """The weights of model/ and, as ppo.py writes it, of value/."""
+    folders = ["model"] + ["value"] * (json.loads((out / "args.json").read_text()).get("vf_coef") is not None)
+    return {f"{folder}/{name}": weight for folder in folders for file in (out / folder).glob("*.safetensors")
+            for name, weight in load_file(file).items()}
 
 
 @pytest.mark.promise("resume")

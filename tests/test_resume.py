@@ -380,7 +380,7 @@ def test_a_resume_names_each_thing_that_has_changed(tmp_path):
     """The base's weights, the adapter, its base, a reward model and its base, a reward's file, the template; in a folder with brackets."""
     folder = tmp_path / "models [1]"
     adapter = {"peft_type": "LORA", "r": 4}
-    for name, base in (("base", None), ("adapter", "base"), ("judge base", None), ("judge", "judge base")):
+    for name, base in (("base", None), ("adapter", "base"), ("judge base", None), ("judge", "judge base"), ("value", None)):
         (folder / name).mkdir(parents=True)
         (folder / name / ("adapter_model.safetensors" if base else "model.safetensors")).write_bytes(b"weights" * 9)
         if base:
@@ -389,7 +389,7 @@ def test_a_resume_names_each_thing_that_has_changed(tmp_path):
     (folder / "r[1].py").write_text("one")
     rewards = {"f": common.Reward(None, 1.0, str(folder / "r[1].py")), "built in": common.Reward(None, 1.0),
                "judge": common.Reward(None, 1.0, str(folder / "judge"), "score")}
-    run = SimpleNamespace(args=SimpleNamespace(model_name_or_path=str(folder / "adapter")), state={"data": None},
+    run = SimpleNamespace(args=SimpleNamespace(model_name_or_path=str(folder / "adapter"), value_model=str(folder / "value")), state={"data": None},
                           tokenizer=SimpleNamespace(chat_template="a"), check_same=lambda found: None)
     rows = [{"prompt_ids": [1, 2], "place": "here"}]
     check = lambda rows=rows, held=(): common.Run.check_data(run, rows, held, rewards)
@@ -397,7 +397,7 @@ def test_a_resume_names_each_thing_that_has_changed(tmp_path):
     check()
     assert run.example == [1, 2]
     for name in ("base/model.safetensors", "adapter/adapter_model.safetensors", "judge base/model.safetensors",
-                 "judge/adapter_model.safetensors", "r[1].py"):
+                 "judge/adapter_model.safetensors", "value/model.safetensors", "r[1].py"):
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before[:-1] + b"!")
         named = folder / name if name.endswith(".py") else (folder / name).parent

@@ -301,7 +301,8 @@ def test_a_reward_file_may_hold_a_dataclass_and_reward_models_side_by_side_have_
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--reward_funcs", f"{tmp_path}/r.py:one"])
     assert common.load_rewards(args)["one"].function(["a", "b"]) == [1, 1]
     monkeypatch.setattr(common, "load_reward_model", lambda *a, **more: (["score"], None))
-    for folder, label in (("kind", "kind_score"), ("safe", "safe_score"), ("rm/model", "rm_score"), ("rm/merged", "rm_score")):
+    for folder, label in (("kind", "kind_score"), ("safe", "safe_score"), ("rm/model", "rm_score"), ("rm/merged", "rm_score"),
+                          ("rm/value", "rm_score")):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         args.reward_funcs = [str(tmp_path / folder)]
         reward, = common.load_rewards(args).items()

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import CHANGED, TINY, RecordGradients, run, tiny_model
+from conftest import CHANGED, TINY, RecordGradients, load_by_card, run, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import tensor
 
@@ -417,6 +417,42 @@ def test_a_base_that_is_stored_in_4_bits_trains_as_its_dequantised_weights_do(tm
     assert merged.dtype == torch.float32 and (merged(ids).logits - adapted(ids).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("flags", [(), ("--lora_r", 4, "--merge")], ids=str)
+def test_a_models_card_says_what_made_it_and_its_code_loads_it(tmp_path, flags):
+    from huggingface_hub import ModelCard
+    from transformers import AutoModelForCausalLM
+    base, data = os.path.join(TINY, "sft"), tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "1+1", "completion": "<answer>2</answer>"}\n' * 9)
+    command = ["--model_name_or_path", base, "--dataset_name", data, "--max_steps", 2, "--learning_rate", 1e-2, "--batch_size", 2,
+               "--eval_dataset_name", data, *flags[:2]]
+    run(sft, tmp_path / "a", *command)
+    said, ids, before = [], torch.arange(40)[None], (tmp_path / "a" / "model" / "README.md").read_bytes()
+    if flags:
+        run(sft, tmp_path / "a", *command, "--resume_from_checkpoint", "latest", "--merge")
+        assert (tmp_path / "a" / "model" / "README.md").read_bytes() == before, "or a run that began with model/ could not be resumed"
+    for name in ("model", "merged") if flags else ("model",):
+        card, adapter = ModelCard.load(tmp_path / "a" / name / "README.md"), flags and name == "model"
+        assert "[More Information Needed]" not in card.content and "$" not in card.content and str(tmp_path / "a") not in card.content
+        assert card.data.library_name == ("peft" if adapter else "transformers")
+        assert card.data.pipeline_tag == "text-generation" and card.data.tags == ["sft"]
+        assert card.data.base_model is card.data.datasets is None, "a path means nothing to the Hub"
+        assert f"`sft.py` made it from `{base}` on `{data}`, evaluated on `{data}`." in card.text
+        changed = json.loads(re.search(r"```json\n(.*?)```", card.text, re.DOTALL)[1])
+        assert changed["learning_rate"] == 1e-2 and changed.get("lora_r") == (4 if flags else None)
+        assert not {"save_steps", "output_dir"} & set(changed), "those that are not the defaults"
+        said.append(load_by_card(tmp_path / "a" / name)(ids).logits)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / name)(ids).logits
+    assert all((logits - plain).abs().max() < 1e-4 for logits in said)
+    assert (plain - AutoModelForCausalLM.from_pretrained(base)(ids).logits).abs().max() > 1e-2
+
+
+def test_a_card_names_what_lies_on_the_hub(tmp_path):
+    model, (args, *_) = tiny_model("llama"), [new_run(tmp_path / "out").args]
+    model.config._name_or_path, args.dataset_name = "some/base", "some/data:main:train"
+    front = common.model_card(args, model).split("---")[1]
+    assert "base_model: some/base\n" in front and "datasets:\n- some/data\n" in front
+
+
 @pytest.mark.parametrize("where", ["merging", "saving"])
 def test_a_merge_that_would_be_another_model_fails(tmp_path, monkeypatch, capsys, where):
     """Real text shows it, here at the byte "+" alone; model/ stays, merged/ goes."""
@@ -435,8 +471,8 @@ def test_a_merge_that_would_be_another_model_fails(tmp_path, monkeypatch, capsys
     if where == "merging":
         monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: spoilt(merge(self)))
     else:
-        monkeypatch.setattr(common, "save_model", lambda model, tokenizer, folder, state=None: save(
-            model if state else spoilt(model), tokenizer, folder, state))
+        monkeypatch.setattr(common, "save_model", lambda args, model, tokenizer, folder, state=None: save(
+            args, model if state else spoilt(model), tokenizer, folder, state))
     with pytest.raises(common.UserError, match=r"--merge: an example's logits moved by .* so merged/ would be another model and was removed; .*model is whole"):
         run(sft, tmp_path / "bad", *flags)
     assert os.path.exists(tmp_path / "bad" / "model") and not os.path.exists(tmp_path / "bad" / "merged")
