@@ -2853,8 +2853,8 @@ class Run:
             self.lock = None if args.audit else lock(args.output_dir)
             return open_run(args)
         self.checkpoint = self.from_first(opened)  # until start: what to go on from, or None
-        self.state = {"step": 0, "num_tokens": 0, "data": None, "unevaluated": args.eval_on_start is not False,
-                      "held_rewards": []} | state
+        self.state = {"step": 0, "num_tokens": 0, "data": None, "held_rewards": [],
+                      "unevaluated": args.eval_on_start is not False} | state
         args.date = gather_object([args.date or time.strftime("%Y-%m-%d")])[0]  # midnight may be near
         if self.checkpoint:
             with explain("the checkpoint is of another version, which has to finish this run; it lacks",

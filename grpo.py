@@ -38,7 +38,7 @@ entropy                         mean entropy of the policy at the sampled tokens
 kl                              mean k3 a token, nats: in a first update an estimate of KL(policy, reference)
 ratio, ratio/deviation          mean ratio; mean distance from 1, about 0 in a rollout's first update
 clip_ratio/low_mean, clip_ratio/high_mean   share of tokens whose ratio is clipped below, above
-sampling/logprob_difference, /max   |trainer's - sampler's log-prob| in a rollout's first update
+sampling/logprob_difference, sampling/logprob_difference/max   |trainer - sampler|, a rollout's first update
 nll_loss                        mean NLL a token of the best completions and of demonstrations
 best_fraction, best_length      share of completions that were best in their group; their mean length
 demo_fraction                   share of groups that were replaced by a demonstration

@@ -47,7 +47,7 @@ entropy                         mean entropy of the policy at the sampled tokens
 ratio, ratio/deviation          mean ratio; mean distance from 1, about 0 in a rollout's first update
 clip_ratio/low_mean, clip_ratio/high_mean   share of tokens whose ratio is clipped below, above
 clip_ratio/value_mean           share of tokens whose value is clipped: it has moved too far to learn more
-sampling/logprob_difference, /max   |trainer's - sampler's log-prob| in a rollout's first update
+sampling/logprob_difference, sampling/logprob_difference/max   |trainer - sampler|, a rollout's first update
 grad_norm, learning_rate        before clipping; of this update
 num_tokens, trained_tokens      tokens so far, without demonstrations; the completions' in this step
 eval/reward, eval/accuracy      greedy completions of held-out prompts: mean score; share of right answers

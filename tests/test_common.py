@@ -1225,7 +1225,7 @@ TABLE = {
            ("importance_sampling_level", "sequence", [*MOVED, "--loss_type", "grpo"], ["--num_minibatches", "1", "--loss_type", "grpo"]),
            ("best_fraction", "0.5", [], ["--sft_coef", "0"]), ("demo_threshold", "0", [], ["--sft_coef", "0"]),
            ("sft_coef", "0.3", ["--demo_threshold", "0"], []), ("eval_samples", "2", [], NO_EVALUATION)],
-    ppo: [*ROLLOUT, ("value_clip", "0.1", [], ["--vf_coef", "0"]), ("kl_target", "6", [], ["--kl_coef", "0"]),
+    ppo: [*ROLLOUT, ("value_model", "v", [], ["--share_trunk", "True"]), ("value_clip", "0.1", [], ["--vf_coef", "0"]), ("kl_target", "6", [], ["--kl_coef", "0"]),
           ("sft_dataset", "d.jsonl", ["--sft_coef", "0.1"], []), ("sft_coef", "0.1", ["--sft_dataset", "d.jsonl"], [])]}
 IDLE = [(script, *row) for script, rows in TABLE.items() for row in [*ALL, *rows]]
 
