@@ -52,6 +52,7 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import accumulate, groupby, islice, repeat
 from operator import ge, gt, itemgetter, le, lt
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
 from unittest.mock import MagicMock, patch
@@ -74,7 +75,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          BitsAndBytesConfig, DynamicCache, HfArgumentParser, PreTrainedConfig)
+                          BitsAndBytesConfig, DynamicCache, HfArgumentParser, PretrainedConfig)
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers warn of their own calls
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
@@ -301,9 +302,10 @@ class Args:
                 "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
         with explain(f"--date {self.date}: expected a day such as 2026-03-01", ValueError):
             datetime.strptime(self.date or "2026-03-01", "%Y-%m-%d")
-        tracker = self.log_with  # without its package accelerate would go on unlogged
-        require(tracker is None or importlib.util.find_spec(tracker),
-                f"--log_with {tracker} needs the package '{tracker}': pip install {tracker}")
+        eight_bit = "bitsandbytes" if self.optim == "adamw_8bit" else None
+        for flag, package in (("log_with", self.log_with), ("optim", eight_bit)):
+            require(package is None or importlib.util.find_spec(package),  # accelerate would go on unlogged
+                    f"--{flag} {getattr(self, flag)} needs the package '{package}': pip install {package}")
         script = os.path.basename(sys.modules[type(self).__module__].__file__)
         if self.output_dir is None:
             self.output_dir = os.path.join("out", script.removesuffix(".py"))
@@ -889,7 +891,8 @@ def read_file(path):
             rows = [(row, f"{path}:{reader.line_num}") for row in reader]
         return [(wrong if None in (*row, *row.values()) else row, place) for row, place in rows]
     if path.endswith(".parquet"):
-        import pyarrow.parquet
+        with explain(f"{path}: Parquet needs the package 'pyarrow' (pip install pyarrow)", ImportError):
+            import pyarrow.parquet
         with explain(f"{path} is not a readable Parquet file"):
             rows = pyarrow.parquet.read_table(path).to_pylist()
     else:
@@ -914,7 +917,9 @@ def parse_json(data):
 
 def read_dataset(name):
     """A folder or a dataset on the hub: name, name:split or name:config:split -> (row, place) of each row."""
-    import datasets
+    missing = f"'{name}' is no file here, and a dataset needs the package 'datasets' (pip install datasets)"
+    with explain(missing, ImportError):
+        import datasets
     datasets.disable_progress_bars()
     path, *config, split = name.split(":") if ":" in name else (name, "train")
     with explain(f"'{name}' is neither a file here nor a dataset that could be loaded"):
@@ -2040,16 +2045,29 @@ def base_and_adapter(name):
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         with explain(f"{name}/adapter_config.json is not readable"):
             config = PeftConfig.from_pretrained(name)
-            base, adapter, kind = config.base_model_name_or_path, name, str(config.peft_type)
+            named, adapter, kind = config.base_model_name_or_path, name, str(config.peft_type)
             require(not getattr(config, "alora_invocation_tokens", None), "activated LoRA is not supported")
         require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
                 f"{name} holds no adapter weights")
         require(kind.endswith(".LORA"), f"{name} is an adapter of type {kind.partition('.')[2]}, not LoRA")
-        require(base and isinstance(base, str), f"{name}/adapter_config.json does not say which model the "
+        require(named and isinstance(named, str), f"{name}/adapter_config.json does not say which model the "
                 "adapter belongs to: add its base_model_name_or_path")
-        lost = f"the adapter {name} was trained on {base}, which is not there"
-    require(os.path.isdir(base) or not base.startswith((".", "/", "~")), lost)
+        lost = f"the adapter {name} was trained on {named}, which is not there"
+        base = base_above(name, named) or named
+        require(base == named or not os.path.isdir(named) or os.path.samefile(base, named), f"the adapter "
+                f"{name} was trained on {named}, and there are two, {base} and {os.path.abspath(named)}: "
+                "write the whole path of the right one into its adapter_config.json")
+    # a name on the hub has one slash at most
+    require(os.path.isdir(base) or not (base.startswith((".", "/", "~")) or base.count("/") > 1), lost)
     return base, adapter
+
+
+def base_above(adapter, base):
+    """Where a relative name of an adapter's base leads from the nearest folder above the adapter, or None: it
+    was relative to where training began, mostly a folder above its output. Found so it is the same model
+    wherever the script is run."""
+    paths = (os.path.join(above, base) for above in Path(os.path.abspath(adapter)).parents)
+    return next((path for path in paths if os.path.isfile(os.path.join(path, "config.json"))), None)
 
 
 def trains_adapter(args):
@@ -2216,7 +2234,7 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
 def quantised(base):
     """The quantisation that a model's config tells of, as a dict; {} where its weights are plain."""
     with suppress(OSError, ValueError):  # a config that cannot be read is an error where it is loaded
-        return PreTrainedConfig.get_config_dict(base)[0].get("quantization_config") or {}
+        return PretrainedConfig.get_config_dict(base)[0].get("quantization_config") or {}
     return {}
 
 
@@ -2415,9 +2433,10 @@ def make_reference(model, args, device):
 
     @contextmanager
     def use_reference():
-        model.set_adapter("reference", inference_mode=True)
+        model.set_adapter("reference")
         try:
-            yield
+            with torch.no_grad():  # an active adapter counts as trainable
+                yield
         finally:
             model.set_adapter("default")
     say("reference a frozen copy of the adapter")
@@ -2462,7 +2481,15 @@ def save_value(run, owner, trunk, head):
 def save_model(args, model, tokenizer, folder, state=None):
     """An adapter or full weights, with tokenizer, template, generation config and a model card."""
     model.config.use_cache = True
-    options = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    options = {}
+    if isinstance(model, PeftModel):
+        options, config = {"selected_adapters": ["default"]}, model.peft_config["default"]
+        base = model.get_base_model().name_or_path
+        if os.path.isdir(base) and not os.path.isabs(config.base_model_name_or_path):
+            named = os.path.relpath(base)  # the folder that both lie in may move
+            above = base_above(folder, named)
+            found = above and os.path.samefile(above, base)
+            config.base_model_name_or_path = named if found else os.path.abspath(base)
     with written_whole(folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=state, **options)
         # a reward model generates nothing: its config tells the names of its scores, beside an adapter too
@@ -2798,7 +2825,7 @@ def fingerprint_of_file(path):
     what training or merging changes."""
     if not os.path.exists(path):
         with suppress(OSError, ValueError):
-            return str(PreTrainedConfig.get_config_dict(path)[0].get("_commit_hash"))
+            return str(PretrainedConfig.get_config_dict(path)[0].get("_commit_hash"))
     digest = hashlib.sha256()
     for name in sorted(os.listdir(path)) if os.path.isdir(path) else [""]:
         file = os.path.join(path, name) if name else path

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -733,6 +734,8 @@ GOOD = b'{"question": "q", "answer": "a"}\n'
     ("a.jsonl", b"\n \n", "a.jsonl holds no usable row"), ("a.tsv", b"a", "a.tsv: unknown kind of file"),
     ("a.jsonl", None, "no such file: .*a.jsonl")])
 def test_files_that_cannot_be_read(tmp_path, name, data, sentence):
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(common.UserError, match=sentence):
@@ -1273,6 +1276,75 @@ def test_lora_flags_beside_an_adapter_that_goes_on(tmp_path):
 
 
 # ---- models ------------------------------------------------------------------------------------------------
+
+def test_the_base_of_an_adapter_is_found_from_everywhere(tmp_path, monkeypatch):
+    """A relative name: from the nearest folder above the adapter that leads to a model, else from here."""
+    def model(folder, base=None):
+        folder.mkdir(parents=True)
+        config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 4} if base else {}
+        (folder / f"{'adapter_' if base else ''}config.json").write_text(json.dumps(config))
+        (folder / f"{'adapter_' if base else ''}model.safetensors").write_text("")
+        return folder
+    base = model(tmp_path / "project" / "out" / "sft")
+    model(tmp_path / "out" / "sft")  # above as well, but further away
+    adapter = model(tmp_path / "project" / "out" / "lora" / "model", "out/sft")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for here in (tmp_path / "project", elsewhere, adapter):
+        monkeypatch.chdir(here)
+        for name in (str(adapter), os.path.relpath(adapter)):
+            assert common.base_and_adapter(name) == (str(base), name)
+    monkeypatch.chdir(elsewhere)
+    other = model(elsewhere / "out" / "sft")
+    with pytest.raises(common.UserError, match=re.escape(f"there are two, {base} and {other}: write the whole path")):
+        common.base_and_adapter(str(adapter))
+    far = model(tmp_path / "far" / "model", "base")
+    assert common.base_and_adapter(str(far))[0] == "base"  # a name on the hub
+    model(elsewhere / "base")
+    assert common.base_and_adapter(str(far))[0] == "base"  # and here a folder
+    lost = str(model(tmp_path / "lost", "out/no/model"))
+    with pytest.raises(common.UserError, match="was trained on out/no/model, which is not there"):
+        common.base_and_adapter(lost)
+
+
+def test_an_adapter_on_a_relative_base_goes_on_from_another_folder(tmp_path, tmp_path_factory, monkeypatch):
+    """Training, reference, merging and fingerprints; what it saves is found from everywhere as well."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(os.path.join(TINY, "sft"), project / "base")
+    monkeypatch.chdir(project)
+    flags = ["--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0]
+    run(sft, "out/sft", *flags, "--model_name_or_path", "base", "--lora_r", 4)
+    monkeypatch.chdir(elsewhere)
+    flags += ["--model_name_or_path", "../project/out/sft/model", "--kl_coef", 0.1, "--max_completion_length", 8, "--save_steps", 1]
+    for out, named in (("near", "../project/base"), (tmp_path_factory.mktemp("far"), str(project / "base"))):
+        run(grpo, out, *flags, "--merge")
+        assert (Path(out) / "merged").exists()
+        assert f'"base_model_name_or_path": "{named}"' in (Path(out) / "model" / "adapter_config.json").read_text()
+        adapter = os.path.abspath(Path(out) / "model")
+        monkeypatch.chdir(tmp_path)
+        assert os.path.samefile(common.base_and_adapter(adapter)[0], project / "base")
+        monkeypatch.chdir(elsewhere)
+    state = common.load_checkpoint(Path("near") / "checkpoints" / "step-00000001")
+    assert f"files of {project / 'base'}" in state["data"]
+
+
+def test_the_copy_of_an_adapter_is_frozen_and_the_policy_trained(tmp_path):
+    """Inside the reference's context too, where peft makes the copy its active adapter."""
+    run(sft, tmp_path, "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0, "--lora_r", 4,
+        "--model_name_or_path", os.path.join(TINY, "sft"))
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--model_name_or_path", str(tmp_path / "model")])
+    model = common.load_model(args, common.load_tokenizer(args))
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    reference, use_reference = common.make_reference(model, args, "cpu")
+    for _ in range(2):
+        assert before == {name for name, p in model.named_parameters() if p.requires_grad}
+        assert all("default" in name for name in before) and model.active_adapter == "default"
+        with use_reference():
+            assert model.active_adapter == "reference"
+            assert not reference(torch.tensor([[1, 2, 3]])).logits.requires_grad
+    assert model(torch.tensor([[1, 2, 3]])).logits.requires_grad
+
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory):

@@ -425,6 +425,18 @@ def test_four_bits_without_bitsandbytes(monkeypatch, tmp_path):
                                                 "--load_in_4bit"]))
 
 
+@pytest.mark.parametrize("package, flags, sentence", [
+    ("bitsandbytes", ["--optim", "adamw_8bit"], "--optim adamw_8bit needs the package 'bitsandbytes'"),
+    ("datasets", ["--dataset_name", "org/rows"], "'org/rows' is no file here, and a dataset needs the package 'datasets'"),
+    ("pyarrow.parquet", ["--dataset_name", "a.parquet"], "a.parquet: Parquet needs the package 'pyarrow'")])
+def test_what_needs_an_optional_package_says_so(package, flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").write_text("")
+    with pytest.raises(common.UserError, match=sentence):
+        sft.main(common.parse_args(sft.Args, [SFT, "--output_dir", "out", *flags]))
+
+
 def test_a_huge_row_is_cut_and_counted(tmp_path, capsys):
     """1 MB in one row beside a short one: cut to max_length, said, trained on."""
     (tmp_path / "huge.jsonl").write_text(json.dumps({"prompt": "1+1", "completion": "2" * 1_000_000}) + "\n" + '{"prompt": "1+2", "completion": "3"}\n')

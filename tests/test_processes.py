@@ -207,6 +207,8 @@ SHARDED = [("sft", []), ("sft-fgm", ["--gradient_checkpointing", "--freeze_layer
 @pytest.mark.parametrize("name, flags", SHARDED, ids=str)
 def test_sharded_over_two_processes_by_fsdp_equals_one(name, flags, tmp_path, five_eval_rows):
     """Three updates: every metric, and the saved model, which plain safetensors reads whole."""
+    if "--load_in_4bit" in flags:
+        pytest.importorskip("bitsandbytes")
     flags = [*CASES[name], *five_eval_rows, "--max_steps", 3, *flags]
     one, metrics, _ = launch(tmp_path, name, 1, *flags)
     _, again, _ = launch(tmp_path, name, 2, *flags, "--fsdp")

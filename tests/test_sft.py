@@ -355,6 +355,7 @@ def greedy(model, tokenizer):
     texts = []
     for prompt in ("48+27", "123+456", "9+8", "70+15"):
         asked = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        asked.pop("token_type_ids", None)  # transformers 4 makes them for any tokenizer of this class
         out = model.eval().generate(**asked, max_new_tokens=60)
         texts.append(tokenizer.decode(out[0, asked["input_ids"].shape[1]:]))
     return texts

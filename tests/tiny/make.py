@@ -62,6 +62,15 @@ def write(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def name_class(folder):
+    """Gives the tokenizer's class the name that transformers 4 knows; 5 reads it too, and writes another."""
+    path = os.path.join(folder, "tokenizer_config.json")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'))
+
+
 def make_model(folder):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -72,6 +81,7 @@ def make_model(folder):
                                    clean_up_tokenization_spaces=False)
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
+    name_class(folder)
     LlamaConfig(vocab_size=320, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
                 num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
                 eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id, architectures=["LlamaForCausalLM"],
@@ -84,6 +94,7 @@ def make_checkpoint(folder):
     subprocess.run([sys.executable, os.path.join(HERE, "..", "..", "sft.py"), "--output_dir", out], check=True)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.move(os.path.join(out, "model"), folder)
+    name_class(folder)
     shutil.rmtree(out)
 
 
