@@ -2104,6 +2104,9 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
             parameter.data = parameter.data.float()
     if not dropout:
         no_dropout(model)
+    for module, name in dropout_rates(model):
+        rate = getattr(module, name)
+        require(0 < rate < 1, f"{args.model_name_or_path}: its config has a dropout rate of {rate}"[:300])
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not scores:
@@ -2394,11 +2397,11 @@ def scorer_outline(config, options):
 
 
 def dropout_rates(model):
-    """Yields (module, attribute) of every rate above 0: dropout modules', and those of functional dropout."""
+    """Yields (module, attribute) of every rate but 0: dropout modules', and those of functional dropout."""
     for module in model.modules():
         for name, value in vars(module).items():
             rate = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
-            if rate and isinstance(value, float) and value > 0:
+            if rate and type(value) in (int, float) and value != 0:
                 yield module, name
 
 

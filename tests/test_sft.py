@@ -109,6 +109,16 @@ def test_scale_and_cap_are_found_whatever_a_config_calls_them(kind):
     assert common.after_head(adapted) == common.after_head(model)
 
 
+@pytest.mark.parametrize("rate", ["1e400", "NaN", "-1", str(10**400), "1"])
+def test_a_dropout_rate_that_is_none_is_refused(tmp_path, rate):
+    """torch would stop in the first step, or zero everything."""
+    shutil.copytree(os.path.join(TINY, "sft"), tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', f'"attention_dropout": {rate}'))
+    with pytest.raises(common.UserError, match="m: its config has a dropout rate of"):
+        run(sft, tmp_path / "out", "--model_name_or_path", tmp_path / "m", "--max_steps", 1)
+
+
 def test_a_model_that_does_something_else_to_its_logits_is_refused(tmp_path):
     model = tiny_model("llama")
     head = model.lm_head.forward
