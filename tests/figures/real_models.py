@@ -83,7 +83,7 @@ RUNS = {
     "sft-gemma": ("sft", "gemma", "gsm8k", 20, SOLVE + LOSS + "--batch_size 16"),
     "grpo-qwen": ("grpo", "qwen", "extraction", 6, GRPO),
 }
-PIPELINES = [["grpo-0"], ["ppo"], ["rm-smol", "ppo-rm"], ["sft", "sft-grpo"], ["sft", "rm-sft", "sft-ppo"]]
+PIPELINES = [("grpo-0",), ("ppo",), ("rm-smol", "ppo-rm"), ("sft", "sft-grpo"), ("sft", "rm-sft", "sft-ppo")]
 PICTURE = {"sft": "sft-gsm8k", "reward_model": "rm", "dpo": "dpo", "ppo": "ppo", "grpo": "grpo-0"}
 
 
@@ -277,7 +277,7 @@ JUDGES = {"extraction": judge_extraction, "gsm8k": judge_gsm8k, "preference": ju
 
 class Program:
     def __init__(self, args):
-        self.args, self.path = args, f"{args.out}/results.jsonl"
+        self.args, self.path, self.found = args, f"{args.out}/results.jsonl", {}
         self.known = {row["key"]: row for row in (read(self.path) if os.path.exists(self.path) else [])}
 
     def once(self, what, name, function, *inputs):
@@ -334,7 +334,7 @@ class Program:
         return JUDGES[task](model, tokenizer, read(f"{self.args.out}/{held}.jsonl"), self.args)
 
     def make(self, name):
-        """A run, after those that it needs -> what is known of it, with the figures before and after."""
+        """A run, after those that it needs: its record goes to `found`, the figures before and after in it."""
         _, start, task, _, flags = RUNS[name]
         for each in self.needs(name):
             self.make(each)
@@ -346,14 +346,15 @@ class Program:
         own = run["own_before"]  # a reward model begins with a random head, which is saved nowhere
         before = ({"pairs ordered right, %": 100 * own["eval/accuracy"], "margin": own["eval/margin"]}
                   if task == "score" else self.once(task, start, self.judge, start, task, held, name))
-        return run | {"before": before, "after": self.once(task, name, self.judge, name, task, held, name)}
+        after = self.once(task, name, self.judge, name, task, held, name)
+        self.found[name] = run | {"before": before, "after": after}
 
 
 # ---- table and pictures ------------------------------------------------------------------------------------
 
-def table(program, found):
+def table(program):
     print("\n| run | starts from | seed | CPU minutes | held out | before | after |\n" + "|---" * 7 + "|")
-    for name, run in found.items():
+    for name, run in program.found.items():
         script, start, *_, flags = RUNS[name]
         cells = [f"{name}: `{script}.py`", start, (re.findall(r"--seed (\d+)", flags) or ["0"])[0],
                  f"{run['cpu_minutes']:.1f}"]
@@ -363,41 +364,42 @@ def table(program, found):
             cells = [""] * 4
     print("\nBefore reward_model.py: its own figure, of a random head. The models were quantised, and are "
           "bf16 again.\nIn MODELS, OUT (--models, --output_dir):\n")
-    for name in found:
+    for name in program.found:
         words = shlex.join(program.words(name)).replace(program.args.out, "OUT")
         print(f"{name}: python", words.replace(os.path.abspath(program.args.models), "MODELS"))
 
 
-def pipeline(program, found, names):
+def pipeline(program, names):
     """[(CPU minutes, % right)] along the stages, the minutes of each spread evenly over its steps."""
     line, spent = [], 0
     for name in names:
-        metrics, minutes = read_metrics(f"{program.args.out}/{name}"), found[name]["cpu_minutes"]
+        metrics, run = read_metrics(f"{program.args.out}/{name}"), program.found[name]
         shares = [(each["step"] / metrics[-1]["step"], 100 * each["eval/rewards/both/mean"])
                   for each in metrics if "eval/rewards/both/mean" in each]
         if RUNS[name][0] == "sft":
-            shares = [(0, found[name]["before"][RIGHT]), (1, found[name]["after"][RIGHT])]
-        line += [(spent + at * minutes, share) for at, share in shares]
-        spent += minutes
+            shares = [(0, run["before"][RIGHT]), (1, run["after"][RIGHT])]
+        line += [(spent + at * run["cpu_minutes"], share) for at, share in shares]
+        spent += run["cpu_minutes"]
     return line
 
 
-def draw(program, found, theme):
+def draw(program, theme):
     """One picture with a column a script, and one of all pipelines on one axis."""
     text, dim, grid, *colours = curves.INK[theme]
-    out = program.args.out
-    ready = {script: curves.read(f"{out}/{name}") for script, name in PICTURE.items() if name in found}
-    if ready:
-        curves.draw(ready, theme, f"{out}/curves-{theme}.png")
+    out, found = program.args.out, program.found
+    columns = {script: curves.read(f"{out}/{name}") for script, name in PICTURE.items() if name in found}
+    if columns:
+        curves.draw(columns, theme, f"{out}/curves-{theme}.png")
+    lines = {names: pipeline(program, names) for names in PIPELINES if set(names) <= set(found)}
+    if not lines:
+        return
     style = {"font.size": 9, "axes.edgecolor": grid, "xtick.color": dim, "ytick.color": dim,
              "text.color": text, "axes.labelcolor": dim, "axes.spines.top": False,
              "axes.spines.right": False, "legend.frameon": False}
     with matplotlib.rc_context(style):
         figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-        for names, colour in zip(PIPELINES, [*colours, dim, text]):
-            if set(names) <= set(found):
-                points = zip(*pipeline(program, found, names))
-                axis.plot(*points, "o-", ms=3, color=colour, label=", ".join(names))
+        for (names, line), colour in zip(lines.items(), [*colours, dim, text]):
+            axis.plot(*zip(*line), "o-", ms=3, color=colour, label=", ".join(names))
         axis.set(xlabel="CPU minutes, all stages", ylabel=RIGHT, ylim=(0, 100))
         axis.legend(loc="lower right")
         figure.savefig(f"{out}/pipelines-{theme}.png", transparent=True, dpi=150)
@@ -418,10 +420,11 @@ def main():
     make_data(args)
     program = Program(args)
     names = args.only or [name for name in RUNS if not args.quick or name not in ("grpo-1", "grpo-2")]
-    found = {name: program.make(name) for name in names}
-    table(program, found)
+    for name in names:
+        program.make(name)
+    table(program)
     for theme in curves.INK:
-        draw(program, found, theme)
+        draw(program, theme)
 
 
 if __name__ == "__main__":
