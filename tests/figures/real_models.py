@@ -334,7 +334,7 @@ class Program:
         return JUDGES[task](model, tokenizer, read(f"{self.args.out}/{held}.jsonl"), self.args)
 
     def make(self, name):
-        """A run, after those that it needs: its record goes to `found`, the figures before and after in it."""
+        """A run, after those that it needs: its record with the figures before and after goes to `found`."""
         _, start, task, _, flags = RUNS[name]
         for each in self.needs(name):
             self.make(each)
