@@ -143,16 +143,16 @@ def say(*text, file=None):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(" ".join(map(str, text)), file=file or sys.stdout)
         (file or sys.stdout).flush()
-    say.last = time.monotonic()
+    spoken.at = time.monotonic()
 
 
 SILENCE = 10  # seconds after which a person wonders whether it hangs
-say.last = time.monotonic()
+spoken = SimpleNamespace(at=time.monotonic())
 
 
 def silent():
     """Whether nothing has been said for SILENCE seconds."""
-    return time.monotonic() - say.last > SILENCE
+    return time.monotonic() - spoken.at > SILENCE
 
 
 def still(doing):
@@ -2050,8 +2050,8 @@ def base_and_adapter(name):
         require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
                 f"{name} holds no adapter weights")
         require(kind.endswith(".LORA"), f"{name} is an adapter of type {kind.partition('.')[2]}, not LoRA")
-        require(named and isinstance(named, str), f"{name}/adapter_config.json does not say which model the "
-                "adapter belongs to: add its base_model_name_or_path")
+        require(named and isinstance(named, str) and named.isprintable(), f"{name}/adapter_config.json does "
+                "not say which model the adapter belongs to: add its base_model_name_or_path")
         lost = f"the adapter {name} was trained on {named}, which is not there"
         base = base_above(name, named) or named
         require(base == named or not os.path.isdir(named) or os.path.samefile(base, named), f"the adapter "

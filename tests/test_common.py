@@ -583,7 +583,7 @@ def test_nobody_waits_in_silence(capsys, monkeypatch, tmp_path):
     common.say("now")
     common.still("not yet")
     assert capsys.readouterr().out == "now\n"
-    monkeypatch.setattr(common.say, "last", -1e9)
+    monkeypatch.setattr(common.spoken, "at", -1e9)
     common.still("reading")
     common.still("not yet")
     assert capsys.readouterr().out == "...      reading\n"

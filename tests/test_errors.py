@@ -70,7 +70,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--model_name_or_path", "./empty"], "holds no tokenizer"), (sft, ["--model_name_or_path", "./wide"], "do not belong together"),
     (sft, ["--model_name_or_path", "./orphan"], "was trained on /nowhere/base, which is not there"),
     (sft, ["--model_name_or_path", "./bare"], "holds no adapter weights"),
-    (sft, ["--model_name_or_path", "./nameless"], "does not say which model"), (sft, ["--model_name_or_path", "./prompts"], "of type PROMPT_TUNING, not LoRA"),
+    (sft, ["--model_name_or_path", "./nameless"], "does not say which model"), (sft, ["--model_name_or_path", "./garbled"], "does not say which model"), (sft, ["--model_name_or_path", "./prompts"], "of type PROMPT_TUNING, not LoRA"),
     (sft, ["--model_name_or_path", "./gaps"], "ids up to 5000 and the model's embedding 320 rows"),
     (sft, ["--model_name_or_path", "./nans"], "./nans: the weights model.layers.1.mlp.up_proj.weight are not all finite"),
     (sft, ["--model_name_or_path", "./mute"], "the tokenizer of ./mute: "),
@@ -177,7 +177,7 @@ def folder(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     tokenizer.add_tokens([f"<{i}>" for i in range(100)])
     tokenizer.save_pretrained(path / "wide")
-    for name, base, weights in (("orphan", "/nowhere/base", True), ("bare", CHECKPOINT, False), ("nameless", None, True), ("prompts", CHECKPOINT, True),
+    for name, base, weights in (("orphan", "/nowhere/base", True), ("bare", CHECKPOINT, False), ("nameless", None, True), ("garbled", "\ud800", True), ("prompts", CHECKPOINT, True),
                                 ("activated", CHECKPOINT, True)):
         (path / name).mkdir()
         kind = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2} if name == "prompts" else {"peft_type": "LORA", "r": 4}
@@ -472,7 +472,7 @@ def test_models_without_pad_template_or_eos(script, lacks, tmp_path, monkeypatch
 def test_what_fsdp_cannot_do_is_refused(monkeypatch):
     from types import SimpleNamespace
     from accelerate.utils import DistributedType
-    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False, device="cpu", process_index=0, num_processes=1)
+    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False, device=torch.device("cpu"), process_index=0, num_processes=1)
     monkeypatch.setattr(common, "Accelerator", lambda **options: fake)
     args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json"), "--lora_r", "4", "--precompute_ref_log_probs", "False"])
     with pytest.raises(common.UserError, match="set fsdp_version: 2"):

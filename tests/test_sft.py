@@ -604,5 +604,5 @@ def test_evaluation_generates_no_further_than_the_positions_reach(tmp_path):
     """gpt2 looks its positions up in a table of 512."""
     model, run = tiny_model("gpt2").eval(), new_run(tmp_path, "--max_completion_length", 50)
     for length in (500, 512):
-        share, table = common.answer_greedily(run, model, [{"prompt_ids": [65] * length, "answer": "7"}])
+        share, table = common.answer_greedily(run, model, [{"prompt": "q", "prompt_ids": [65] * length, "answer": "7"}])
         assert share in (0, 1) and len(table) == 1

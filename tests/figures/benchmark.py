@@ -2,6 +2,7 @@
 
     pip install trl==1.16.0
     OMP_NUM_THREADS=1 python tests/figures/benchmark.py [--rounds 3] [case ...]      19 minutes
+    ... benchmark.py --model FOLDER --dataset_name FILE "model sft" "model dpo" "model grpo"
 
 Every run is a process of its own, forked from one that has imported the libraries. Ours and TRL's alternate;
 medians and ratios are printed. Without TRL ours alone is measured. TRL runs with its default options for the
@@ -13,7 +14,8 @@ of the whole process, libraries included. A token is a byte here. The rows are p
 text, as long as GSM8K's questions and answers: log-normal, medians 50 and 105. --dataset_name gives a file
 with `question` and `answer` instead.
 
-By name alone run "sft 150k, 32 rows" and "sft 32k, our defaults", which is without the two flags.
+By name alone run "sft 150k, 32 rows" and "sft 32k, our defaults", which is without the two flags, and the
+cases of a real model, --model: 8 rows, 4 pairs, and 2 questions with 8 completions of up to 64 tokens each.
 """
 
 import argparse
@@ -46,6 +48,7 @@ class Training(NamedTuple):
     prompt: int = 0  # tokens of a prompt, for grpo
     flags: list = ["--gradient_checkpointing", "False", "--micro_batch_tokens", "768"]
     in_table: bool = True
+    completion: int = 128  # at most so many tokens are sampled
 
 
 TRAINING = {
@@ -56,16 +59,21 @@ TRAINING = {
     "grpo 32k, 64-token prompts": Training("grpo", 32_000, 8, prompt=64),
     "grpo 32k, 512-token prompts": Training("grpo", 32_000, 8, prompt=512),
     "sft 150k, 32 rows": Training("sft", 150_000, 32, in_table=False),
-    "sft 32k, our defaults": Training("sft", 32_000, 32, flags=[], in_table=False)}
+    "sft 32k, our defaults": Training("sft", 32_000, 32, flags=[], in_table=False),
+    "model sft": Training("sft", 0, 8, in_table=False),
+    "model dpo": Training("dpo", 0, 4, in_table=False),
+    "model grpo": Training("grpo", 0, 16, in_table=False, completion=64)}
 PARTS = ["log-probs 150k", "rollout, 64-token prompts", "rollout, 512-token prompts"]  # against plain torch
 LISTS = ["rows", "300 steps"]  # ours alone; tables of their own
 
 
 # ---- models and rows ---------------------------------------------------------------------------------------
 
-def make_model(folder, vocabulary):
+def make_model(folder, vocabulary, given=None):
     """A llama of 6 layers of 256 over the byte tokenizer's ids, with random weights; one token in 50 ends a
-    completion."""
+    completion. With no vocabulary the model that was given."""
+    if not vocabulary:
+        return os.symlink(os.path.abspath(given), folder)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
     torch.manual_seed(0)
@@ -102,8 +110,9 @@ def make_rows(n, dataset_name=None):
 
 
 def long_prompts(rows, case):
-    """One prompt of the case's length for every 8 completions."""
-    return [(row["question"] * 99)[:case.prompt] for row in rows[:case.batch // 8]]
+    """One prompt of the case's length, or whole where it has none, for every 8 completions."""
+    rows = rows[:case.batch // 8]
+    return [(row["question"] * 99)[:case.prompt] if case.prompt else row["question"] for row in rows]
 
 
 def write(path, rows):
@@ -149,13 +158,16 @@ def timed(owner, name, spent):
     setattr(owner, name, outer)
 
 
-def model_flops(rows, trained_tokens, tokens, vocabulary):
+def model_flops(folder, rows, trained_tokens, tokens):
     """Forward and backward without recomputation: 6 a weight and token of the trunk, 6 a weight of the head
-    and trained token, and causal attention's 2 x 2 x T^2 / 2 x 3 a layer and channel."""
-    lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
-    trunk, head = 6 * (4 * 256 * 256 + 3 * 256 * 1024), 256 * vocabulary
-    attention = 6 * 256 * 6 * sum(length * length for length in lengths)
-    return 6 * trunk * tokens + 6 * head * trained_tokens + attention
+    and trained token, and causal attention's 2 x 2 x T^2 / 2 x 3 a layer and channel, with the mean T."""
+    import common
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(f"{folder}/model")
+    d, layers, (h, k, e) = config.hidden_size, config.num_hidden_layers, common.head_sizes(config)
+    trunk = layers * (2 * d * h * e + 2 * d * k * e + 3 * d * config.intermediate_size)
+    attention = 6 * layers * h * e * tokens * tokens / rows
+    return 6 * trunk * tokens + 6 * d * config.vocab_size * trained_tokens + attention
 
 
 def matmul_rate():
@@ -191,17 +203,17 @@ def our_flags(case, folder):
     if case.script == "grpo":
         with open(f"{folder}/reward.py", "w") as file:
             file.write("def f(completions):\n    return [float(len(c) % 7) for c in completions]\n")
-        flags += ["--reward_funcs", f"{folder}/reward.py:f", "--max_completion_length", "128",
+        flags += ["--reward_funcs", f"{folder}/reward.py:f", "--max_completion_length", str(case.completion),
                   "--max_prompt_length", "600"]
     return flags + ["--batch_size", str(case.batch // 8 if case.script == "grpo" else case.batch)]
 
 
-def ours(case, folder, dataset_name):
+def ours(case, folder, dataset_name, given):
     """One step of a script -> seconds, rows, first loss, trained tokens, and seconds of the rollout or
     GFLOP/s."""
     import common
     script, rows = importlib.import_module(case.script), our_rows(case, dataset_name)
-    make_model(f"{folder}/model", case.vocabulary)
+    make_model(f"{folder}/model", case.vocabulary, given)
     write(f"{folder}/rows.jsonl", rows)
     times, rollout = clocked(), [0.0]
     if case.script == "grpo":
@@ -216,7 +228,7 @@ def ours(case, folder, dataset_name):
     if case.script == "grpo":
         result["rollout"] = rollout[0]
     if case.script == "sft":
-        flops = model_flops(rows, result["tokens"], tokens, case.vocabulary)
+        flops = model_flops(folder, case.batch, result["tokens"], tokens)
         result |= {"gflops": flops / result["seconds"] / 1e9, "machine": matmul_rate()}
     return result
 
@@ -350,13 +362,14 @@ def make_trainer(case, folder, dataset, callback):
         config = trl.DPOConfig(beta=0.1, max_length=4096, **options)
         return trl.DPOTrainer(model=model, args=config, **given)
     if grpo:
-        config = trl.GRPOConfig(num_generations=8, max_completion_length=128, temperature=1.0, **options)
+        config = trl.GRPOConfig(num_generations=8, max_completion_length=case.completion, temperature=1.0,
+                                **options)
         return trl.GRPOTrainer(model=model, reward_funcs=length_reward, args=config, **given)
     scorer = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
     return trl.RewardTrainer(model=scorer, args=trl.RewardConfig(max_length=4096, **options), **given)
 
 
-def theirs(case, folder, dataset_name):
+def theirs(case, folder, dataset_name, given):
     """The same step by TRL's trainer."""
     import trl
     from datasets import Dataset
@@ -372,7 +385,7 @@ def theirs(case, folder, dataset_name):
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             logged.append(logs)
-    make_model(f"{folder}/model", case.vocabulary)
+    make_model(f"{folder}/model", case.vocabulary, given)
     if case.script == "grpo":
         timed(trl.GRPOTrainer, "_generate_and_score_completions", rollout)
     trainer = make_trainer(case, folder, Dataset.from_list(their_rows(case, dataset_name)), Clock())
@@ -386,11 +399,11 @@ def theirs(case, folder, dataset_name):
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
-def one(name, which, dataset_name):
+def one(name, which, dataset_name, given):
     """One run in this process -> its figures, with the peak of memory."""
     with tempfile.TemporaryDirectory() as folder:
         if name in TRAINING:
-            result = (theirs if which == "trl" else ours)(TRAINING[name], folder, dataset_name)
+            result = (theirs if which == "trl" else ours)(TRAINING[name], folder, dataset_name, given)
         elif name.startswith("log-probs"):
             result = logprobs(which)
         elif name.startswith("rollout"):
@@ -401,7 +414,7 @@ def one(name, which, dataset_name):
 
 
 def serve(libraries):
-    """Imports the libraries once. Every line [case, which, dataset_name] on stdin is then run in a fork,
+    """Imports the libraries once. Every line [case, which, dataset_name, model] on stdin is run in a fork,
     which prints its result."""
     for name in libraries:
         importlib.import_module(name)
@@ -422,14 +435,14 @@ LIBRARIES = {"ours": ["grpo", "dpo", "reward_model", "sft"], "trl": ["trl.traine
 SERVERS = {}
 
 
-def run(name, which, dataset_name):
+def run(name, which, *given):
     """One run in a fork of a process that has the libraries -> its figures."""
     kind = "trl" if which == "trl" else "ours"
     if kind not in SERVERS:
         words = [sys.executable, os.path.abspath(__file__), "--serve", *LIBRARIES[kind]]
         SERVERS[kind] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     server, said, result = SERVERS[kind], [], None
-    server.stdin.write(json.dumps([name, which, dataset_name]) + "\n")
+    server.stdin.write(json.dumps([name, which, *given]) + "\n")
     server.stdin.flush()
     for line in server.stdout:
         if line == "DONE\n":
@@ -470,13 +483,13 @@ def print_line(name, mine, its, seconds, whole=True):
     print("| " + " | ".join(line) + " |", flush=True)
 
 
-def compare(name, rounds, dataset_name, other):
+def compare(name, rounds, given, other):
     """Runs both in turn and prints a line of the table; for grpo two more, of rollout and update apart.
     -> the medians of ours."""
     results = {which: [] for which in ("ours", other) if which}
     for _ in range(rounds):
         for which, runs in results.items():
-            runs.append(run(name, which, dataset_name))
+            runs.append(run(name, which, *given))
     mine, its = medians(results["ours"]), medians(results[other]) if other else None
     print_line(name, mine, its, lambda figures: figures["seconds"])
     if "rollout" in mine:
@@ -488,7 +501,7 @@ def compare(name, rounds, dataset_name, other):
 
 def print_list(name):
     """The table of a case that only ours has."""
-    lines = run(name, "ours", None)["lines"]
+    lines = run(name, "ours", None, None)["lines"]
     print("\n| " + " | ".join(lines[0]) + " |\n|" + "---|" * len(lines[0]))
     for line in lines:
         cells = [f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in line.values()]
@@ -500,6 +513,7 @@ def main():
     parser.add_argument("case", nargs="*")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dataset_name")
+    parser.add_argument("--model", help="folder of the model of the cases that begin with this word")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -512,7 +526,8 @@ def main():
     print("| case | s | rows/s | tokens/s | MiB | theirs: s | rows/s | tokens/s | MiB | "
           "speed, ours / theirs | memory, ours / theirs | first losses |\n" + "|---" * 12 + "|")
     for name in [name for name in cases if name not in LISTS]:
-        mine = compare(name, args.rounds, args.dataset_name, trl if name in TRAINING else "plain")
+        other, given = trl if name in TRAINING else "plain", (args.dataset_name, args.model)
+        mine = compare(name, args.rounds, given, other)
         if "gflops" in mine:
             share = mine["gflops"] / mine["machine"]
             notes.append(f"{name}: {mine['gflops']:.0f} of the machine's {mine['machine']:.0f} GFLOP/s "
