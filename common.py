@@ -697,7 +697,8 @@ def stop_token_ids(tokenizer, generation_config=None):
     """Every id that ends a completion: EOS, those of the generation config, the template's end of turn."""
     more = getattr(generation_config, "eos_token_id", None)
     more = more if isinstance(more, (list, tuple)) else [more]
-    require(all(isinstance(i, int | None) for i in more), f"the model's eos_token_id is no token id: {more}")
+    fits = all(isinstance(i, int | None) and abs(i or 0) < 2**31 for i in more)
+    require(fits, f"the model's eos_token_id is no token id: {more}")
     ids = {tokenizer.eos_token_id, end_of_turn(tokenizer, str(tokenizer.chat_template)), *more}
     return sorted(ids - {None})
 

@@ -272,6 +272,8 @@ def test_stop_ids_are_eos_end_of_turn_and_those_of_the_generation_config():
         assert common.stop_token_ids(t, SimpleNamespace(eos_token_id=given)) == sorted([eos, end, *more])
     with pytest.raises(common.UserError, match=r"the model's eos_token_id is no token id: \['</s>', 2\]"):
         common.stop_token_ids(t, SimpleNamespace(eos_token_id=["</s>", 2]))
+    with pytest.raises(common.UserError, match="is no token id: .1000"):
+        common.stop_token_ids(t, SimpleNamespace(eos_token_id=10**400))
     t.chat_template = BARE  # nothing remembered of the old template
     assert common.stop_token_ids(t) == [eos]
 
