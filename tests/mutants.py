@@ -5,8 +5,8 @@
 A mutant is a file's words and what stands there instead. "*" is every script that has the words: what the
 scripts share would otherwise be caught by the test that holds it byte-identical, and not by what it means.
 For the same reason test_shared.py and test_readme.py, which look at the text, are left out. A mutant meets
-the quick tests of its own file and of the wiring first, then those of several processes, then the other quick
-tests, then the long ones of resumption.
+the quick tests of its own file and of the wiring first, then the other quick ones, then those of several
+processes, then the long ones of resumption.
 """
 
 import argparse
@@ -220,7 +220,7 @@ def killer(folder, changed):
     several = ["test_processes.py"]
     others = sorted(n for n in os.listdir(os.path.join(folder, "tests")) if re.match(r"test_\w+\.py", n)
                     and n not in {*TEXTUAL, *own, *several})
-    for marks, names in (("not long", own), ("long or not long", several), ("not long", others),
+    for marks, names in (("not long", own), ("not long", others), ("long or not long", several),
                          ("long", ["test_resume.py"])):
         words = [sys.executable, "-m", "pytest", "-x", "-q", "-m", marks, "-p", "no:cacheprovider", "-o",
                  "addopts=", *(f"tests/{name}" for name in names)]
