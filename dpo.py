@@ -258,11 +258,11 @@ def pair_figures(mb, args):
                       args.beta, args.loss_type, args.label_smoothing)
     nll = -sums[0] / lengths[0]  # mean over the chosen completion's tokens
     chosen, rejected = args.beta * (sums.detach() - ref_sums)
-    tie = (chosen - rejected).abs() < 1e-4  # what rounding makes of equal ones: half a pair is right
-    accuracy = torch.where(tie, 0.5, (chosen > rejected).float())
+    margins = chosen - rejected
+    tie = margins.abs() < 1e-4  # what rounding makes of equal ones: half a pair is right
     figures = {"loss": losses + args.sft_coef * nll, "dpo_loss": losses, "nll_loss": nll,
                "rewards/chosen": chosen, "rewards/rejected": rejected,
-               "rewards/margins": chosen - rejected, "rewards/accuracies": accuracy,
+               "rewards/margins": margins, "rewards/accuracies": torch.where(tie, 0.5, (margins > 0).float()),
                "logps/chosen": sums[0], "logps/rejected": sums[1]}
     weight, _ = mb.weight.view(2, -1)
     return {name: x * weight for name, x in figures.items()}
@@ -358,10 +358,6 @@ def main(args):
     steps_per_epoch = math.ceil(len(train) / args.batch_size)
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
 
-    def numbers_of(step):
-        """The places of a step's pairs: a function of (seed, epoch) and the step alone."""
-        return common.shuffled(range(len(train)), step, args.batch_size, args.seed)
-
     # 2. Policy, reference, optimizer. The reference is the policy here, before a checkpoint is restored.
     model = common.load_model(args, run.tokenizer, run.device)
     if precompute:
@@ -377,7 +373,7 @@ def main(args):
             known = run.checkpoint["kept"].get("ref_sums")
         require(torch.is_tensor(known) and known.numel() == len(rows),
                 "the checkpoint does not hold the reference log-probs of these pairs")
-        used = {i for step in range(min(total_steps, steps_per_epoch)) for i in numbers_of(step)}
+        used = set(common.shuffled(range(len(train)), 0, total_steps * args.batch_size, args.seed))
         missing = [i for i, sums in enumerate(known) if sums.isnan().any() and (i in used or i >= len(train))]
         run.doing, run.kept["ref_sums"] = f"reference log-probs of {len(missing):,} pairs", known
         with common.unsharded(policy):
@@ -409,8 +405,8 @@ def main(args):
     if run.state["unevaluated"]:
         report()
     for step in range(run.step, total_steps):
-        # 3. The pairs of this step.
-        numbers = numbers_of(step)
+        # 3. The pairs of this step: they depend on (seed, epoch) and the step alone.
+        numbers = common.shuffled(range(len(train)), step, args.batch_size, args.seed)
         groups = groups_of([train[i] for i in numbers])  # the denominator is that of the whole step
 
         # 4. The gradient, a micro-batch at a time: any cut gives the same.
