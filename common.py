@@ -53,9 +53,10 @@ from functools import lru_cache, partial
 from itertools import accumulate, groupby, islice, repeat
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Callable, Literal, NamedTuple
 from unittest.mock import MagicMock, patch
+from weakref import WeakKeyDictionary
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its import names what it lacks
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says every retry; the error comes at the end
@@ -63,6 +64,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says every retry
 import pandas
 import psutil
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs,
@@ -74,8 +76,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          BitsAndBytesConfig, DynamicCache, HfArgumentParser, PretrainedConfig)
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
+                          AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, DynamicCache,
+                          HfArgumentParser, PretrainedConfig)
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers warn of their own calls
 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
@@ -257,6 +261,7 @@ class Args:
     modules_to_save: list[str] | None = arg(
         None, "modules that are trained in full beside the adapters", NEW)
     gradient_checkpointing: bool = arg(True, "compute activations again in backward: saves memory")
+    compile: bool = arg(False, "torch.compile for the layers, where they train: a minute at the start")
     bf16: bool | None = arg(None, "compute under bf16 autocast; default: where an accelerator has it")
     # data
     dataset_name: str | None = arg(None, "a .json, .jsonl, .csv or .parquet file, or a dataset[:split]")
@@ -484,7 +489,9 @@ def pad_rows(rows, fields, device):
             out[name] = torch.where(mask.bool(), pad(whole_rows, 0.0, dtype=torch.float32), 0.0)
         else:
             out[name] = torch.stack(values)[:, None]
-    return SimpleNamespace(**{name: x.to(device) for name, x in out.items()})
+    if torch.device(device).type == "cuda":  # pinned: the copies wait for nothing
+        out = {name: x.pin_memory() for name, x in out.items()}
+    return SimpleNamespace(**{name: x.to(device, non_blocking=True) for name, x in out.items()})
 
 
 def cut(lengths, micro_batch_tokens, process_index=0, num_processes=1):
@@ -521,30 +528,212 @@ def stream(*key):
 class Decoder:
     """The key-value cache behind next-token logits. Each prompt is read once, for all its completions."""
 
-    def __init__(self, model, prompts, num_generations=1):
-        """Reads N prompts, lists of ids -> .logits (N * num_generations, V) of each row's next token."""
+    def __init__(self, model, prompts, num_generations, max_completion_length):
+        """Reads N prompts, lists of ids. .logits (rows, V) are of the next token, .rows (rows,) say which of
+        the N * num_generations completions are in the batch, .lengths (all,) how many tokens each has."""
+        self.model, self.G, self.C, self.steps = model, num_generations, max_completion_length, 0
         device = next(model.parameters()).device
         prompt_ids = pad(prompts, 0, side="left").to(device)
         mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
         position = (mask.cumsum(-1) - 1).clamp(min=0)  # left padding shifts positions
-        self.model, self.cache, self.read = model, DynamicCache(config=model.config), mask.shape[1]
+        self.cache, self.read = DynamicCache(config=model.config), mask.shape[1]
         logits = model(input_ids=prompt_ids, attention_mask=mask, position_ids=position,
                        past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        self.cache.batch_repeat_interleave(num_generations)
         self.logits, self.mask, self.position = (
             x.repeat_interleave(num_generations, 0) for x in (logits, mask, position[:, -1:]))
+        self.rows = torch.arange(len(self.logits), device=device)
+        self.lengths, self.going = torch.zeros_like(self.rows), torch.ones_like(self.rows, dtype=torch.bool)
+        self.spread()
 
-    def step(self, tokens, going):
-        """Appends tokens (rows,) where going (rows,) is True and drops the other rows -> logits (kept, V)."""
-        if not going.all():
-            kept = going.nonzero().squeeze(-1)
+    @staticmethod
+    def start(*args):
+        """A decoder of the kind that suits device and model."""
+        return ReplayingDecoder.start(*args) or Decoder(*args)
+
+    def spread(self):
+        """The cache of N prompts becomes that of all rows."""
+        self.cache.batch_repeat_interleave(self.G)
+
+    def append(self, tokens, ends):
+        """Counts tokens (rows,) that have been chosen; `ends` (rows,): whether one ends its completion."""
+        self.steps += 1
+        self.lengths[self.rows] += self.going[self.rows]
+        self.going[self.rows] &= ~ends
+        still(f"sampling: {len(tokens)} completions have {self.steps} tokens")
+
+    def step(self, tokens, ends):
+        """Appends tokens (rows,) and drops the rows whose token `ends` (rows,) them -> whether any is left to
+        go on with; then .logits and .rows are new."""
+        self.append(tokens, ends)
+        kept = (~ends).nonzero().squeeze(-1)
+        if self.steps == self.C or len(kept) == 0:
+            return False
+        if len(kept) < len(tokens):
             self.cache.batch_select_indices(kept)
-            tokens, self.mask, self.position = tokens[kept], self.mask[kept], self.position[kept]
+            tokens, self.rows, self.mask, self.position = (
+                x[kept] for x in (tokens, self.rows, self.mask, self.position))
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], -1)
         self.position = self.position + 1
-        still(f"sampling: {len(tokens)} completions go on at token {self.mask.shape[1] - self.read}")
-        return self.model(input_ids=tokens[:, None], attention_mask=self.mask, position_ids=self.position,
-                          past_key_values=self.cache, use_cache=True).logits[:, -1]
+        self.logits = self.model(input_ids=tokens[:, None], attention_mask=self.mask,
+                                 position_ids=self.position, past_key_values=self.cache,
+                                 use_cache=True).logits[:, -1]
+        return True
+
+
+class ReplayingDecoder(Decoder):
+    """For GPUs, which run the thousand small kernels of a step in less time than it takes to launch them: the
+    launches are recorded (a CUDA graph, one for a number of rows and a width) and replayed. So tensors stay
+    where they are, a step asks the GPU for no value, and rows that have ended are dropped every LOOK tokens,
+    down to a power of two. The cache is as large from the start as it would be in the end."""
+    DEVICES, LOOK, WIDTH, LEAST = ("cuda",), 16, 256, 16
+    suits = WeakKeyDictionary()  # model -> whether its steps were found to be right
+    recording = True  # until it fails
+
+    @staticmethod
+    def start(model, *args):
+        """One, or None: not on this device, or, which is said once, not with this model."""
+        kind = next(model.parameters()).device.type
+        if kind in ReplayingDecoder.DEVICES and ReplayingDecoder.suits.get(model, True):
+            try:
+                return ReplayingDecoder(model, *args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                ReplayingDecoder.suits[model] = False
+                say(f"sampling without replaying kernels, which is slower: {reason_of(error)}")
+
+    def spread(self):
+        """Takes over what was read. ValueError, or the model's own error, where it cannot."""
+        layers, self.config = self.cache.layers, self.model.config.get_text_config()
+        kind, names = self.config._attn_implementation, set(getattr(self.config, "layer_types", None) or ())
+        require({type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+                and names <= {"full_attention", "sliding_attention"},
+                "the model has layers other than of full and of sliding attention")
+        require(kind == "sdpa" or "flash" in kind, f"the attention is {kind}")
+        self.most = -(-(self.read + self.C) // 128) * 128  # columns; kernels like round numbers
+        self.windows = {"sliding_attention" if layer.is_sliding else "full_attention":
+                        layer.sliding_window if layer.is_sliding else self.most for layer in layers}
+        prompts, self.cache = self.cache, Cache(layers=[Buffers(layer, self) for layer in layers])
+        self.seen = F.pad(self.mask.bool(), (0, self.most - self.read))
+        self.columns = torch.arange(self.most, device=self.rows.device)
+        self.tokens, self.graphs, self.pool = torch.zeros_like(self.position), {}, None
+        self.place = self.columns[self.read - 1:self.read].clone()  # the last token's column, in all rows
+        if self.model not in self.suits:
+            self.check(prompts)
+            self.suits[self.model] = True
+
+    def check(self, prompts):
+        """ValueError unless the token after the likeliest one has the probabilities that it has without all
+        this, for up to four prompts. Changes nothing: the next step writes where this one has written."""
+        few = slice(0, 4 * self.G, self.G)
+        tokens, mask = self.logits.argmax(-1), F.pad(self.mask[few], (0, 1), value=1)
+        prompts.batch_select_indices(torch.arange(len(mask), device=mask.device))
+        want = self.model(input_ids=tokens[few, None], attention_mask=mask, past_key_values=prompts,
+                          position_ids=self.position[few] + 1, use_cache=True).logits[:, -1]
+        self.put(tokens)
+        got = self.forward(len(tokens))[few]
+        self.place, self.position = self.place - 1, self.position - 1
+        apart = (got.float().softmax(-1) - want.float().softmax(-1)).abs().sum(-1).max() / 2
+        require(apart < 0.1, f"its probabilities would be off by {apart:.2f}")
+
+    def put(self, tokens):
+        """Puts tokens (rows,) where `forward` reads them."""
+        self.tokens[:len(tokens), 0] = tokens
+        self.place += 1
+        self.position += 1
+        self.seen.index_fill_(1, self.place, True)
+        self.width = min(self.most, -(-(self.read + self.steps + 1) // self.WIDTH) * self.WIDTH)
+
+    def forward(self, rows):
+        """-> logits (rows, V): the same kernels on the same memory, for as many rows and the same width."""
+        masks, dtype = {}, self.cache.layers[0].keys.dtype
+        for name, window in self.windows.items():
+            near = self.seen[:rows, :self.width] & (self.columns[:self.width] > self.place - window)
+            far = torch.full(near.shape, torch.finfo(dtype).min, dtype=dtype, device=near.device)
+            masks[name] = far.masked_fill(near, 0)[:, None, None]
+        kind, self.config._attn_implementation = self.config._attn_implementation, "in groups"
+        try:
+            return self.model(input_ids=self.tokens[:rows], position_ids=self.position[:rows],
+                              attention_mask=masks if len(masks) > 1 else masks[name],
+                              past_key_values=self.cache, use_cache=True).logits[:, -1]
+        finally:
+            self.config._attn_implementation = kind
+
+    def step(self, tokens, ends):
+        """As Decoder.step, but it looks every LOOK tokens, and rows that have ended may stay."""
+        self.append(tokens, ends)
+        if self.steps == self.C:
+            return False
+        if self.steps % self.LOOK == 0:
+            going = self.going[self.rows]
+            left = int(going.sum())
+            if left == 0:
+                return False
+            rows = max(self.LEAST, 1 << (left - 1).bit_length())
+            if rows < len(tokens):
+                kept = going.int().argsort(descending=True, stable=True)[:rows]
+                tokens, self.rows = tokens[kept], self.rows[kept]
+                of_layers = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
+                for x in (*of_layers, self.position, self.seen):
+                    x[:rows] = x[kept]
+        self.put(tokens)
+        key = len(tokens), self.width
+        if key in self.graphs:
+            graph, self.logits = self.graphs[key]
+            graph.replay()
+        else:
+            self.logits = self.forward(len(tokens))
+            if self.logits.is_cuda and ReplayingDecoder.recording:
+                self.record(key)
+        return True
+
+    def record(self, key):
+        """Records the launches of the steps that will come. Where that fails, each of them launches."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                self.graphs[key] = graph, self.forward(key[0])
+            self.pool = graph.pool()
+        except RuntimeError as error:
+            self.graphs, ReplayingDecoder.recording = {}, False
+            say(f"sampling each step launches its kernels, which is slower: {reason_of(error)}")
+
+
+class Buffers(DynamicLayer):
+    """A layer's keys and values, (rows, heads, columns, size), in memory that stays where it is."""
+
+    def __init__(self, layer, owner):
+        super().__init__()
+        self.is_initialized, self.owner = True, owner
+        for name in ("keys", "values"):
+            x, end = getattr(layer, name), owner.read  # of a sliding window the last columns alone
+            kind = x.device.type  # attention would round all columns to autocast's type, for every token
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            buffer = x.new_zeros(len(x) * owner.G, x.shape[1], owner.most, x.shape[3], dtype=dtype)
+            buffer[:, :, end - x.shape[2]:end] = x.repeat_interleave(owner.G, 0)
+            setattr(self, name, buffer)
+
+    def update(self, keys, values, *args, **kwargs):
+        """Writes a column of the first rows -> (rows, heads, width, size) of keys and of values."""
+        found = []
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer = buffer[:len(new)]
+            buffer.index_copy_(2, self.owner.place, new.to(buffer.dtype))
+            found.append(buffer[:, :, :self.owner.width])
+        return found
+
+
+def attend_in_groups(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention of one token a row, for transformers. The heads that share a key are its queries: keys and
+    values are read once and repeated nowhere. ValueError if a model asks for more."""
+    more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    require(not more and query.shape[2] == 1, f"attention with {', '.join(more) or 'several queries'}")
+    query = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    out = F.scaled_dot_product_attention(query.to(key.dtype), key, value, attention_mask, scale=scaling)
+    return out.reshape(len(query), 1, -1, value.shape[-1]), None
+
+
+AttentionInterface.register("in groups", attend_in_groups)
 
 
 def complete_greedily(model, prompts, stop_ids, max_completion_length):
@@ -552,6 +741,17 @@ def complete_greedily(model, prompts, stop_ids, max_completion_length):
     generate(), which knows the caches of all models; nothing is inherited from their generation configs."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
+    limit = max(1, min(max_completion_length, room))
+    decoder = ReplayingDecoder.start(model, prompts, 1, limit)
+    if decoder:
+        stops = torch.tensor(stop_ids, device=device)
+        out = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+        for t in range(limit):
+            rows, tokens = decoder.rows, decoder.logits.argmax(-1)
+            out[rows, t] = tokens
+            if not decoder.step(tokens, torch.isin(tokens, stops)):
+                break
+        return [row[:n] for row, n in zip(out.tolist(), decoder.lengths)]
     ids = pad(prompts, 0, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
     shipped, causal.generation_config = causal.generation_config, transformers.GenerationConfig()
@@ -561,9 +761,8 @@ def complete_greedily(model, prompts, stop_ids, max_completion_length):
         return torch.zeros(len(out), dtype=torch.bool, device=out.device)
     try:
         out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
-                             max_new_tokens=max(1, min(max_completion_length, room)), eos_token_id=stop_ids,
-                             pad_token_id=0, stopping_criteria=[beat],
-                             synced_gpus=False)  # processes differ in length
+                             max_new_tokens=limit, eos_token_id=stop_ids, pad_token_id=0,
+                             stopping_criteria=[beat], synced_gpus=False)  # processes differ in length
     finally:
         causal.generation_config = shipped
     completions = out[:, ids.shape[1]:].tolist()
@@ -2107,6 +2306,8 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         require(0 < rate < 1, f"{args.model_name_or_path}: its config has a dropout rate of {rate}"[:300])
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.compile:
+        compile_layers(model)
     if not scores:
         model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
@@ -2115,6 +2316,19 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} weights "
         f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
     return model
+
+
+def compile_layers(model):
+    """Compiles what FSDP would shard, the layers, in place: one compilation serves them all. Only passes that
+    train: a sampler's have other shapes all the time."""
+    @lru_cache
+    def compiled(kind):
+        fast = torch.compile(kind.forward, dynamic=True)
+        return lambda self, *args, **kwargs: (fast if torch.is_grad_enabled() else kind.forward)(
+            self, *args, **kwargs)
+    for layer in model.modules():
+        if type(layer).__name__ in model._no_split_modules:  # a copy of the layer gets a method of its own
+            layer.forward = MethodType(compiled(type(layer)), layer)
 
 
 def check_fit(model, base, tokenizer, args, scores):

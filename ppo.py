@@ -447,27 +447,35 @@ def sample(model, prompts, uniforms, max_completion_length, temperature, stop_id
     end-of-turn token counted. Token t of a row is where its u_t falls in the cumulative distribution, so a
     row does not depend on its batch mates.
     """
-    decoder = common.Decoder(model, prompts, num_generations)
-    logits, device = decoder.logits, decoder.logits.device  # (N*G, V)
-    rows = torch.arange(len(logits), device=device)  # those that have not ended; only they stay in the batch
-    completion_ids = torch.zeros(len(rows), max_completion_length, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(rows), max_completion_length, device=device)
-    lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
+    decoder = common.Decoder.start(model, prompts, num_generations, max_completion_length)
+    total, device = len(decoder.rows), decoder.rows.device
+    completion_ids = torch.zeros(total, max_completion_length, dtype=torch.long, device=device)
+    logprobs = torch.zeros(total, max_completion_length, device=device)
+    stops = torch.tensor(stop_ids, device=device)
     for t in range(max_completion_length):
-        all_logprobs = (logits.float() / temperature).log_softmax(-1)  # (rows, V)
-        if uniforms is None:
-            tokens = all_logprobs.argmax(-1)
-        else:
-            cumulative = all_logprobs.double().exp().cumsum(-1)
-            u = uniforms[rows, t, None] * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        rows = decoder.rows  # (rows,) of the N*G that have not ended; on a GPU some that have are among them
+        all_logprobs = (decoder.logits.float() / temperature).log_softmax(-1)  # (rows, V)
+        tokens = all_logprobs.argmax(-1) if uniforms is None else draw(all_logprobs, uniforms[rows, t, None])
         completion_ids[rows, t] = tokens
         logprobs[rows, t] = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-        lengths[rows] += 1
-        going = ~torch.isin(tokens, torch.tensor(stop_ids, device=device))
-        if t == max_completion_length - 1 or not going.any():
-            return completion_ids, logprobs, lengths
-        logits, rows = decoder.step(tokens, going), rows[going]
+        if not decoder.step(tokens, torch.isin(tokens, stops)):
+            return completion_ids, logprobs, decoder.lengths
+
+
+def draw(logprobs, u):
+    """Where the cumulative distribution of logprobs (rows, V) passes u (rows, 1) in fp64 -> tokens (rows,).
+
+    In two levels, blocks of the vocabulary and the block that u falls in: fp64 sums over all of it would move
+    more bytes than a small model has.
+    """
+    probs = F.pad(logprobs.exp(), (0, -logprobs.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    ends = probs.sum(-1, dtype=torch.float64).cumsum(-1)  # (rows, blocks)
+    u = u * ends[:, -1:]  # the total is not quite 1
+    block = torch.searchsorted(ends, u, right=True).clamp(max=ends.shape[-1] - 1)  # (rows, 1)
+    inside = probs.take_along_dim(block[..., None], 1).squeeze(1).double().cumsum(-1)  # (rows, 128)
+    u = u - F.pad(ends, (1, 0)).gather(-1, block)
+    u = u.clamp(max=inside[:, -1:] * (1 - 2**-40))  # sums in another order round differently
+    return (block * 128 + torch.searchsorted(inside, u, right=True)).squeeze(-1)
 
 
 def sampled_row(prompt_ids, completion, logprobs, tokenizer, stop_ids):
