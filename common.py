@@ -525,6 +525,26 @@ def stream(*key):
 
 # ---- decoding ----------------------------------------------------------------------------------------------
 
+def inverse_cdf(probs, u):
+    """probs (rows, V) fp32, u (rows,) fp64 in [0, 1) -> (rows,) the first places at which the running sum is
+    more than u of the whole. In two levels, blocks and the block that it falls in: fp64 sums over a whole
+    vocabulary would move more bytes than a small model has."""
+    blocks = F.pad(probs, (0, -probs.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (rows, blocks, 128)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, rest = passing(sums, u[:, None] * sums.sum(-1, keepdim=True))
+    place, _ = passing(blocks.take_along_dim(block[..., None], 1).squeeze(1).double(), rest)
+    return (block * 128 + place).squeeze(-1)
+
+
+def passing(weights, target):
+    """weights (rows, n) fp64, target (rows, 1) -> (rows, 1) the first places at which their running sum is
+    more than the target, and what of the target is left there."""
+    ends = weights.cumsum(-1)
+    target = target.clamp(max=ends[:, -1:] * (1 - 2**-40))  # sums in another order round differently
+    place = torch.searchsorted(ends, target, right=True)
+    return place, target - (ends - weights).gather(-1, place)
+
+
 class Decoder:
     """The key-value cache behind next-token logits. Each prompt is read once, for all its completions."""
 
@@ -689,8 +709,8 @@ class ReplayingDecoder(Decoder):
 
     def record(self, key):
         """Records the launches of the steps that will come. Where that fails, each of them launches."""
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 self.graphs[key] = graph, self.forward(key[0])
             self.pool = graph.pool()

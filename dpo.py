@@ -187,13 +187,13 @@ class Policy(nn.Module):
     def logprobs(self, hidden, input_ids, mask, temperature):
         """-> logprobs, entropy, hits (B, T) fp32, of token t given those before it; 0 where the mask is 0.
         mask[:, 0] is 0: nothing predicts token 0."""
-        head, counts = self.model.get_output_embeddings(), mask[:, 1:].bool()
-        hidden, targets = hidden[:, :-1][counts], input_ids[:, 1:][counts]  # the causal shift: (N, d), (N,)
+        head, (b, t) = self.model.get_output_embeddings(), mask.nonzero(as_tuple=True)  # the N that count
+        hidden, targets = hidden[b, t - 1], input_ids[b, t]  # the causal shift: (N, d), (N,)
         factor, bias = self.scale / temperature, getattr(head, "bias", None)
         bias, cap = bias if bias is None else bias * factor, self.cap and self.cap / temperature
         flat = TokenLogprobs.apply(hidden * factor, head.weight, bias, targets, cap)
         zeros = torch.zeros(mask.shape, device=mask.device)
-        return tuple(zeros.masked_scatter(mask.bool(), x) for x in flat)  # (N,) -> (B, T)
+        return tuple(zeros.index_put((b, t), x) for x in flat)  # (N,) -> (B, T)
 
     def forward(self, input_ids, mask, temperature=1.0):
         return self.logprobs(self.hidden(input_ids), input_ids, mask, temperature)

@@ -306,13 +306,13 @@ class Policy(nn.Module):
     def logprobs(self, hidden, input_ids, mask, temperature):
         """-> logprobs, entropy, hits (B, T) fp32, of token t given those before it; 0 where the mask is 0.
         mask[:, 0] is 0: nothing predicts token 0."""
-        head, counts = self.model.get_output_embeddings(), mask[:, 1:].bool()
-        hidden, targets = hidden[:, :-1][counts], input_ids[:, 1:][counts]  # the causal shift: (N, d), (N,)
+        head, (b, t) = self.model.get_output_embeddings(), mask.nonzero(as_tuple=True)  # the N that count
+        hidden, targets = hidden[b, t - 1], input_ids[b, t]  # the causal shift: (N, d), (N,)
         factor, bias = self.scale / temperature, getattr(head, "bias", None)
         bias, cap = bias if bias is None else bias * factor, self.cap and self.cap / temperature
         flat = TokenLogprobs.apply(hidden * factor, head.weight, bias, targets, cap)
         zeros = torch.zeros(mask.shape, device=mask.device)
-        return tuple(zeros.masked_scatter(mask.bool(), x) for x in flat)  # (N,) -> (B, T)
+        return tuple(zeros.index_put((b, t), x) for x in flat)  # (N,) -> (B, T)
 
     def forward(self, input_ids, mask, temperature=1.0):
         return self.logprobs(self.hidden(input_ids), input_ids, mask, temperature)
@@ -455,27 +455,14 @@ def sample(model, prompts, uniforms, max_completion_length, temperature, stop_id
     for t in range(max_completion_length):
         rows = decoder.rows  # (rows,) of the N*G that have not ended; on a GPU some that have are among them
         all_logprobs = (decoder.logits.float() / temperature).log_softmax(-1)  # (rows, V)
-        tokens = all_logprobs.argmax(-1) if uniforms is None else draw(all_logprobs, uniforms[rows, t, None])
+        if uniforms is None:
+            tokens = all_logprobs.argmax(-1)
+        else:
+            tokens = common.inverse_cdf(all_logprobs.exp(), uniforms[rows, t])
         completion_ids[rows, t] = tokens
         logprobs[rows, t] = all_logprobs.gather(-1, tokens[:, None]).squeeze(-1)
         if not decoder.step(tokens, torch.isin(tokens, stops)):
             return completion_ids, logprobs, decoder.lengths
-
-
-def draw(logprobs, u):
-    """Where the cumulative distribution of logprobs (rows, V) passes u (rows, 1) in fp64 -> tokens (rows,).
-
-    In two levels, blocks of the vocabulary and the block that u falls in: fp64 sums over all of it would move
-    more bytes than a small model has.
-    """
-    probs = F.pad(logprobs.exp(), (0, -logprobs.shape[-1] % 128)).unflatten(-1, (-1, 128))
-    ends = probs.sum(-1, dtype=torch.float64).cumsum(-1)  # (rows, blocks)
-    u = u * ends[:, -1:]  # the total is not quite 1
-    block = torch.searchsorted(ends, u, right=True).clamp(max=ends.shape[-1] - 1)  # (rows, 1)
-    inside = probs.take_along_dim(block[..., None], 1).squeeze(1).double().cumsum(-1)  # (rows, 128)
-    u = u - F.pad(ends, (1, 0)).gather(-1, block)
-    u = u.clamp(max=inside[:, -1:] * (1 - 2**-40))  # sums in another order round differently
-    return (block * 128 + torch.searchsorted(inside, u, right=True)).squeeze(-1)
 
 
 def sampled_row(prompt_ids, completion, logprobs, tokenizer, stop_ids):

@@ -105,7 +105,7 @@ class Scorer(nn.Module):
         """
         classifier = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         hidden = classifier.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, d)
-        last = hidden[mask.bool()]  # (B, d)
+        last = hidden[mask.nonzero(as_tuple=True)]  # (B, d)
         with torch.autocast(last.device.type, enabled=False):
             return classifier.score(last.float())  # (B, K)
 

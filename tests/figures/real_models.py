@@ -69,19 +69,19 @@ SCORES = "--batch_size 8 --learning_rate 3e-4 --merge"  # an adapter's folder do
 LOSS = "--max_completion_length 0 --learning_rate 3e-4 "  # greedy answers are judged here
 # name -> (script, model or run that it starts from, what is judged, updates, flags)
 RUNS = {
-    **{f"grpo-{seed}": ("grpo", "smol", "extraction", 12, f"{GRPO}--seed {seed}") for seed in range(3)},
+    **{f"grpo-{seed}": ("grpo", "smol", "extraction", 16, f"{GRPO}--seed {seed}") for seed in range(3)},
     "sft-gsm8k": ("sft", "smol", "gsm8k", 30, SOLVE + LOSS + "--batch_size 16"),
     "dpo": ("dpo", "smol", "preference", 20, PREFER + "--batch_size 8 --learning_rate 1e-4"),
-    "rm": ("reward_model", "smol", "score", 30, PREFER + SCORES),
-    "ppo": ("ppo", "smol", "extraction", 24, PPO + CHECK),
-    "rm-smol": ("reward_model", "smol", "score", 30, SAMPLED + SCORES),
-    "ppo-rm": ("ppo", "smol", "extraction", 24, PPO + LEARNED),
+    "rm": ("reward_model", "smol", "score", 20, PREFER + SCORES),
+    "ppo": ("ppo", "smol", "extraction", 20, PPO + CHECK),
+    "rm-smol": ("reward_model", "smol", "score", 20, SAMPLED + SCORES),
+    "ppo-rm": ("ppo", "smol", "extraction", 20, PPO + LEARNED),
     "sft": ("sft", "smol", "extraction", 3, JSON + LOSS + "--batch_size 4 --merge"),  # more leaves no errors
-    "rm-sft": ("reward_model", "sft", "score", 30, SAMPLED + SCORES),
-    "sft-ppo": ("ppo", "sft", "extraction", 24, PPO + LEARNED),
-    "sft-grpo": ("grpo", "sft", "extraction", 12, GRPO),
-    "sft-gemma": ("sft", "gemma", "gsm8k", 20, SOLVE + LOSS + "--batch_size 16"),
-    "grpo-qwen": ("grpo", "qwen", "extraction", 6, GRPO),
+    "rm-sft": ("reward_model", "sft", "score", 20, SAMPLED + SCORES),
+    "sft-ppo": ("ppo", "sft", "extraction", 20, PPO + LEARNED),
+    "sft-grpo": ("grpo", "sft", "extraction", 16, GRPO),
+    "sft-gemma": ("sft", "gemma", "gsm8k", 8, SOLVE + LOSS + "--batch_size 16"),
+    "grpo-qwen": ("grpo", "qwen", "extraction", 4, GRPO),
 }
 PIPELINES = [("grpo-0",), ("ppo",), ("rm-smol", "ppo-rm"), ("sft", "sft-grpo"), ("sft", "rm-sft", "sft-ppo")]
 PICTURE = {"sft": "sft-gsm8k", "reward_model": "rm", "dpo": "dpo", "ppo": "ppo", "grpo": "grpo-0"}
