@@ -37,8 +37,8 @@ UNSORTED = {
     "(len(share[-1]) + 1) * lengths[share[-1][0]]":
         "(len(share[-1]) + 1) * max(lengths[j] for j in [*share[-1], i])"}
 ALL_TOKENS = {  # mask[:, 0] stays 0: nothing predicts token 0
-    "head, counts = ": "mask = torch.cat([mask[:, :1], torch.ones_like(mask[:, 1:])], 1)\n"
-                       "        head, counts = "}
+    "head, (b, t) = ": "mask = torch.cat([mask[:, :1], torch.ones_like(mask[:, 1:])], 1)\n"
+                       "        head, (b, t) = "}
 NEVER_KEPT = {"len(ctx.chunks[0]) if ctx.chunks[1:] or cap else 0": "len(ctx.chunks[0])",
               "if n is not ctx.chunks[-1] or cap:": "if True:"}
 ANEW = {
@@ -49,9 +49,8 @@ ANEW = {
     "torch.exp(z, out=out_p[:len(n)])": "torch.exp(z)",
     "out = torch.empty(len(ctx.chunks[0]) if ctx.chunks[1:] or cap else 0, len(w)": "out = torch.empty(0, len(w)",
     "torch.softmax(z, -1, out=None if cap else z)": "torch.softmax(z, -1)"}
-NEVER_ENDS = {"~torch.isin(tokens, torch.tensor(stop_ids, device=device))": "torch.ones_like(tokens).bool()"}
-READ_AGAIN = {"common.Decoder(model, prompts, num_generations)":
-              "common.Decoder(model, [p for p in prompts for _ in range(num_generations)])"}
+NEVER_ENDS = {"torch.isin(tokens, stops)": "torch.zeros_like(tokens).bool()"}
+READ_AGAIN = {"start(model, prompts, num_generations, ": "start(model, [p for p in prompts for _ in range(8)], 1, "}
 CASES = {  # of benchmark.py
     "sft 32k": [
         Variant("rows sorted by length inside a step", common, "cut", UNSORTED),
@@ -88,7 +87,7 @@ def measure(case, variant):
     if variant and variant.flags:
         training = benchmark.TRAINING[case]
         benchmark.TRAINING[case] = training._replace(flags=training.flags + variant.flags)
-    result = benchmark.one(case, "ours", None)
+    result = benchmark.one(case, "ours", None, None)
     return result["seconds"], result.get("extra", result["peak"])
 
 
