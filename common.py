@@ -533,15 +533,15 @@ def inverse_cdf(probs, u):
     sums = blocks.sum(-1, dtype=torch.float64)
     block, rest = passing(sums, u[:, None] * sums.sum(-1, keepdim=True))
     place, _ = passing(blocks.take_along_dim(block[..., None], 1).squeeze(1).double(), rest)
-    return (block * 128 + place).squeeze(-1)
+    return (block * 128 + place).squeeze(-1).clamp(max=probs.shape[-1] - 1)  # of NaN: the last
 
 
 def passing(weights, target):
     """weights (rows, n) fp64, target (rows, 1) -> (rows, 1) the first places at which their running sum is
     more than the target, and what of the target is left there."""
     ends = weights.cumsum(-1)
-    target = target.clamp(max=ends[:, -1:] * (1 - 2**-40))  # sums in another order round differently
-    place = torch.searchsorted(ends, target, right=True)
+    target = target.clamp(min=0).minimum(ends[:, -1:] * (1 - 2**-40))  # sums in another order differ
+    place = torch.searchsorted(ends, target, right=True).clamp(max=weights.shape[-1] - 1)  # NaN has no place
     return place, target - (ends - weights).gather(-1, place)
 
 
@@ -606,21 +606,22 @@ class ReplayingDecoder(Decoder):
     where they are, a step asks the GPU for no value, and rows that have ended are dropped every LOOK tokens,
     down to a power of two. The cache is as large from the start as it would be in the end."""
     DEVICES, LOOK, WIDTH, LEAST = ("cuda",), 16, 256, 16
-    suits = WeakKeyDictionary()  # model -> whether its steps were found to be right
-    recording = True  # until it fails
+    known = WeakKeyDictionary()  # model -> "replay", "launch" where nothing can be recorded, or "unsuited"
 
     @staticmethod
     def start(model, *args):
         """One, or None: not on this device, or, which is said once, not with this model."""
         kind = next(model.parameters()).device.type
-        if kind in ReplayingDecoder.DEVICES and ReplayingDecoder.suits.get(model, True):
+        if kind in ReplayingDecoder.DEVICES and ReplayingDecoder.known.get(model) != "unsuited":
             try:
                 return ReplayingDecoder(model, *args)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
-                ReplayingDecoder.suits[model] = False
-                say(f"sampling without replaying kernels, which is slower: {reason_of(error)}")
+                reason = reason_of(error)
+                if isinstance(error, torch.OutOfMemoryError):
+                    reason = "no memory for all rows at full length (a lower --rollout_batch_size needs less)"
+                else:
+                    ReplayingDecoder.known[model] = "unsuited"
+            say(f"sampling without replaying kernels, which is slower: {reason}")
 
     def spread(self):
         """Takes over what was read. ValueError, or the model's own error, where it cannot."""
@@ -633,14 +634,16 @@ class ReplayingDecoder(Decoder):
         self.most = -(-(self.read + self.C) // 128) * 128  # columns; kernels like round numbers
         self.windows = {"sliding_attention" if layer.is_sliding else "full_attention":
                         layer.sliding_window if layer.is_sliding else self.most for layer in layers}
-        prompts, self.cache = self.cache, Cache(layers=[Buffers(layer, self) for layer in layers])
-        self.seen = F.pad(self.mask.bool(), (0, self.most - self.read))
         self.columns = torch.arange(self.most, device=self.rows.device)
+        # the last token's column in all rows, and how many columns a step reads: what the layers share
+        self.at = SimpleNamespace(place=self.columns[self.read - 1:self.read].clone(), width=0)
+        prompts, self.cache = self.cache, Cache(layers=[
+            Buffers(layer, self.at, self.G, self.read, self.most) for layer in layers])
+        self.seen = F.pad(self.mask.bool(), (0, self.most - self.read))
         self.tokens, self.graphs, self.pool = torch.zeros_like(self.position), {}, None
-        self.place = self.columns[self.read - 1:self.read].clone()  # the last token's column, in all rows
-        if self.model not in self.suits:
+        if self.model not in self.known:
             self.check(prompts)
-            self.suits[self.model] = True
+            self.known[self.model] = "replay" if self.waits_for_nothing() else "launch"
 
     def check(self, prompts):
         """ValueError unless the token after the likeliest one has the probabilities that it has without all
@@ -652,23 +655,37 @@ class ReplayingDecoder(Decoder):
                           position_ids=self.position[few] + 1, use_cache=True).logits[:, -1]
         self.put(tokens)
         got = self.forward(len(tokens))[few]
-        self.place, self.position = self.place - 1, self.position - 1
+        self.at.place -= 1
+        self.position -= 1
         apart = (got.float().softmax(-1) - want.float().softmax(-1)).abs().sum(-1).max() / 2
         require(apart < 0.1, f"its probabilities would be off by {apart:.2f}")
+
+    def waits_for_nothing(self):
+        """Whether a step asks the GPU for no value. Recording one that does would leave CUDA in disorder."""
+        if self.rows.is_cuda:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self.forward(len(self.rows))
+            except RuntimeError as error:
+                say(f"sampling each step launches its kernels, which is slower: {reason_of(error)}")
+                return False
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return True
 
     def put(self, tokens):
         """Puts tokens (rows,) where `forward` reads them."""
         self.tokens[:len(tokens), 0] = tokens
-        self.place += 1
+        self.at.place += 1
         self.position += 1
-        self.seen.index_fill_(1, self.place, True)
-        self.width = min(self.most, -(-(self.read + self.steps + 1) // self.WIDTH) * self.WIDTH)
+        self.seen.index_fill_(1, self.at.place, True)
+        self.at.width = min(self.most, -(-(self.read + self.steps + 1) // self.WIDTH) * self.WIDTH)
 
     def forward(self, rows):
         """-> logits (rows, V): the same kernels on the same memory, for as many rows and the same width."""
-        masks, dtype = {}, self.cache.layers[0].keys.dtype
+        masks, dtype, width = {}, self.cache.layers[0].keys.dtype, self.at.width
         for name, window in self.windows.items():
-            near = self.seen[:rows, :self.width] & (self.columns[:self.width] > self.place - window)
+            near = self.seen[:rows, :width] & (self.columns[:width] > self.at.place - window)
             far = torch.full(near.shape, torch.finfo(dtype).min, dtype=dtype, device=near.device)
             masks[name] = far.masked_fill(near, 0)[:, None, None]
         kind, self.config._attn_implementation = self.config._attn_implementation, "in groups"
@@ -697,40 +714,42 @@ class ReplayingDecoder(Decoder):
                 for x in (*of_layers, self.position, self.seen):
                     x[:rows] = x[kept]
         self.put(tokens)
-        key = len(tokens), self.width
+        key = len(tokens), self.at.width
         if key in self.graphs:
             graph, self.logits = self.graphs[key]
             graph.replay()
         else:
             self.logits = self.forward(len(tokens))
-            if self.logits.is_cuda and ReplayingDecoder.recording:
+            if self.logits.is_cuda and self.known[self.model] == "replay":
                 self.record(key)
         return True
 
     def record(self, key):
         """Records the launches of the steps that will come. Where that fails, each of them launches."""
+        stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-                self.graphs[key] = graph, self.forward(key[0])
-            self.pool = graph.pool()
+                logits = self.forward(key[0])
+            self.graphs, self.pool = {key: (graph, logits)}, graph.pool()  # no earlier key comes again
         except RuntimeError as error:
-            self.graphs, ReplayingDecoder.recording = {}, False
+            torch.cuda.set_stream(stream)
+            self.known[self.model] = "launch"
             say(f"sampling each step launches its kernels, which is slower: {reason_of(error)}")
 
 
 class Buffers(DynamicLayer):
     """A layer's keys and values, (rows, heads, columns, size), in memory that stays where it is."""
 
-    def __init__(self, layer, owner):
+    def __init__(self, layer, at, num_generations, read, most):
         super().__init__()
-        self.is_initialized, self.owner = True, owner
+        self.is_initialized, self.at = True, at
         for name in ("keys", "values"):
-            x, end = getattr(layer, name), owner.read  # of a sliding window the last columns alone
+            x = getattr(layer, name)  # of a sliding window the last columns alone
             kind = x.device.type  # attention would round all columns to autocast's type, for every token
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            buffer = x.new_zeros(len(x) * owner.G, x.shape[1], owner.most, x.shape[3], dtype=dtype)
-            buffer[:, :, end - x.shape[2]:end] = x.repeat_interleave(owner.G, 0)
+            buffer = x.new_zeros(len(x) * num_generations, x.shape[1], most, x.shape[3], dtype=dtype)
+            buffer[:, :, read - x.shape[2]:read] = x.repeat_interleave(num_generations, 0)
             setattr(self, name, buffer)
 
     def update(self, keys, values, *args, **kwargs):
@@ -738,8 +757,8 @@ class Buffers(DynamicLayer):
         found = []
         for buffer, new in ((self.keys, keys), (self.values, values)):
             buffer = buffer[:len(new)]
-            buffer.index_copy_(2, self.owner.place, new.to(buffer.dtype))
-            found.append(buffer[:, :, :self.owner.width])
+            buffer.index_copy_(2, self.at.place, new.to(buffer.dtype))
+            found.append(buffer[:, :, :self.at.width])
         return found
 
 
@@ -756,6 +775,7 @@ def attend_in_groups(module, query, key, value, attention_mask, scaling=None, **
 AttentionInterface.register("in groups", attend_in_groups)
 
 
+@torch.no_grad()
 def complete_greedily(model, prompts, stop_ids, max_completion_length):
     """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one. By
     generate(), which knows the caches of all models; nothing is inherited from their generation configs."""
@@ -771,7 +791,7 @@ def complete_greedily(model, prompts, stop_ids, max_completion_length):
             out[rows, t] = tokens
             if not decoder.step(tokens, torch.isin(tokens, stops)):
                 break
-        return [row[:n] for row, n in zip(out.tolist(), decoder.lengths)]
+        return [row[:n] for row, n in zip(out.tolist(), decoder.lengths.tolist())]
     ids = pad(prompts, 0, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
     shipped, causal.generation_config = causal.generation_config, transformers.GenerationConfig()
@@ -2339,13 +2359,16 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
 
 
 def compile_layers(model):
-    """Compiles what FSDP would shard, the layers, in place: one compilation serves them all. Only passes that
-    train: a sampler's have other shapes all the time."""
+    """Compiles the layers, the units that FSDP shards, in place: one compilation serves them all. Passes with
+    a cache stay as they are: a sampler's shapes change with every token."""
     @lru_cache
     def compiled(kind):
         fast = torch.compile(kind.forward, dynamic=True)
-        return lambda self, *args, **kwargs: (fast if torch.is_grad_enabled() else kind.forward)(
-            self, *args, **kwargs)
+
+        def forward(self, *args, past_key_values=None, **kwargs):
+            how = fast if past_key_values is None else kind.forward
+            return how(self, *args, past_key_values=past_key_values, **kwargs)
+        return forward
     for layer in model.modules():
         if type(layer).__name__ in model._no_split_modules:  # a copy of the layer gets a method of its own
             layer.forward = MethodType(compiled(type(layer)), layer)

@@ -594,7 +594,7 @@ def test_nobody_waits_in_silence(capsys, monkeypatch, tmp_path):
     run(grpo, tmp_path / "out", "--dataset_name", tmp_path / "rows.jsonl", "--eval_dataset_name", tmp_path / "rows.jsonl", "--max_steps", 2,
         "--num_iterations", 2, "--max_completion_length", 3, "--batch_size", 1, "--num_generations", 2, "--logging_steps", 100)
     out = capsys.readouterr().out
-    for doing in ("reading", "tokenizing: row 2", "sampling: 2 completions go on at token 1", "log-probs of the rollout: micro-batch 1 of 1",
+    for doing in ("reading", "tokenizing: row 2", "sampling: 2 completions have 1 tokens", "log-probs of the rollout: micro-batch 1 of 1",
                   "step 1: micro-batch 1 of 1", "step 1/2  reward"):
         assert doing in out, doing
     run(dpo, tmp_path / "dpo", "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0.01, "--max_completion_length", 3)

@@ -479,8 +479,7 @@ def decoders(options):
     same = ((ids == other_ids) | ~counted).all(-1) & (lengths == other_lengths)
     apart = ((logprobs - other_logprobs).abs() * counted)[same]
     return {"completions": len(ids), "same": int(same.sum()), "tokens": int(lengths.sum()),
-            "logprobs_differ_by": apart.max().item(), "recording": common.ReplayingDecoder.recording,
-            "replayed": list(common.ReplayingDecoder.suits.values())}
+            "logprobs_differ_by": apart.max().item(), "known": list(common.ReplayingDecoder.known.values())}
 
 
 def profile(options, rows):
