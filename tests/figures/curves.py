@@ -126,7 +126,8 @@ def draw(found, theme, path):
         for (above, below), (script, (metrics, seconds)) in zip(axes.T, found.items()):
             draw_column(above, below, script, metrics, seconds, theme)
         axes[0, 0].set_yticks((0, 50, 100), ("0", "50", "100 %"))
-        figure.subplots_adjust(left=0.05, right=0.98, top=0.885, bottom=0.125, wspace=0.34, hspace=0.34)
+        figure.subplots_adjust(left=0.25 / len(found), right=1 - 0.1 / len(found), top=0.885, bottom=0.125,
+                               wspace=0.34, hspace=0.34)
         metadata = {"Date": None} if path.endswith("svg") else None
         figure.savefig(path, transparent=True, metadata=metadata, dpi=150)
         pyplot.close(figure)

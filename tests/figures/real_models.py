@@ -88,7 +88,7 @@ PICTURE = {"sft": "sft-gsm8k", "reward_model": "rm", "dpo": "dpo", "ppo": "ppo",
 
 
 def shares(training, held):
-    return [(training, "training", 0.62, 0.25), (held, "held out", 0.62, 0.95)]
+    return [(training, "training", 0.62, 0.2), (held, "held out", 0.62, 0.4)]
 
 
 curves.LINES = {
@@ -389,7 +389,7 @@ def draw(program, theme):
     out, found = program.args.out, program.found
     columns = {script: curves.read(f"{out}/{name}") for script, name in PICTURE.items() if name in found}
     if columns:
-        curves.draw(columns, theme, f"{out}/curves-{theme}.png")
+        curves.draw(columns, theme, f"{out}/curves-{theme}.svg")
     lines = {names: pipeline(program, names) for names in PIPELINES if set(names) <= set(found)}
     if not lines:
         return
@@ -402,7 +402,7 @@ def draw(program, theme):
             axis.plot(*zip(*line), "o-", ms=3, color=colour, label=", ".join(names))
         axis.set(xlabel="CPU minutes, all stages", ylabel=RIGHT, ylim=(0, 100))
         axis.legend(loc="lower right")
-        figure.savefig(f"{out}/pipelines-{theme}.png", transparent=True, dpi=150)
+        figure.savefig(f"{out}/pipelines-{theme}.svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
 
 
