@@ -568,13 +568,13 @@ class Decoder:
     @staticmethod
     def start(*args):
         """A decoder of the kind that suits device and model."""
-        return ReplayingDecoder.start(*args) or Decoder(*args)
+        return ReplayingDecoder.if_suited(*args) or Decoder(*args)
 
     def spread(self):
         """The cache of N prompts becomes that of all rows."""
         self.cache.batch_repeat_interleave(self.G)
 
-    def append(self, tokens, ends):
+    def count(self, tokens, ends):
         """Counts tokens (rows,) that have been chosen; `ends` (rows,): whether one ends its completion."""
         self.steps += 1
         self.lengths[self.rows] += self.going[self.rows]
@@ -584,7 +584,7 @@ class Decoder:
     def step(self, tokens, ends):
         """Appends tokens (rows,) and drops the rows whose token `ends` (rows,) them -> whether any is left to
         go on with; then .logits and .rows are new."""
-        self.append(tokens, ends)
+        self.count(tokens, ends)
         kept = (~ends).nonzero().squeeze(-1)
         if self.steps == self.C or len(kept) == 0:
             return False
@@ -609,18 +609,16 @@ class ReplayingDecoder(Decoder):
     known = WeakKeyDictionary()  # model -> "replay", "launch" where nothing can be recorded, or "unsuited"
 
     @staticmethod
-    def start(model, *args):
+    def if_suited(model, *args):
         """One, or None: not on this device, or, which is said once, not with this model."""
         kind = next(model.parameters()).device.type
         if kind in ReplayingDecoder.DEVICES and ReplayingDecoder.known.get(model) != "unsuited":
             try:
                 return ReplayingDecoder(model, *args)
+            except torch.OutOfMemoryError:
+                reason = "no memory for all rows at full length (a lower --rollout_batch_size needs less)"
             except Exception as error:
-                reason = reason_of(error)
-                if isinstance(error, torch.OutOfMemoryError):
-                    reason = "no memory for all rows at full length (a lower --rollout_batch_size needs less)"
-                else:
-                    ReplayingDecoder.known[model] = "unsuited"
+                reason, ReplayingDecoder.known[model] = reason_of(error), "unsuited"
             say(f"sampling without replaying kernels, which is slower: {reason}")
 
     def spread(self):
@@ -643,7 +641,9 @@ class ReplayingDecoder(Decoder):
         self.tokens, self.graphs, self.pool = torch.zeros_like(self.position), {}, None
         if self.model not in self.known:
             self.check(prompts)
-            self.known[self.model] = "replay" if self.waits_for_nothing() else "launch"
+            self.known[self.model] = "replay"
+            if self.rows.is_cuda:
+                self.look_for_waits()
 
     def check(self, prompts):
         """ValueError unless the token after the likeliest one has the probabilities that it has without all
@@ -660,18 +660,19 @@ class ReplayingDecoder(Decoder):
         apart = (got.float().softmax(-1) - want.float().softmax(-1)).abs().sum(-1).max() / 2
         require(apart < 0.1, f"its probabilities would be off by {apart:.2f}")
 
-    def waits_for_nothing(self):
-        """Whether a step asks the GPU for no value. Recording one that does would leave CUDA in disorder."""
-        if self.rows.is_cuda:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                self.forward(len(self.rows))
-            except RuntimeError as error:
-                say(f"sampling each step launches its kernels, which is slower: {reason_of(error)}")
-                return False
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        return True
+    def look_for_waits(self):
+        """Records nothing if a step asks the GPU for a value: that would leave CUDA in disorder."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.forward(len(self.rows))
+        except RuntimeError as error:
+            self.launch_from_now_on(error)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def launch_from_now_on(self, error):
+        self.known[self.model] = "launch"
+        say(f"sampling each step launches its kernels, which is slower: {reason_of(error)}")
 
     def put(self, tokens):
         """Puts tokens (rows,) where `forward` reads them."""
@@ -698,7 +699,7 @@ class ReplayingDecoder(Decoder):
 
     def step(self, tokens, ends):
         """As Decoder.step, but it looks every LOOK tokens, and rows that have ended may stay."""
-        self.append(tokens, ends)
+        self.count(tokens, ends)
         if self.steps == self.C:
             return False
         if self.steps % self.LOOK == 0:
@@ -734,8 +735,7 @@ class ReplayingDecoder(Decoder):
             self.graphs, self.pool = {key: (graph, logits)}, graph.pool()  # no earlier key comes again
         except RuntimeError as error:
             torch.cuda.set_stream(stream)
-            self.known[self.model] = "launch"
-            say(f"sampling each step launches its kernels, which is slower: {reason_of(error)}")
+            self.launch_from_now_on(error)
 
 
 class Buffers(DynamicLayer):
@@ -782,7 +782,7 @@ def complete_greedily(model, prompts, stop_ids, max_completion_length):
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
     limit = max(1, min(max_completion_length, room))
-    decoder = ReplayingDecoder.start(model, prompts, 1, limit)
+    decoder = ReplayingDecoder.if_suited(model, prompts, 1, limit)
     if decoder:
         stops = torch.tensor(stop_ids, device=device)
         out = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
@@ -2365,9 +2365,9 @@ def compile_layers(model):
     def compiled(kind):
         fast = torch.compile(kind.forward, dynamic=True)
 
-        def forward(self, *args, past_key_values=None, **kwargs):
-            how = fast if past_key_values is None else kind.forward
-            return how(self, *args, past_key_values=past_key_values, **kwargs)
+        def forward(self, *args, **kwargs):
+            cached = any(isinstance(each, Cache) for each in (*args, *kwargs.values()))
+            return (kind.forward if cached else fast)(self, *args, **kwargs)
         return forward
     for layer in model.modules():
         if type(layer).__name__ in model._no_split_modules:  # a copy of the layer gets a method of its own

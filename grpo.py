@@ -366,8 +366,8 @@ def sample(model, prompts, uniforms, max_completion_length, temperature, stop_id
 
     prompts: N lists of ids; uniforms (N*G, C) in [0, 1), one row a completion, or None for the most likely
     token. -> completion_ids (N*G, C), logprobs (N*G, C) of what was sampled, lengths (N*G,) with the
-    end-of-turn token counted. Token t of a row is where its u_t falls in the cumulative distribution, so a
-    row does not depend on its batch mates.
+    end-of-turn token counted; what lies beyond a length means nothing. Token t of a row is where its u_t
+    falls in the cumulative distribution, so a row does not depend on its batch mates.
     """
     decoder = common.Decoder.start(model, prompts, num_generations, max_completion_length)
     total, device = len(decoder.rows), decoder.rows.device

@@ -64,7 +64,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "tokens, self.rows = tokens[kept], self.rows[kept]", "tokens = tokens[kept]"),
     ("common", "key = len(tokens), self.at.width", "self.at.width, key = self.WIDTH, (len(tokens), 0)"),
     ("common", 'attention_mask=mask, past_key_values=prompts,', 'attention_mask=None, past_key_values=prompts,'),
-    ("common", "how(self, *args, past", "how(layer, *args, past"),
+    ("common", "(kind.forward if cached else fast)(self,", "(kind.forward if cached else fast)(layer,"),
     # sft
     ("sft", "limit = args.max_grad_norm or math.inf", "limit = math.inf"),
     ("sft", "share = mb.loss / trained_tokens", "share = mb.loss / mb.mask.sum()"),

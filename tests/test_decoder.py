@@ -145,7 +145,7 @@ def test_other_layers_and_attention_with_more_are_refused(replaying, capsys):
                                  ("gpt_oss", {"num_local_experts": 2}, "replaying")):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).eval()
-        assert common.ReplayingDecoder.start(model, PROMPTS, 1, 8) is None
+        assert common.ReplayingDecoder.if_suited(model, PROMPTS, 1, 8) is None
         assert sentence in capsys.readouterr().out
 
 
@@ -262,7 +262,7 @@ def test_a_step_of_the_decoder_asks_for_no_value_between_its_looks(replaying, mo
         return going
     monkeypatch.setattr(common.ReplayingDecoder, "step", watched)
     with Waits() as outside:
-        decoder = common.ReplayingDecoder.start(model, PROMPTS, G, 40)
+        decoder = common.ReplayingDecoder.if_suited(model, PROMPTS, G, 40)
         outside.seen.clear()
         monkeypatch.setattr(common.Decoder, "start", lambda *_: decoder)
         grpo.sample(model, PROMPTS, UNIFORMS, 40, 1.0, [260], G)
@@ -310,9 +310,10 @@ def test_compiled_layers_give_the_same_numbers(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_a_copy_of_a_compiled_model_has_layers_of_its_own():
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # which hand the cache on by name, and by position
+def test_a_copy_of_a_compiled_model_has_layers_of_its_own(kind):
     """A reference that went through the policy's layers would make every KL 0."""
-    model = tiny_model("llama").eval()
+    model = tiny_model(kind).eval()
     common.compile_layers(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():

@@ -33,7 +33,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from pipelines import ROOT, TINY
+from pipelines import ROOT, TINY, model_flops, write
 
 sys.path.insert(0, ROOT)
 os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1",
@@ -115,12 +115,6 @@ def long_prompts(rows, case):
     return [(row["question"] * 99)[:case.prompt] if case.prompt else row["question"] for row in rows]
 
 
-def write(path, rows):
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return path
-
-
 # ---- what is measured --------------------------------------------------------------------------------------
 
 def peak():
@@ -156,18 +150,6 @@ def timed(owner, name, spent):
         finally:
             spent[0] += time.perf_counter() - start
     setattr(owner, name, outer)
-
-
-def model_flops(folder, rows, trained_tokens, tokens):
-    """Forward and backward without recomputation: 6 a weight and token of the trunk, 6 a weight of the head
-    and trained token, and causal attention's 2 x 2 x T^2 / 2 x 3 a layer and channel, with the mean T."""
-    import common
-    from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(f"{folder}/model")
-    d, layers, (h, k, e) = config.hidden_size, config.num_hidden_layers, common.head_sizes(config)
-    trunk = layers * (2 * d * h * e + 2 * d * k * e + 3 * d * config.intermediate_size)
-    attention = 6 * layers * h * e * tokens * tokens / rows
-    return 6 * trunk * tokens + 6 * d * config.vocab_size * trained_tokens + attention
 
 
 def matmul_rate():
@@ -228,7 +210,7 @@ def ours(case, folder, dataset_name, given):
     if case.script == "grpo":
         result["rollout"] = rollout[0]
     if case.script == "sft":
-        flops = model_flops(folder, case.batch, result["tokens"], tokens)
+        flops = model_flops(f"{folder}/model", case.batch, result["tokens"], tokens)
         result |= {"gflops": flops / result["seconds"] / 1e9, "machine": matmul_rate()}
     return result
 

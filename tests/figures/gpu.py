@@ -38,10 +38,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from types import SimpleNamespace
 from typing import NamedTuple
 
-from pipelines import ROOT, TINY, read_metrics
+from pipelines import ROOT, TINY, model_flops, read_metrics, write
 
 sys.path.insert(0, ROOT)
 os.environ.update(
@@ -229,13 +228,6 @@ def random_nf4(folder):
 def letters(n):
     """n letters and spaces: so many tokens of the byte tokenizer."""
     return "".join(random.choices("abcdefghijklmnopqrstuvwxyz     ", k=n))
-
-
-def write(path, rows):
-    """rows as a .jsonl file -> its path."""
-    with open(path, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    return path
 
 
 def make_sums(path):
@@ -570,12 +562,9 @@ def matrix_share(options, variant):
                write(f"{options.work}/share-{variant}.jsonl", texts), "--eval_fraction", 0, "--bf16", True,
                "--batch_size", rows, "--max_length", length, "--micro_batch_tokens", 8192, "--max_steps",
                steps, *flags)
-    d, f, layers, h, k, e, V, _ = shape_of(shape, options.dry)
     seconds, tokens = statistics.median(s for s, _ in clock.steps[2:]), clock.steps[-1][1]
-    trunk = layers * (2 * d * h * e + 2 * d * k * e + 3 * d * f)
-    attended = layers * length * h * e  # causal: half of the square
-    model = tokens * 6 * (trunk + V * d + attended)
-    again = tokens * 2 * (trunk + attended) if checkpointing else 0
+    model = model_flops(folder, rows, tokens, tokens)
+    again = model_flops(folder, rows, 0, tokens) / 3 if checkpointing else 0  # the trunk's forward pass
     speeds = device_speeds(options)
     return {"tokens": tokens, "seconds": [round(s, 3) for s, _ in clock.steps],
             "tokens_per_s": round(tokens / seconds), "model_tflops": round(model / seconds / 1e12, 2),
@@ -796,7 +785,7 @@ def parse_args():
     parser.add_argument("--dry", action="store_true", help="all in miniature")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
-    return SimpleNamespace(**vars(parser.parse_args()))
+    return parser.parse_args()
 
 
 def prepare(options):

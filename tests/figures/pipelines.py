@@ -30,6 +30,25 @@ PIPELINES = [["sft"], ["sft", "dpo"], ["sft", "grpo"], ["sft", "reward_model", "
              ["sft", "dpo", "grpo after dpo"]]
 
 
+def write(path, rows):
+    """rows as a .jsonl file -> its path."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def model_flops(folder, rows, trained_tokens, tokens):
+    """Forward and backward without recomputation: 6 a weight and token of the trunk, 6 a weight of the head
+    and trained token, and causal attention's 2 x 2 x T^2 / 2 x 3 a layer and channel, with the mean T."""
+    import common
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(folder)
+    d, layers, (h, k, e) = config.hidden_size, config.num_hidden_layers, common.head_sizes(config)
+    trunk = layers * (2 * d * h * e + 2 * d * k * e + 3 * d * config.intermediate_size)
+    attention = 6 * layers * h * e * tokens * tokens / rows
+    return 6 * trunk * tokens + 6 * d * config.vocab_size * trained_tokens + attention
+
+
 def command(script, folder, args, *flags):
     """The command line of one run: the example's arguments file, flags on top."""
     return [sys.executable, os.path.join(ROOT, f"{script}.py"), os.path.join(TINY, f"{script}.json"),
