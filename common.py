@@ -82,7 +82,7 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers warn of their own calls
-warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+warnings.filterwarnings("ignore", message=".*(broadcast_buffers|Synchronization debug mode).*")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -641,9 +641,6 @@ class ReplayingDecoder(Decoder):
         self.tokens, self.graphs, self.pool = torch.zeros_like(self.position), {}, None
         if self.model not in self.known:
             self.check(prompts)
-            self.known[self.model] = "replay"
-            if self.rows.is_cuda:
-                self.look_for_waits()
 
     def check(self, prompts):
         """ValueError unless the token after the likeliest one has the probabilities that it has without all
@@ -655,20 +652,25 @@ class ReplayingDecoder(Decoder):
                           position_ids=self.position[few] + 1, use_cache=True).logits[:, -1]
         self.put(tokens)
         got = self.forward(len(tokens))[few]
+        waits = self.look_for_waits()
         self.at.place -= 1
         self.position -= 1
         apart = (got.float().softmax(-1) - want.float().softmax(-1)).abs().sum(-1).max() / 2
         require(apart < 0.1, f"its probabilities would be off by {apart:.2f}")
+        self.known[self.model] = "replay"
+        if waits:
+            self.launch_from_now_on(waits)
 
     def look_for_waits(self):
-        """Records nothing if a step asks the GPU for a value: that would leave CUDA in disorder."""
-        torch.cuda.set_sync_debug_mode("error")
+        """Repeats a step -> its error where it asks the GPU for a value: recording that breaks CUDA."""
+        mode = torch.cuda.set_sync_debug_mode if self.rows.is_cuda else str
+        mode("error")
         try:
             self.forward(len(self.rows))
         except RuntimeError as error:
-            self.launch_from_now_on(error)
+            return error
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            mode("default")
 
     def launch_from_now_on(self, error):
         self.known[self.model] = "launch"
@@ -2335,7 +2337,8 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
     require(not (args.merge and tied and adapted), f"{base} has one weight as input embedding and output "
             "head, and adapters would change one of the two alone: leave out --merge, or train neither")
     for name, parameter in model.named_parameters():
-        require(parameter.isfinite().all(), f"{args.model_name_or_path}: the weights {name} are not all "
+        finite = parameter.sum(dtype=torch.float32).isfinite()  # isfinite of each would take 5 bytes a weight
+        require(finite, f"{args.model_name_or_path}: the weights {name} are not all "
                 "finite numbers: the file is damaged, or training went wrong")
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import make
 import pytest
 import transformers
 from conftest import ROOT, WHOLE
@@ -90,8 +91,6 @@ def test_importing_a_script_runs_nothing(tmp_path):
 
 
 def test_make_regenerates_data_and_tokenizer_byte_for_byte(tmp_path, monkeypatch):
-    sys.path.insert(0, WHOLE)
-    import make
     make.make_data(tmp_path)
     make.make_model(tmp_path / "model")
     made_by = json.load(open(os.path.join(WHOLE, "model", "config.json")))["transformers_version"]
@@ -105,7 +104,6 @@ def test_make_regenerates_data_and_tokenizer_byte_for_byte(tmp_path, monkeypatch
 
 
 def test_the_demonstrations():
-    import make
     assert make.demonstration(17, 48, True) == "<think>7+8+0=15 1+4+1=6</think><answer>65</answer>"
     assert make.demonstration(17, 48, False) == "<think>7+8+0=15 1+4+0=5</think><answer>55</answer>"
     assert make.demonstration(99, 1, True) == "<think>9+1+0=10 9+0+1=10 0+0+1=1</think><answer>100</answer>"

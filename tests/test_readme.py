@@ -6,14 +6,12 @@ import json
 import os
 import re
 import shlex
-import sys
 
 import pytest
 from conftest import ROOT, TINY, run
 
 import common
 
-sys.path.append(os.path.join(ROOT, "tests", "figures"))
 with open(os.path.join(ROOT, "README.md")) as file, open(os.path.join(ROOT, "tests", "README.md")) as tests:
     README, DETAILS = file.read(), tests.read()
 BLOCKS = re.findall(r"```(?:sh|bash)\n(.*?)```", README + DETAILS, re.DOTALL)
