@@ -2583,6 +2583,10 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
     return [config.id2label[i] for i in range(config.num_labels)], score
 
 
+# A chunk of the head's, in fp32: 128 MiB, or 512 on a GPU, where adding to the gradient once a chunk costs.
+LOGITS_AT_ONCE = 2**27 if torch.cuda.is_available() else 2**25
+
+
 def head_sizes(config):
     """-> (heads, key-value heads, size of each) of an attention layer."""
     heads = config.num_attention_heads
@@ -2603,7 +2607,7 @@ def step_memory(config, tokens, full, bf16, checkpointing):
     if not full:
         layer -= 2 * size * d  # frozen norms keep less
     kept = layers * (stream * d if checkpointing else layer) + 12 * d
-    head = 8 * min(tokens * config.vocab_size, 2**25) + (4 * config.vocab_size * d if full else 0)
+    head = 8 * min(tokens * config.vocab_size, LOGITS_AT_ONCE) + (4 * config.vocab_size * d if full else 0)
     return tokens * kept + max(head, tokens * (layer * checkpointing + 3 * size * f))
 
 

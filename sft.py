@@ -125,7 +125,7 @@ class TokenLogprobs(torch.autograd.Function):
     onehot(y) - p. All is fp32 but the matrix product, which autocast may do in bf16. Entropy and hits carry
     no gradient. hidden (N, d), weight (V, d), bias (V,) or None, targets (N,) -> three (N,).
     """
-    CHUNK = 2**25  # logits at once, 128 MiB in fp32: enough rows for a fast matrix product
+    CHUNK = common.LOGITS_AT_ONCE  # enough rows for a fast matrix product
 
     @staticmethod
     def logits(hidden, weight, bias, cap, out):

@@ -560,8 +560,8 @@ def matrix_share(options, variant):
     flags = ["--gradient_checkpointing", checkpointing]
     if variant == "compiled":
         flags += ["--compile"]
-    if variant == "larger chunks of the head":
-        sft.TokenLogprobs.CHUNK = 2**28
+    if variant.startswith("chunks of"):
+        sft.TokenLogprobs.CHUNK = 2 ** int(variant[-2:])
     clock = Clock(sft)
     texts = [{"text": letters(2 * length)} for _ in range(3 * rows)]
     run_script("sft", f"{options.work}/share-{variant}", "--model_name_or_path", folder, "--dataset_name",
@@ -587,13 +587,14 @@ def waits(options, script):
     flags = ["--max_steps", 4, "--eval_fraction", 0, "--micro_batch_tokens", 1024]
     flags += few_rows(options, script) if options.dry else []
     without_saving()
-    start = common.Run.start
 
-    def noted(*args):
-        start(*args)
+    def noted(function, *args):
+        result = function(*args)
         if GPU:
             torch.cuda.set_sync_debug_mode("warn")
-    common.Run.start = noted
+        return result
+    Clock.around(common.Run, "start", noted)
+    Clock.around(common.ReplayingDecoder, "look_for_waits", noted)  # which ends with the mode of every day
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run_script(script, f"{options.work}/waits-{script}", *flags, example=True)
@@ -634,7 +635,7 @@ def all_steps():
               for shape in ("Qwen2.5-7B", "Qwen2.5-1.5B") for script in ("sft", "dpo", "grpo")}, 80, 130,
              at_once=6),
         Step({f"7 share {variant}": (matrix_share, variant)
-              for variant in ("default", "no checkpointing", "larger chunks of the head", "compiled",
+              for variant in ("default", "no checkpointing", "chunks of 2**25", "chunks of 2**28", "compiled",
                               "eager")}, 75, 150),
         Step({f"8 waits {script}": (waits, script) for script in ("sft", "grpo")}, 30, 40, at_once=2),
         Step(more, 50, 120),

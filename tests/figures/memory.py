@@ -16,8 +16,8 @@ gradients    4 Q; AdamW's moments: 8 Q
 activations  kept: 6 d (4 d with LoRA) + 3 h e + 2 k e + 4 f numbers a token and layer; with checkpointing d.
              Around the trunk 3 d more
 at work      the larger of the head and a layer's backward. The head has 2 chunks of fp32 logits, each the
-             smaller of tokens x V and 2**25 numbers, and in full fine-tuning its gradient, 4 V d. The layer
-             has 3 f numbers a token, and what checkpointing recomputes
+             smaller of tokens x V and 2**27 numbers (2**25 on a CPU), and in full fine-tuning its gradient,
+             4 V d. The layer has 3 f numbers a token, and what checkpointing recomputes
 rollout      2 k e numbers a layer and token for the cache, and 36 bytes x V a completion; never together with
              gradients, activations and what is at work
 reference    4 P more in full fine-tuning with --kl_coef, nothing with LoRA
@@ -137,6 +137,7 @@ def check(names):
 def table():
     """Prints the estimate for models that are in use, in GiB of one GPU."""
     columns = [(mode, completions) for completions in (0, 256) for mode in ("full", "LoRA", "QLoRA")]
+    common.LOGITS_AT_ONCE = 2**27
     heads = [("grpo.py " if completions else "sft.py, dpo.py ") + mode for mode, completions in columns]
     print("| GiB, estimated, not measured |", " | ".join(heads), "|\n|---|" + "---|" * len(columns))
     for name, shape in SHAPES.items():

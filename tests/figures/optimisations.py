@@ -56,7 +56,7 @@ CASES = {  # of benchmark.py
         Variant("rows sorted by length inside a step", common, "cut", UNSORTED),
         Variant("head over trained tokens alone", sft, "Policy", ALL_TOKENS)],
     "log-probs 150k": [
-        Variant("head in chunks", grpo, "TokenLogprobs", {"CHUNK = 2**25": "CHUNK = 2**40"}),
+        Variant("head in chunks", grpo, "TokenLogprobs", {"CHUNK = common.LOGITS_AT_ONCE": "CHUNK = 2**40"}),
         Variant("last chunk's softmax kept for backward", grpo, "TokenLogprobs", NEVER_KEPT),
         Variant("all chunks in the same memory", grpo, "TokenLogprobs", ANEW)],
     "dpo 32k": [
