@@ -1,8 +1,10 @@
 """Makes the table of what each optional part of the scripts does, on the small example.
 
     python tests/figures/effects.py [--seed 0] [--output_dir out/effects]            about 20 minutes
+    python tests/figures/effects.py edits [NAME ...]                     those of tests/edits, or these alone
 
-Two runs that differ in the flags of one part alone stand beside each other, with the figure that should move.
+Two runs that differ in the flags of one part alone stand beside each other, with the figure that should move; or
+a script beside the same with one of tests/edits applied, with the same flags, which its heading names.
 The runs are made one after the other. A run whose model is there already is not made again.
 """
 
@@ -10,7 +12,7 @@ import json
 import os
 import sys
 
-from pipelines import TINY, command, parse_args, read_metrics, run
+from pipelines import TINY, command, edited, heading, parse_args, read_metrics, run
 
 sys.path.insert(0, TINY)
 import make  # noqa: E402: tests/tiny/make.py, for worked sums without the mistake
@@ -107,18 +109,45 @@ def figure(metrics, name, last):
     return sum(values) / len(values)
 
 
+# edit of tests/edits, flags of both runs, figure, its metric, how many of the last lines, scale, format
+EDITS = [
+    ("grpo-cispo", "--max_steps 40 --eval_steps 40", "`eval/accuracy`, %, 10 rollouts", "eval/accuracy", 1,
+     100, ".1f"),
+]
+
+
+def made(args, name, script, flags, edit=None):
+    """The metrics of a run, which is made unless its model is there; with an edit applied or without."""
+    folder = os.path.join(args.output_dir, name)
+    words = command(script, folder, args, *[
+        word.format(folder=args.output_dir, tiny=TINY) for word in flags.split()])
+    if not os.path.isdir(os.path.join(folder, "model")):
+        if edit:
+            words[1] = edited(edit, folder + " script")
+        print(f"{name} {run(words):.0f} s", file=sys.stderr, flush=True)
+    return read_metrics(folder)
+
+
+def edits(args):
+    """Prints the table of tests/edits: each with its heading's flags, beside the script as it is."""
+    print("| edit | flags | figure | without | with |\n|---|---|---|---|---|")
+    for edit, flags, what, name, last, scale, form in EDITS:
+        if args.words[1:] and edit not in args.words:
+            continue
+        script, flags = edit.split("-")[0], f"{heading(edit)['Flags']} {flags}"
+        metrics = [made(args, f"{edit} {part}", script, flags, each)
+                   for part, each in (("without", None), ("with", edit))]
+        values = [f"{scale * figure(lines, name, last):{form}}" for lines in metrics]
+        print(f"| `{edit}` | `{flags}` | {what} |", " | ".join(values), "|", flush=True)
+
+
 def main():
-    args = parse_args("effects")
+    args = parse_args("effects", words="edits [NAME ...]: those of tests/edits")
     os.makedirs(args.output_dir, exist_ok=True)
+    if args.words[:1] == ["edits"]:
+        return edits(args)
     write_rows(args.output_dir)
-    found = {}
-    for name, (script, flags) in RUNS.items():
-        folder = os.path.join(args.output_dir, name)
-        words = [word.format(folder=args.output_dir, tiny=TINY) for word in flags.split()]
-        if not os.path.isdir(os.path.join(folder, "model")):
-            seconds = run(command(script, folder, args, *words))
-            print(f"{name} {seconds:.0f} s", file=sys.stderr, flush=True)
-        found[name] = read_metrics(folder)
+    found = {name: made(args, name, script, flags) for name, (script, flags) in RUNS.items()}
     print("| part | figure | without | with |\n|---|---|---|---|")
     for part, what, name, without, with_it, last, scale, form in TABLE:
         values = [scale * figure(found[each], name, last) for each in (without, with_it)]

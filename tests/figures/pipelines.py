@@ -10,6 +10,8 @@ same 200 held-out problems, and what a majority vote and the reward model make o
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -55,6 +57,27 @@ def command(script, folder, args, *flags):
             "--seed", str(args.seed), "--output_dir", folder, "--overwrite_output_dir", *flags]
 
 
+def edited(name, folder):
+    """A copy of the script that tests/edits/NAME.diff changes, and of common.py, with the change -> its path."""
+    os.makedirs(folder, exist_ok=True)
+    script = f"{name.split('-')[0]}.py"
+    for file in (script, "common.py"):
+        shutil.copy(os.path.join(ROOT, file), folder)
+    diff = os.path.join(TESTS, "edits", f"{name}.diff")
+    done = subprocess.run(["git", "apply", diff], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{diff} does not apply: {done.stderr}")
+    return os.path.join(folder, script)
+
+
+def heading(name):
+    """What a .diff says of itself before its first change -> {word: text}; the first line has its name."""
+    with open(os.path.join(TESTS, "edits", f"{name}.diff"), encoding="utf-8") as file:
+        text = file.read().split("\ndiff --git")[0]
+    parts = re.split(r"^(\w[\w-]*):? +", text, flags=re.M)
+    return {word: " ".join(said.split()) for word, said in zip(parts[1::2], parts[2::2])}
+
+
 def run(words):
     """Runs a command -> its seconds; stops everything with its output if it fails."""
     start = time.time()
@@ -70,9 +93,11 @@ def read_metrics(folder):
         return [json.loads(line) for line in file]
 
 
-def parse_args(name, *more):
-    """The flags of every program that runs the scripts, and its own switches."""
+def parse_args(name, *more, words=None):
+    """The flags of every program that runs the scripts, its own switches, and what its words mean, if any."""
     parser = argparse.ArgumentParser()
+    if words:
+        parser.add_argument("words", nargs="*", help=words)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default=os.path.join(ROOT, "out", name))
     for flag in more:
