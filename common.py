@@ -5,13 +5,14 @@ script. Here names go in and models come out; text goes in, ids and masks come o
 micro-batches come out; reward names go in, scores come out. This file knows no loss and steps no optimizer.
 
 Sections   errors · arguments · rows and micro-batches · decoding · tokens and masks · reading data, to
-           messages, to training rows · rewards · models, saving · processes · checkpoints · the run ·
-           the audit page
+           messages, to training rows · rewards · models, saving · processes · checkpoints ·
+           sampling beside training · the run · the audit page
 """
 
 import argparse
 import ast
 import asyncio
+import atexit
 import copy
 import csv
 import difflib
@@ -23,6 +24,7 @@ import hashlib
 import html
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import math
@@ -45,7 +47,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from fractions import Fraction
@@ -3064,7 +3066,7 @@ def load_checkpoint(folder):
     require(isinstance(state, dict) and all(isinstance(state.get(k), kind) for k, kind in parts.items()),
             "it is no checkpoint of this project's")
     with explain("damaged", TypeError):  # by a tensor where a value is compared
-        json.dumps({k: v for k, v in state.items() if k not in ("weights", "optimizer", "kept")})
+        json.dumps({k: v for k, v in state.items() if k not in ("weights", "optimizer", "kept", "ahead")})
     return state
 
 
@@ -3116,6 +3118,147 @@ def fingerprint(rows):
     for row in rows:
         digest.update(json.dumps({**row, "place": None}, default=plain, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+# ---- sampling beside training ------------------------------------------------------------------------------
+
+def pack_rollout(drawn, train):
+    """A rollout (sampled groups, those to train on, figures) as bytes; train has its prompts."""
+    places = {id(prompt): place for place, prompt in enumerate(train)}
+    rows = {id(row): row | {"prompt": places[id(row["prompt"])]} for row in flat(drawn[0])}
+    groups = [[[rows[id(row)] for row in group] for group in part] for part in drawn[:2]]
+    file = io.BytesIO()
+    torch.save((*groups, drawn[2]), file)
+    return file.getvalue()
+
+
+def unpack_rollout(data, train):
+    """The rollout that pack_rollout() made bytes of, or None."""
+    if data is None:
+        return None
+    drawn = torch.load(io.BytesIO(data), weights_only=True)
+    for row in flat(drawn[0]):
+        row["prompt"] = train[row["prompt"]]
+    return drawn
+
+
+class Sampler:
+    """Gives a run its rollouts. With --rollout_lag 1 the next one is made with the weights of now: in a
+    process of its own while this one updates or, with --sampler_device none, here and at once. Both give the
+    same."""
+    SILENT = 60  # seconds beyond --reward_timeout for which the process may do nothing
+
+    def __init__(self, prepare, draw, run, model, train, rollouts, updates):
+        """draw() -> the rollout of run.step; prepare(run, train) -> (model, draw) in the other process, which
+        must be able to import it."""
+        self.run, self.draw, self.train, self.rollouts, self.updates = run, draw, train, rollouts, updates
+        self.process, self.next, args = None, None, run.args  # the next rollout, packed; b"" while it is made
+        if not args.rollout_lag or args.sampler_device == "none":
+            return
+        require(run.place[1] == 1, "with several processes --rollout_lag 1 needs --sampler_device none: only "
+                "one process can have another that samples for it")
+        number = run.device.index or 0
+        device = args.sampler_device or (
+            f"cuda:{number + 1}" if number + 1 < torch.cuda.device_count() else "cpu")
+        with explain(f"--sampler_device {device}"):
+            torch.empty(1, device=device)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {name: torch.empty_like(p, device="cpu").share_memory_()
+                        for name, p in self.trained.items()}
+        context = torch.multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve_rollouts, args=(
+            prepare, args, device, torch.get_num_threads(), run.total_steps, train, self.weights, theirs))
+        self.process.start()
+        atexit.register(self.process.kill)  # it does not listen to signals, which this process answers
+        theirs.close()
+        say(f"sampler  process {self.process.pid} samples on {device}")
+
+    def take(self, number):
+        """-> rollout `number`; the one after it is begun, where there is a lag."""
+        drawn = unpack_rollout(self.run.state["ahead"], self.train) or self.draw()
+        if self.run.args.rollout_lag and number + 1 < self.rollouts:
+            self.begin((number + 1) * self.updates)
+        return drawn
+
+    def begin(self, step):
+        """Begins the rollout for the updates from `step` on."""
+        if self.process is None:
+            now, self.run.state["step"] = self.run.step, step
+            self.next = pack_rollout(self.draw(), self.train)
+            self.run.state["step"] = now
+            return
+        for name, p in self.trained.items():
+            self.weights[name].copy_(p.detach())
+        self.ask(lambda: self.pipe.send((step, self.run.state["draws"])))
+        self.next = b""
+
+    def keep(self):
+        """Waits for the rollout that was begun and puts it where a checkpoint keeps it."""
+        self.run.state["ahead"], self.next = self.wait() if self.next == b"" else self.next, None
+
+    def wait(self):
+        """-> the rollout of the other process, packed. UserError if that has raised one, is dead or hangs."""
+        worked, since = None, time.monotonic()
+        while not self.pipe.poll(1):
+            still("the next rollout is not sampled yet")
+            with suppress(psutil.Error):
+                before, worked = worked, psutil.Process(self.process.pid).cpu_times()[:2]
+                since = since if worked == before else time.monotonic()
+            idle = time.monotonic() - since
+            require(idle < self.run.args.reward_timeout + self.SILENT,
+                    f"the process that samples (--rollout_lag 1) has done nothing for {idle:.0f} s")
+        data, draws, said = self.ask(self.pipe.recv)
+        require(draws is not None, said)
+        for warning in said:
+            self.run.warn(*warning)
+        self.run.state["draws"] = draws
+        return data
+
+    def ask(self, talk):
+        """talk() -> what it returns. UserError where the process is gone."""
+        try:
+            return talk()
+        except (EOFError, OSError):
+            self.process.join(5)
+            raise UserError("the process that samples (--rollout_lag 1) ended with exit code "
+                            f"{self.process.exitcode}; -9 may mean that memory ran out") from None
+
+
+def serve_rollouts(prepare, args, device, threads, total_steps, train, weights, pipe):
+    """The life of a Sampler's process: loads what `prepare` does, then makes a rollout whenever it is asked.
+    It ends with the process that started it, whatever ends that one."""
+    parent = torch.multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    device, warnings = torch.device(device), []
+    run = SimpleNamespace(
+        args=args, device=device, place=(0, 1), total_steps=total_steps, state={}, together=lambda f: [f()],
+        accelerator=SimpleNamespace(autocast=lambda: torch.autocast(device.type, torch.bfloat16, args.bf16)),
+        warn=lambda *warning: warnings.append(warning))
+    try:
+        with redirect_stdout(io.StringIO()):
+            run.tokenizer = load_tokenizer(args)
+            model, draw = prepare(run, train)
+        trained = dict(model.named_parameters())
+        while True:
+            run.step, run.state["draws"] = pipe.recv()
+            spoken.at = math.inf  # the other process says how far things are
+            warnings.clear()
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    trained[name].copy_(weight)
+            data = pack_rollout(draw(), train)
+            pipe.send((data, run.state["draws"], warnings))
+    except (EOFError, BrokenPipeError):  # the other one has ended
+        pass
+    except UserError as error:
+        pipe.send((None, None, str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send((None, None, f"the process that samples (--rollout_lag 1) failed: {reason_of(error)}"))
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
@@ -3426,8 +3569,8 @@ class Run:
         """What must hold before a rollout's first update. UserError where the policy does not start at its
         reference; a warning where what the sampler and the trainer say of a token differs."""
         difference, kl = metrics.get("sampling/logprob_difference"), metrics.get("kl")
-        if difference is None:  # no token is trained
-            return
+        if difference is None or self.step and getattr(self.args, "rollout_lag", 0):
+            return  # no token is trained, or what sampled it is an earlier policy
         most = metrics["sampling/logprob_difference/max"]
         differ = f"{difference:.1g} on average and {most:.1g} at most"
         self.warn("sampler", difference > (0.1 if self.args.bf16 else 1e-3), f"sampler and trainer differ by "

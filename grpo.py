@@ -19,6 +19,7 @@ Differences from the papers
 5. --loss_type dr_grpo still divides by the std: add --scale_rewards none.
 6. With --importance_sampling_level sequence the KL term keeps each token's own ratio.
 7. --best_fraction (RAFT) and --demo_threshold (Lv 2025) add an NLL term that none of these papers has.
+8. With --rollout_lag 1 the old policy is the one before the last rollout's updates, and the one that sampled.
 Differences from TRL's GRPOTrainer
 1. batch_size counts the prompts of a rollout; num_minibatches splits it, num_iterations repeats it.
 2. What is sampled is what is scored: the whole softmax at --temperature, without top-k, top-p or penalties.
@@ -36,7 +37,8 @@ completions/mean_length, completions/clipped_ratio   tokens; share that was cut 
 completions/distinct_4          share of different 4-grams inside a completion; a fall means repetition
 entropy                         mean entropy of the policy at the sampled tokens, nats
 kl                              mean k3 a token, nats: in a first update an estimate of KL(policy, reference)
-ratio, ratio/deviation          mean ratio; mean distance from 1, about 0 in a rollout's first update
+ratio, ratio/deviation          mean ratio; mean distance from 1, about 0 in a rollout's first update, which
+                                with --rollout_lag 1 shows how stale its samples are
 clip_ratio/low_mean, clip_ratio/high_mean   share of tokens whose ratio is clipped below, above
 sampling/logprob_difference, sampling/logprob_difference/max   |trainer - sampler|, a rollout's first update
 nll_loss                        mean NLL a token of the best completions and of demonstrations
@@ -56,6 +58,7 @@ Run   python grpo.py                                                  the small 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import common  # first: it quiets the libraries below
@@ -70,6 +73,9 @@ from torch import nn
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
+
+LAGS = f"{MOVED} or rollout_lag>0"  # else every ratio is 1
+
 
 @dataclass
 class Args(common.Args):
@@ -88,17 +94,21 @@ class Args(common.Args):
     max_completion_length: int = arg(512, "tokens after which a completion is cut", above=0)
     temperature: float = arg(1.0, "sampling temperature; log-probs are taken at the same one", above=0)
     rollout_batch_size: int = arg(256, "completions that a process samples at once", above=0)
+    rollout_lag: int = arg(0, "1: a rollout is sampled by the policy of one rollout ago, in a process of its "
+                           "own while this one updates", least=0, most=1)
+    sampler_device: str | None = arg(None, "where that process samples; default: the next GPU, else the CPU; "
+                                     "none: in this process, before the update", "rollout_lag>0")
     drop_flat_groups: bool = arg(False, "draw, up to 10 times, until batch_size groups vary in their scores "
                                  "(DAPO): a rollout may use up several batches of prompts")
     # objective
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = arg(
         "dapo", "mean over tokens; mean of the rows' means; sum / (rows x max_completion_length)")
     importance_sampling_level: Literal["token", "sequence"] = arg(
-        "token", "what has a ratio; sequence (GSPO) goes with --loss_type grpo --epsilon 3e-4 or so", MOVED)
+        "token", "what has a ratio; sequence (GSPO) goes with --loss_type grpo --epsilon 3e-4 or so", LAGS)
     scale_rewards: Literal["group", "batch", "none"] = arg(
         "group", "what A is divided by: the std of its group, of the batch, or nothing (Dr. GRPO)")
-    epsilon: float = arg(0.2, "the ratio is clipped below at 1 - epsilon", MOVED, above=0)
-    epsilon_high: float | None = arg(None, "and above at 1 + this; default: epsilon (DAPO: 0.28)", MOVED)
+    epsilon: float = arg(0.2, "the ratio is clipped below at 1 - epsilon", LAGS, above=0)
+    epsilon_high: float | None = arg(None, "and above at 1 + this; default: epsilon (DAPO: 0.28)", LAGS)
     kl_coef: float = arg(0.0, "weight of the KL term; 0: no reference policy is kept", least=0)
     kl_warn: float = arg(50.0, "warn above this KL, in nats a completion", "kl_coef", least=0)
     mask_truncated_completions: bool = arg(False, "leave completions without an end out of the loss")
@@ -448,6 +458,7 @@ def draw_groups(train, complete, args, run):
         for row in common.flat(groups):
             length = len(row["completion_ids"])
             row["score"] += overlong_penalty(length, args.max_completion_length, args.overlong_penalty)
+            row["old_logprobs"] = row["sampled_logprobs"]  # unless the trainer makes its own
         sampled += groups
         varied += [group for group, teaches in zip(groups, varies(scores_of(groups))) if teaches]
         if len(varied) >= args.batch_size:
@@ -459,6 +470,16 @@ def draw_groups(train, complete, args, run):
              "may be too hard or too easy")
     groups = (varied or sampled)[:args.batch_size]
     return sampled, groups, logged | {"draws": draw + 1, "groups": len(groups)}
+
+
+def sampler_of(run, train):
+    """What the process of --rollout_lag 1 loads -> its model, and draw(), a rollout with that model."""
+    args = run.args
+    rewards, model = common.load_rewards(args, run.device), common.load_model(args, run.tokenizer, run.device)
+
+    def complete(prompts, *given, **more):
+        return rollout(model, prompts, rewards, args, run, *given, **more)
+    return model.to(run.device), partial(draw_groups, train, complete, args, run)
 
 
 def credit(groups, args):
@@ -481,9 +502,10 @@ def demonstrate(group, threshold, gate):
     After Lv 2025 (arXiv 2509.04419); its evidence is from one seed a model.
     """
     demonstration = group[0]["prompt"].get("demonstration")
+    if threshold is None or not demonstration:
+        return group
     passed = torch.stack([row["rewards_per_func"][gate] for row in group]).double().nanmean().item()
-    steps_in = demonstration and passed <= threshold
-    return [demonstration | {"number": group[0]["number"]}] if steps_in else group
+    return [demonstration | {"number": group[0]["number"]}] if passed <= threshold else group
 
 
 def scores_of(groups):
@@ -581,7 +603,7 @@ PAGE = ("A token's share is weight x loss (the clipped surrogate, negated, and k
 
 
 def main(args):
-    run = common.Run(args, draws=0, first=None)  # folder, processes, and what a checkpoint keeps
+    run = common.Run(args, draws=0, first=None, ahead=None)  # folder, processes, and what a checkpoint keeps
 
     # 1. Data and rewards: all is read, checked and tried before the policy is loaded.
     rewards = common.load_rewards(args, run.device)
@@ -604,25 +626,25 @@ def main(args):
     def complete(prompts, num_generations=1, seed=None, first=0):
         with common.unsharded(policy):
             return rollout(model, prompts, rewards, args, run, num_generations, seed, first)
+    draw = partial(draw_groups, train, complete, args, run)
     def report():
         if held and not args.audit:
             run.report(lambda: evaluate(complete, held, rewards, args), keep=True)
 
     if run.state["unevaluated"]:
         report()
+    sampler = common.Sampler(sampler_of, draw, run, model, train, rollouts, updates)
     for number in range(run.step // updates, rollouts):
         # 3. Rollout. Prompts depend on (seed, draws so far), a completion on (seed, step, its place).
-        sampled, groups, logged = draw_groups(train, complete, args, run)
+        sampled, groups, logged = sampler.take(number)  # with a lag it begins the next one
         run.samples("rollout", common.samples_table(sampled[0], rewards))
 
         # 4. Advantages, from whole groups. A completion that nothing scored is left out, of denominators too.
         credit(groups, args)
-        if gate is not None:
-            groups = [demonstrate(group, args.demo_threshold, gate) for group in groups]
+        groups = [demonstrate(group, args.demo_threshold, gate) for group in groups]
         rows = [row for row in common.flat(groups) if not math.isnan(row["score"])]
         rows.sort(key=lambda row: -row["sampled"])  # demonstrations last: minibatches are drawn by place
-        require(rows, f"step {run.step + 1}: no reward function applies to any completion of the rollout "
-                "(all returned None)")
+        require(rows, f"step {run.step + 1}: no reward function applies to any completion (None from all)")
         seen = logged | rollout_figures(sampled, groups, rewards, args)
         common.warn_of_drift(run, seen)
         same = seen["frac_reward_zero_std"] == 1 and not seen.get("demo_fraction")
@@ -632,7 +654,7 @@ def main(args):
         samples = [row for row in rows if row["sampled"]]  # without demonstrations
         fields = FIELDS + (("ref_logprobs",) if args.kl_coef else ())
         with common.unsharded(policy):
-            if updates > 1:  # in a single update the old policy is the current one
+            if updates > 1 and not args.rollout_lag:  # else the old policy is the current or the sampling one
                 run.annotate(samples, policy, ("old_logprobs",), args.temperature)
             if args.kl_coef:
                 with use_reference():
@@ -652,7 +674,7 @@ def main(args):
                 mb.logprobs, entropy, _ = policy(mb.input_ids, mb.mask, args.temperature)  # (B, T)
                 # A demonstration is in the NLL alone: with mask and log-probs 0 its ratio is 1 and its k3 0.
                 mask, logprobs = mb.mask * mb.sampled, mb.logprobs * mb.sampled
-                if updates == 1:
+                if updates == 1 and not args.rollout_lag:
                     mb.old_logprobs = logprobs.detach()
                 mb.loss, shown = grpo_loss(logprobs, mb.old_logprobs, mb.advantage, mask, args.epsilon,
                                            args.epsilon_high, args.importance_sampling_level)
@@ -679,13 +701,13 @@ def main(args):
             if chosen:  # a short rollout may have fewer completions than there are minibatches
                 optimizer.step()
             optimizer.zero_grad()
-            completions = max(1, sum(row["sampled"] for row in chosen))
-            run.warn_of_kl(metrics.get("kl", 0.0) * metrics["trained_tokens"] / completions,
-                           "raise --kl_coef or lower --learning_rate")
+            length = metrics["trained_tokens"] / max(1, sum(row["sampled"] for row in chosen))
+            run.warn_of_kl(metrics.get("kl", 0.0) * length, "raise --kl_coef or lower --learning_rate")
             metrics = seen | metrics | {"grad_norm": norm, "learning_rate": param_group["lr"]}
             run.done(metrics, sum(len(row["input_ids"]) for row in chosen), SHOWN)
 
         # 9. Between rollouts is the only place to evaluate, save or stop: nothing sampled is lost.
+        sampler.keep()
         if run.due(args.eval_steps):
             report()
         run.save_or_leave()

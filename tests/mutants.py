@@ -181,6 +181,11 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("grpo", "run.step, run.total_steps, args)",
      "run.step, run.total_steps, args) * run.accelerator.num_processes"),
     ("grpo", "args.seed, first=len(sampled))", "args.seed, first=0)"),
+    ("grpo", "if updates > 1 and not args.rollout_lag:", "if updates > 1:"),
+    ("grpo", "if updates == 1 and not args.rollout_lag:", "if updates == 1:"),
+    ("common", "self.weights[name].copy_(p.detach())", "pass"),
+    ("common", "self.begin((number + 1) * self.updates)", "self.begin(number * self.updates)"),
+    ("common", 'self.run.state["draws"] = draws', "pass"),
     # common
     ("common", "key=lambda p: hashlib.sha256(p.encode()).digest())",
      "key=lambda p: hashlib.sha256(p.encode()).digest(), reverse=True)"),

@@ -59,8 +59,10 @@ RUNS = {  # name -> (script, flags); a run crosses an epoch or has several updat
     "grpo-drop": (grpo, ["--max_steps", 3, "--save_steps", 1, "--drop_flat_groups", "--overlong_penalty", 40,
                          "--temperature", 0.7, "--num_generations", 4]),
     "grpo-lora": (grpo, ["--max_steps", 4, "--save_steps", 1, "--lora_r", 4, "--kl_coef", 0.05]),
+    "grpo-lag": (grpo, ["--max_steps", 6, "--save_steps", 2, "--rollout_lag", 1, "--drop_flat_groups", "--num_iterations", 2,
+                        "--temperature", 0.7, "--num_generations", 4]),  # sampled in a process of its own
 }
-MORE = {"grpo-demo", "sft-8bit", "sft-neftune", "dpo-lora", "grpo-lora", "ppo-lora"}  # same paths: in CI
+MORE = {"grpo-lag", "grpo-demo", "sft-8bit", "sft-neftune", "dpo-lora", "grpo-lora", "ppo-lora"}  # same paths: in CI
 LATEST = ["--resume_from_checkpoint", "latest"]
 CATCH_SIGNALS = common.Run.catch_signals  # conftest switches it off
 

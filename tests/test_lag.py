@@ -1,0 +1,192 @@
+"""grpo.py --rollout_lag 1: which weights sample what, alone and in a process of its own, and what becomes of that process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, TINY, run
+from test_resume import LATEST, assert_equal, outcome
+from transformers import AutoModelForCausalLM
+
+import common
+import grpo
+
+SHORT = ["--max_steps", 6, "--batch_size", 3, "--num_generations", 4, "--max_completion_length", 64, "--eval_fraction", 0.02,
+         "--learning_rate", 1e-3, "--reward_funcs", "edit_distance", "--temperature", 1.5]
+LAG = [*SHORT, "--rollout_lag", 1]
+ALONE = [*LAG, "--sampler_device", "none"]
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return all(a[name].equal(b[name]) for name in a)
+
+
+def test_a_rollout_is_sampled_by_the_policy_of_one_rollout_ago(tmp_path, monkeypatch):
+    """Three rollouts of two updates: the weights that sample are those before the updates of the rollout before, the random
+    numbers and prompts those of the rollout itself."""
+    sampling, before, numbers, model = [], [], [], []
+    sample, weigh = grpo.sample, grpo.weigh
+
+    def sampled(policy, prompts, uniforms, *rest):
+        model[:] = [policy]
+        if uniforms is not None:
+            sampling.append(weights_of(policy))
+            numbers.append((prompts, uniforms))
+        return sample(policy, prompts, uniforms, *rest)
+
+    def weighed(rows, args):
+        before.append(weights_of(model[0]))
+        return weigh(rows, args)
+    monkeypatch.setattr(grpo, "sample", sampled)
+    monkeypatch.setattr(grpo, "weigh", weighed)
+    seen = []
+    for lag in (0, 1):
+        for found in (sampling, before, numbers):
+            found.clear()
+        run(grpo, tmp_path / str(lag), *SHORT, "--num_iterations", 2, "--rollout_lag", lag, *["--sampler_device", "none"] * lag)
+        assert len(sampling) == 3 and len(before) == 6 and not same(before[0], before[2])
+        for number, weights in enumerate(sampling):
+            assert same(weights, before[2 * max(0, number - lag)])
+        seen.append(list(numbers))
+    for (prompts, uniforms), (others, theirs) in zip(*seen):
+        assert prompts == others and uniforms.equal(theirs)
+    assert not seen[1][0][1].equal(seen[1][1][1])
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_ratio_is_against_the_policy_that_sampled(updates, tmp_path, monkeypatch):
+    """Old log-probs are what plain transformers says under the weights that sampled, and the rows' own, in every update."""
+    sampling, losses, sample, loss = [], [], grpo.sample, grpo.grpo_loss
+    micro_batches = common.Run.micro_batches
+
+    def sampled(policy, prompts, uniforms, *rest):
+        if uniforms is not None:
+            sampling.append(weights_of(policy))
+        return sample(policy, prompts, uniforms, *rest)
+
+    def batches(self, *given):
+        for mb in micro_batches(self, *given):
+            losses.append(mb)
+            yield mb
+
+    def lost(logprobs, old_logprobs, advantage, mask, *rest):
+        losses[-1].given = old_logprobs.clone()
+        return loss(logprobs, old_logprobs, advantage, mask, *rest)
+    monkeypatch.setattr(grpo, "sample", sampled)
+    monkeypatch.setattr(grpo, "grpo_loss", lost)
+    monkeypatch.setattr(common.Run, "micro_batches", batches)
+    metrics = run(grpo, tmp_path, *ALONE, "--num_iterations", updates)
+    model, mb = AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft")), losses[-1]  # of the last rollout
+    model.load_state_dict(sampling[-1], strict=False)
+    with torch.no_grad():
+        theirs = (model(input_ids=mb.input_ids).logits / 1.5).log_softmax(-1)[:, :-1].gather(-1, mb.input_ids[:, 1:, None])
+    theirs = theirs.squeeze(-1) * mb.mask[:, 1:]
+    torch.testing.assert_close(mb.given[:, 1:] * mb.mask[:, 1:], theirs, rtol=0, atol=1e-4)
+    moved = [m["ratio/deviation"] for m in metrics if "ratio/deviation" in m]
+    assert moved[0] < 1e-5 < 1e-4 < max(moved[updates::updates])  # the first rollout alone is of the policy itself
+
+
+@pytest.mark.parametrize("flags", [
+    ["--num_iterations", 2, "--kl_coef", 0.05],
+    pytest.param(["--lora_r", 4, "--drop_flat_groups", "--temperature", 0.7], marks=pytest.mark.long),
+    pytest.param(["--load_in_4bit", "--lora_r", 4, "--bf16", "True"], marks=pytest.mark.long)], ids=["full", "lora", "4bit"])
+def test_a_process_of_its_own_changes_nothing(flags, tmp_path):
+    run(grpo, tmp_path / "alone", *ALONE, *flags)
+    run(grpo, tmp_path / "beside", *LAG, *flags)
+    assert_equal(outcome(tmp_path / "alone"), outcome(tmp_path / "beside"))
+
+
+# ---- what becomes of the process ---------------------------------------------------------------------------------------
+
+def start(out, *flags, **options):
+    """grpo.py as a user runs it."""
+    words = [sys.executable, os.path.join(ROOT, "grpo.py"), os.path.join(TINY, "grpo.json"), "--output_dir", out, *LAG, *flags]
+    return subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def read_until(process, words):
+    """What it says up to a line with these words."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(said)
+
+
+def gone(pid, seconds=20):
+    for _ in range(10 * seconds):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def sampler_of(process):
+    return int(read_until(process, "sampler  process").rsplit("sampler  process ")[1].split()[0])
+
+
+@pytest.mark.long
+def test_a_killed_run_leaves_no_process_and_goes_on(tmp_path):
+    """SIGKILL, and then Ctrl-C for the whole group, as a terminal sends it: the same end as without either."""
+    run(grpo, tmp_path / "whole", *ALONE, "--save_steps", 1)
+    process = start(tmp_path / "out", "--save_steps", 1)
+    sampler = sampler_of(process)
+    read_until(process, "step 2/6")
+    process.kill()
+    assert process.wait() and gone(sampler)
+    process = start(tmp_path / "out", "--save_steps", 1, *LATEST, start_new_session=True)
+    sampler = sampler_of(process)
+    read_until(process, "step 4/6")
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130 and "stopped at step" in said and "Traceback" not in said and gone(sampler)
+    run(grpo, tmp_path / "out", *LAG, "--save_steps", 1, *LATEST)
+    assert_equal(outcome(tmp_path / "out"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_sampler_that_dies_or_hangs_ends_the_run_with_a_sentence(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Sampler, "SILENT", 1)
+    begin = common.Sampler.begin
+
+    def begun(self, step):
+        begin(self, step)
+        os.kill(self.process.pid, signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+        held.append(self.process.pid)
+    held = []
+    monkeypatch.setattr(common.Sampler, "begin", begun)
+    words = "ended with exit code -9" if how == "dies" else "has done nothing for [34] s"
+    with pytest.raises(common.UserError, match=rf"^the process that samples \(--rollout_lag 1\) {words}"):
+        run(grpo, tmp_path, *LAG, "--reward_timeout", 2)
+    if how == "hangs":
+        os.kill(held[0], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("flags", [
+    pytest.param([], marks=pytest.mark.long), ["--sampler_device", "none"]], ids=["beside", "alone"])
+def test_a_reward_that_raises_there_is_named_as_it_is_here(flags, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def reward(completions, trainer_state, **columns):\n"
+        "    if trainer_state.global_step:\n        raise ValueError('no such thing')\n    return [0.0] * len(completions)\n")
+    with pytest.raises(common.UserError, match=r"^reward function 'reward' raised ValueError: no such thing \(mine.py:3\)"):
+        run(grpo, tmp_path / "out", *LAG, *flags, "--eval_fraction", 0, "--reward_funcs", f"{tmp_path}/mine.py:reward")
+
+
+def test_a_device_that_is_not_there_and_several_processes_are_refused(tmp_path):
+    with pytest.raises(common.UserError, match="--sampler_device cuda:7"):
+        run(grpo, tmp_path, *LAG, "--sampler_device", "cuda:7")
+    args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--rollout_lag", "1"])
+    with pytest.raises(common.UserError, match="needs --sampler_device none"):
+        common.Sampler(None, None, SimpleNamespace(place=(0, 2), args=args), None, [], 3, 1)
