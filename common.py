@@ -3153,10 +3153,10 @@ class Sampler:
         must be able to import it."""
         self.run, self.draw, self.train, self.rollouts, self.updates = run, draw, train, rollouts, updates
         self.process, self.next, args = None, None, run.args  # the next rollout, packed; b"" while it is made
-        if not args.rollout_lag or args.sampler_device == "none":
+        if not args.rollout_lag or args.sampler_device == "none" or run.step + updates >= rollouts * updates:
             return
-        require(run.place[1] == 1, "with several processes --rollout_lag 1 needs --sampler_device none: only "
-                "one process can have another that samples for it")
+        require(run.place[1] == 1 and not run.accelerator.is_fsdp2, "with several processes --rollout_lag 1 "
+                "needs --sampler_device none: only one process can have another that samples for it")
         number = run.device.index or 0
         device = args.sampler_device or (
             f"cuda:{number + 1}" if number + 1 < torch.cuda.device_count() else "cpu")
@@ -3179,6 +3179,8 @@ class Sampler:
         drawn = unpack_rollout(self.run.state["ahead"], self.train) or self.draw()
         if self.run.args.rollout_lag and number + 1 < self.rollouts:
             self.begin((number + 1) * self.updates)
+        elif self.process:
+            self.process.kill()  # it has done its part
         return drawn
 
     def begin(self, step):

@@ -103,6 +103,7 @@ def test_the_ratio_is_against_the_policy_that_sampled(updates, tmp_path, monkeyp
 def test_a_process_of_its_own_changes_nothing(flags, tmp_path):
     run(grpo, tmp_path / "alone", *ALONE, *flags)
     run(grpo, tmp_path / "beside", *LAG, *flags)
+    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE and "spawn_main" in str(child.cmdline())]
     assert_equal(outcome(tmp_path / "alone"), outcome(tmp_path / "beside"))
 
 
@@ -189,4 +190,4 @@ def test_a_device_that_is_not_there_and_several_processes_are_refused(tmp_path):
         run(grpo, tmp_path, *LAG, "--sampler_device", "cuda:7")
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--rollout_lag", "1"])
     with pytest.raises(common.UserError, match="needs --sampler_device none"):
-        common.Sampler(None, None, SimpleNamespace(place=(0, 2), args=args), None, [], 3, 1)
+        common.Sampler(None, None, SimpleNamespace(place=(0, 2), args=args, step=0), None, [], 3, 1)
