@@ -113,6 +113,8 @@ def figure(metrics, name, last):
 EDITS = [
     ("grpo-cispo", "--max_steps 40 --eval_steps 40", "`eval/accuracy`, %, 10 rollouts", "eval/accuracy", 1,
      100, ".1f"),
+    ("dpo-simpo", "--max_steps 40 --eval_steps 40", "`eval/accuracy`, %, 40 updates", "eval/accuracy", 1,
+     100, ".1f"),
 ]
 
 
