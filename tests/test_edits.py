@@ -3,13 +3,17 @@
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY
 from pipelines import edited, heading
 from torch import tensor
+from torch.distributions import Categorical
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import common
 
@@ -99,3 +103,64 @@ def test_dpo_simpo_makes_no_pass_of_a_reference(flags, changed, tmp_path, monkey
     kinds, read = zip(*passes)
     assert kinds.count(False) == 1  # does the head fit its trunk?
     assert len(set(read)) == len(read) >= 3  # no rows are read twice
+
+
+def models(*names):
+    return [AutoModelForCausalLM.from_pretrained(os.path.join(TINY, name)) for name in names]
+
+
+def test_sft_distill_loss_is_the_reverse_kl_of_plain_models(changed, monkeypatch):
+    """A token at a time, of a teacher with other sizes and a padded vocabulary: as torch.kl_div of transformers' logits
+    makes it, with the same gradient."""
+    module = changed("sft-distill")
+    monkeypatch.setattr(module.TokenLogprobs, "CHUNK", 1)
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=352, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                           num_attention_heads=2)).eval().requires_grad_(False)
+    teacher.lm_head.weight.mul_(20)
+    ids, mask = torch.randint(256, (2, 7)), tensor([[0.0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0]])
+    student, plain = models("sft", "sft")
+    kl, entropy, same = module.Policy(student.train(), module.Policy(teacher))(ids, mask)
+    log_p, log_q = (model(ids).logits[:, :-1, :320].log_softmax(-1) for model in (plain, teacher))
+    want = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * mask[:, 1:]
+    assert want.max() > 1
+    close(kl[:, 1:], want, 1e-4)
+    close(entropy[:, 1:], Categorical(logits=log_p).entropy() * mask[:, 1:], 1e-4)
+    close(same[:, 1:], (log_p.argmax(-1) == log_q.argmax(-1)) * mask[:, 1:])
+    assert not kl[:, 0].any()
+    weights = torch.rand(2, 7)
+    (weights * kl).sum().backward()
+    (weights[:, 1:] * want).sum().backward()
+    for a, b in zip(student.parameters(), plain.parameters(), strict=True):
+        close(a.grad, b.grad, 1e-4)
+
+
+def sampled(module, model, rows, length, **more):
+    run = SimpleNamespace(place=(0, 1), device="cpu", step=0, together=lambda function: [function()],
+                          accelerator=SimpleNamespace(autocast=nullcontext))
+    args = SimpleNamespace(max_completion_length=length, max_length=512, micro_batch_tokens=4096, seed=0)
+    args.__dict__.update(more)
+    return module.on_policy(model, rows, args, run)
+
+
+def test_sft_distill_trains_on_the_students_samples(changed):
+    """Where one token has all of the probability they are generate()'s; else each token is as frequent as it is likely.
+    Prompts stay, whatever the data's completions are, and the cut changes nothing."""
+    module, tokenizer, (model,) = changed("sft-distill"), AutoTokenizer.from_pretrained(TINY + "/sft"), models("sft")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    prompts = [tokenizer.encode(f"<|user|>{a}<|end|><|assistant|>") for a in ("1+2", "345+27", "8+9")]
+    rows = [common.make_row(prompt + [65, 66], [0] * len(prompt) + [1, 1]) for prompt in prompts]
+    head = model.lm_head.weight.detach()
+    model.lm_head.weight = torch.nn.Parameter(0.2 * head)  # not the embedding's, which it was tied to
+    first = sampled(module, model, rows[:1] * 4000, 1)
+    seen = torch.stack([row["input_ids"][-1] for row in first]).long().bincount(minlength=320) / 4000
+    p = model(tensor([prompts[0]])).logits[0, -1].softmax(-1)
+    assert p.max() < 0.9 and (seen.cumsum(0) - p.cumsum(0)).abs().max() < 0.03  # Kolmogorov: p-value 0.0015
+    model.lm_head.weight = torch.nn.Parameter(head)
+    small = sampled(module, model, rows, 60, micro_batch_tokens=1)
+    assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(small, sampled(module, model, rows, 60)))
+    model.lm_head.weight = torch.nn.Parameter(1e5 * head)
+    for row, prompt in zip(sampled(module, model, rows, 60), prompts):
+        whole = model.generate(tensor([prompt]), do_sample=False, max_new_tokens=60)[0]
+        assert row["input_ids"].tolist() == whole.tolist()
+        assert row["mask"].tolist() == [0] * len(prompt) + [1] * (len(whole) - len(prompt))

@@ -10,9 +10,10 @@ The runs are made one after the other. A run whose model is there already is not
 
 import json
 import os
+import re
 import sys
 
-from pipelines import TINY, command, edited, heading, parse_args, read_metrics, run
+from pipelines import ROOT, TINY, command, edited, heading, parse_args, read_metrics, run
 
 sys.path.insert(0, TINY)
 import make  # noqa: E402: tests/tiny/make.py, for worked sums without the mistake
@@ -115,7 +116,18 @@ EDITS = [
      100, ".1f"),
     ("dpo-simpo", "--max_steps 40 --eval_steps 40", "`eval/accuracy`, %, 40 updates", "eval/accuracy", 1,
      100, ".1f"),
+    ("sft-distill", "--teacher {folder}/teacher/model --max_steps 20 --eval_steps 20",
+     "`eval/accuracy`, %, 20 updates", "eval/accuracy", 1, 100, ".1f"),
 ]
+BEFORE = {"sft-distill": {"teacher": ("grpo", "")}}  # edit -> runs that its flags need, as in RUNS
+
+
+def known(edit, flags):
+    """Flags without those that the edit adds to the script, each of which has one value."""
+    with open(os.path.join(ROOT, "tests", "edits", f"{edit}.diff"), encoding="utf-8") as file:
+        signs = re.findall(r"^([+-])    (\w+): .* = arg\(", file.read(), re.M)
+    own = {name for sign, name in signs if sign == "+"} - {name for sign, name in signs if sign == "-"}
+    return " ".join(re.sub(rf"--({'|'.join(own)}) \S+", "", flags).split()) if own else flags
 
 
 def made(args, name, script, flags, edit=None):
@@ -137,8 +149,10 @@ def edits(args):
         if args.words[1:] and edit not in args.words:
             continue
         script, flags = edit.split("-")[0], f"{heading(edit)['Flags']} {flags}"
-        metrics = [made(args, f"{edit} {part}", script, flags, each)
-                   for part, each in (("without", None), ("with", edit))]
+        for before, of in BEFORE.get(edit, {}).items():
+            made(args, before, *of)
+        metrics = [made(args, f"{edit} without", script, known(edit, flags)),
+                   made(args, f"{edit} with", script, flags, edit)]
         values = [f"{scale * figure(lines, name, last):{form}}" for lines in metrics]
         print(f"| `{edit}` | `{flags}` | {what} |", " | ".join(values), "|", flush=True)
 
