@@ -51,7 +51,7 @@ def test_an_edit_applies_runs_and_says_what_it_is(name, changed, tmp_path):
     with open(os.path.join(ROOT, "tests", "edits", f"{name}.diff"), encoding="utf-8") as file:
         lines = file.read().splitlines()
     assert all(len(line) <= 112 for line in lines)
-    more = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    more = [line for line in lines if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
     assert 0 < len(more) <= 80
     assert {line for line in lines if line.startswith("+++")} == {f"+++ b/{name.split('-')[0]}.py"}
     steps(changed(name), name, tmp_path / "out")
