@@ -1,6 +1,8 @@
 """tests/edits: each small change of a script applies, runs, and does what its heading claims."""
 
 import importlib.util
+import itertools
+import math
 import os
 import sys
 
@@ -63,3 +65,32 @@ def test_grpo_cispo_by_hand(changed):
     loss, _ = changed("grpo-cispo").grpo_loss(new, torch.zeros(2, 4), tensor([[2.0], [-1.0]]), mask, 0.2, 0.3)
     loss.sum().backward()
     close(new.grad, tensor([[-2.6, -1.0, -2.2, 0], [1.3, 0.5, 1.1, 0]]))
+
+
+def score_function(module, rewards, logits, size):
+    """The gradient of grpo_loss at ratio 1, in expectation: over all groups of `size` samples of softmax(logits)."""
+    logits, loss = logits.clone().requires_grad_(), 0.0
+    for group in itertools.product(range(len(rewards)), repeat=size):
+        advantage = module.group_advantages(rewards[list(group)][None])  # (1, size)
+        logprobs = logits.log_softmax(-1)[list(group)][:, None]  # rows of one token
+        rows, _ = module.grpo_loss(logprobs, logprobs.detach(), advantage.view(-1, 1), torch.ones(size, 1))
+        loss = loss + logprobs.sum().exp().detach() * rows.mean()
+    loss.backward()
+    return logits.grad
+
+
+def test_grpo_rloo_by_hand(changed):
+    """3 against the mean of 1, 2, 2; unscored ones are in no baseline; one alone and equal ones teach nothing."""
+    nan, third = math.nan, 1 / 3
+    scores = tensor([[3.0, 1, 2, 2], [1, nan, 0, nan], [0, 0, 0, 1], [nan, 5, nan, nan], [0.3, 0.3, 0.3, 0.3], [nan] * 4])
+    want = tensor([[4 * third, -4 * third, 0, 0], [1, 0, -1, 0], [-third, -third, -third, 1], *torch.zeros(3, 4).tolist()])
+    close(changed("grpo-rloo").group_advantages(scores), want)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_grpo_rloo_estimates_the_gradient_of_the_expected_score_without_bias(changed, size):
+    """Exactly, for any size of group; with the mean of the whole group it is (G - 1) / G of it."""
+    rewards, logits = tensor([1.0, 0.2, -3.0]), tensor([0.3, -0.5, 0.1])
+    exact = logits.clone().requires_grad_()
+    (exact.softmax(-1) * rewards).sum().neg().backward()
+    close(score_function(changed("grpo-rloo"), rewards, logits, size), exact.grad)

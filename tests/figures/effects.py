@@ -10,9 +10,10 @@ The runs are made one after the other. A run whose model is there already is not
 
 import json
 import os
+import re
 import sys
 
-from pipelines import TINY, command, edited, heading, parse_args, read_metrics, run
+from pipelines import ROOT, TINY, command, edited, heading, parse_args, read_metrics, run
 
 sys.path.insert(0, TINY)
 import make  # noqa: E402: tests/tiny/make.py, for worked sums without the mistake
@@ -113,7 +114,18 @@ def figure(metrics, name, last):
 EDITS = [
     ("grpo-cispo", "--max_steps 40 --eval_steps 40", "`eval/accuracy`, %, 10 rollouts", "eval/accuracy", 1,
      100, ".1f"),
+    ("grpo-rloo", small, "`eval/accuracy`, %, 8 rollouts of 4 prompts", "eval/accuracy", 1, 100, ".1f"),
 ]
+
+
+def known(script, flags):
+    """The flags without those that an edit adds: the script as it is does not know them."""
+    source = ""
+    for file in (f"{script}.py", "common.py"):
+        with open(os.path.join(ROOT, file), encoding="utf-8") as text:
+            source += text.read()
+    parts = re.split(r"\s+(?=--)", flags)  # "--name value"
+    return " ".join(part for part in parts if re.search(rf"^    {part.split()[0][2:]}: ", source, re.M))
 
 
 def made(args, name, script, flags, edit=None):
@@ -129,14 +141,15 @@ def made(args, name, script, flags, edit=None):
 
 
 def edits(args):
-    """Prints the table of tests/edits: each with its heading's flags, beside the script as it is."""
+    """Prints the table of tests/edits: each with its heading's flags, beside the script as it is, with those
+    of these flags that it knows."""
     print("| edit | flags | figure | without | with |\n|---|---|---|---|---|")
     for edit, flags, what, name, last, scale, form in EDITS:
         if args.words[1:] and edit not in args.words:
             continue
         script, flags = edit.split("-")[0], f"{heading(edit)['Flags']} {flags}"
-        metrics = [made(args, f"{edit} {part}", script, flags, each)
-                   for part, each in (("without", None), ("with", edit))]
+        metrics = [made(args, f"{edit} without", script, known(script, flags)),
+                   made(args, f"{edit} with", script, flags, edit)]
         values = [f"{scale * figure(lines, name, last):{form}}" for lines in metrics]
         print(f"| `{edit}` | `{flags}` | {what} |", " | ".join(values), "|", flush=True)
 
