@@ -110,11 +110,15 @@ def figure(metrics, name, last):
     return sum(values) / len(values)
 
 
+twice = "--batch_size 4 --max_steps 16 --eval_steps 16"
 # edit of tests/edits, flags of both runs, figure, its metric, how many of the last lines, scale, format
 EDITS = [
     ("grpo-cispo", "--max_steps 40 --eval_steps 40", "`eval/accuracy`, %, 10 rollouts", "eval/accuracy", 1,
      100, ".1f"),
     ("grpo-rloo", small, "`eval/accuracy`, %, 8 rollouts of 4 prompts", "eval/accuracy", 1, 100, ".1f"),
+    ("grpo-top-p", twice, "`reward` of the samples, mean of 8 rollouts of 4 prompts", "reward", 16, 1, ".2f"),
+    ("grpo-top-p", twice, "`frac_reward_zero_std` of them, %", "frac_reward_zero_std", 16, 100, ".0f"),
+    ("grpo-top-p", twice, "`eval/accuracy` then, %", "eval/accuracy", 1, 100, ".1f"),
 ]
 
 
