@@ -225,3 +225,47 @@ def test_grpo_top_p_cuts_old_and_reference_log_probs_too(changed, update, tmp_pa
         first, second = map(json.loads, lines)
     assert max(first["ratio/deviation"], first["kl"], first["sampling/logprob_difference"]) < 1e-5
     assert second["ratio/deviation"] > 1e-4 < second["kl"]
+
+
+def test_grpo_preference_term_by_hand(changed):
+    """Log-ratios 2 and -1, 0 and 0 in two pairs: - log s(0.1 x 3) = 0.5544 and ln 2; gradients 0.1 (s - 1) = -0.0426, -0.05."""
+    logprobs = tensor([[-1.0, -2], [-3, 0], [-4, -1], [0, -5]]).requires_grad_()  # chosen, chosen, rejected, rejected
+    ref_sum = tensor([[-5.0], [-3], [-4], [-5]])
+    loss = changed("grpo-preference-term").dpo_loss(logprobs, ref_sum, 0.1)
+    close(loss, tensor([0.554355, math.log(2)]), 1e-5)
+    loss.sum().backward()
+    close(logprobs.grad[:, 0], tensor([-0.042556, -0.05, 0.042556, 0.05]), 1e-5)
+
+
+def test_grpo_preference_term_adds_its_gradient_in_any_cut(changed, update, tmp_path):
+    """Two updates, the second away from the reference: the surrogate's gradient, and dpo_coef times plain DPO's over pairs
+    of other lengths; with micro-batches of one pair too. On the audit page the shares add up, or it is not written."""
+    module, file = changed("grpo-preference-term"), str(tmp_path / "pairs.jsonl")
+    with open(os.path.join(TINY, "preferences.jsonl")) as rows, open(file, "w") as out:
+        out.writelines(itertools.islice(rows, 5))
+    flags = ["--preference_dataset", file, "--dpo_coef", 0.5, "--dpo_beta", 0.3, "--learning_rate", 0.02, "--max_steps", 2,
+             "--lr_scheduler_type", "constant"]
+    gradients, weights, rollouts = update(module, *flags)
+    one_by_one, _, _ = update(module, *flags, "--micro_batch_tokens", 1)
+    args = common.parse_args(module.Args, [os.path.join(TINY, "grpo.json"), *map(str, flags)])
+    pairs = module.load_pairs(args, common.load_tokenizer(args), [])
+    assert len(pairs) == 5
+
+    def log_ratio(model, row):
+        with torch.no_grad():
+            fixed = completion(reference(row["input_ids"].long()[None]).logits[0], row).sum()
+        return completion(model(row["input_ids"].long()[None]).logits[0], row).sum() - fixed
+    model, reference = start(), start()
+    for number, (got, at, groups) in enumerate(zip(gradients, weights, rollouts, strict=True)):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), at, strict=True):
+                parameter.copy_(value)
+        margins = torch.stack([log_ratio(model, chosen) - log_ratio(model, rejected) for chosen, rejected in pairs])
+        assert (margins.abs().max() > 0.05) == number
+        dpo = (1 + (-0.3 * margins).exp()).log().mean()
+        loss = surrogate(groups, lambda row: completion(model(row["input_ids"].long()[None]).logits[0], row))
+        same_gradient(got, model, loss + 0.5 * dpo)
+        if number == 0:  # a second rollout's tokens may differ by rounding
+            assert (one_by_one[0] - got).norm() <= 1e-6 * got.norm()
+    update(module, *flags, "--audit", str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").exists()

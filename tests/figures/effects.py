@@ -119,6 +119,8 @@ EDITS = [
     ("grpo-top-p", twice, "`reward` of the samples, mean of 8 rollouts of 4 prompts", "reward", 16, 1, ".2f"),
     ("grpo-top-p", twice, "`frac_reward_zero_std` of them, %", "frac_reward_zero_std", 16, 100, ".0f"),
     ("grpo-top-p", twice, "`eval/accuracy` then, %", "eval/accuracy", 1, 100, ".1f"),
+    ("grpo-preference-term", small, "`eval/accuracy`, %, 8 rollouts of 4 prompts", "eval/accuracy", 1, 100,
+     ".1f"),
 ]
 
 
