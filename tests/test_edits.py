@@ -1,6 +1,9 @@
 """tests/edits: each small change of a script applies, runs, and does what its heading claims."""
 
 import importlib.util
+import itertools
+import json
+import math
 import os
 import sys
 from contextlib import nullcontext
@@ -9,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, tiny_model
 from pipelines import edited, heading
+from test_grpo import MoveAndRecord
 from torch import tensor
 from torch.distributions import Categorical
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TopPLogitsWarper
 
 import common
 
@@ -164,3 +168,204 @@ def test_sft_distill_trains_on_the_students_samples(changed):
         whole = model.generate(tensor([prompt]), do_sample=False, max_new_tokens=60)[0]
         assert row["input_ids"].tolist() == whole.tolist()
         assert row["mask"].tolist() == [0] * len(prompt) + [1] * (len(whole) - len(prompt))
+
+
+def score_function(module, rewards, logits, size):
+    """The gradient of grpo_loss at ratio 1, in expectation: over all groups of `size` samples of softmax(logits)."""
+    logits, loss = logits.clone().requires_grad_(), 0.0
+    for group in itertools.product(range(len(rewards)), repeat=size):
+        advantage = module.group_advantages(rewards[list(group)][None])  # (1, size)
+        logprobs = logits.log_softmax(-1)[list(group)][:, None]  # rows of one token
+        rows, _ = module.grpo_loss(logprobs, logprobs.detach(), advantage.view(-1, 1), torch.ones(size, 1))
+        loss = loss + logprobs.sum().exp().detach() * rows.mean()
+    loss.backward()
+    return logits.grad
+
+
+def test_grpo_rloo_by_hand(changed):
+    """3 against the mean of 1, 2, 2; unscored ones are in no baseline; one alone and equal ones teach nothing."""
+    nan, third = math.nan, 1 / 3
+    scores = tensor([[3.0, 1, 2, 2], [1, nan, 0, nan], [0, 0, 0, 1], [nan, 5, nan, nan], [0.3, 0.3, 0.3, 0.3], [nan] * 4])
+    want = tensor([[4 * third, -4 * third, 0, 0], [1, 0, -1, 0], [-third, -third, -third, 1], *torch.zeros(3, 4).tolist()])
+    close(changed("grpo-rloo").group_advantages(scores), want)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_grpo_rloo_estimates_the_gradient_of_the_expected_score_without_bias(changed, size):
+    """Exactly, for any size of group; with the mean of the whole group it is (G - 1) / G of it."""
+    rewards, logits = tensor([1.0, 0.2, -3.0]), tensor([0.3, -0.5, 0.1])
+    exact = logits.clone().requires_grad_()
+    (exact.softmax(-1) * rewards).sum().neg().backward()
+    close(score_function(changed("grpo-rloo"), rewards, logits, size), exact.grad)
+
+
+@pytest.fixture
+def update(monkeypatch, tmp_path):
+    """(changed module, flags) -> the gradients of a run's updates, the weights each was taken at, its rollouts."""
+    def run(module, *flags):
+        kept, rollout = [], module.rollout
+        monkeypatch.setattr(module, "rollout", lambda *args: kept.append(rollout(*args)) or kept[-1])
+        monkeypatch.setattr(module, "make_optimizer", MoveAndRecord)
+        words = [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path / "out"), "--eval_fraction", 0,
+                 "--max_grad_norm", 0, "--batch_size", 6, "--num_generations", 4, "--max_steps", 1, *flags]
+        module.main(common.parse_args(module.Args, list(map(str, words))))
+        monkeypatch.setattr(module, "rollout", rollout)
+        last = MoveAndRecord.last
+        return last.gradients, getattr(last, "weights", []), [groups for groups, _ in kept]
+    return run
+
+
+def start():
+    """The model that the example's runs start from."""
+    return AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft"), dtype=torch.float32)
+
+
+def surrogate(groups, logprobs_of):
+    """DAPO's loss at ratio 1 of a rollout: logprobs_of(row) (C,) of its completion."""
+    rows, scores = common.flat(groups), tensor([[row["score"] for row in group] for group in groups])
+    advantages = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4)
+    tokens = sum(len(row["completion_ids"]) for row in rows)
+    return -sum(a * logprobs_of(row).sum() for a, row in zip(advantages.flatten(), rows)) / tokens
+
+
+def completion(logits, row):
+    """log_softmax at a row's trained tokens: logits (T, V), unpadded -> (C,)."""
+    ids, n = row["input_ids"].long(), row["trained"]
+    return logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None])[-n:, 0]
+
+
+def same_gradient(got, model, loss):
+    model.zero_grad()
+    loss.backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert want.norm() > 1e-3 and (got - want).norm() / want.norm() < 1e-5
+
+
+def test_grpo_top_p_by_hand(changed):
+    """0.5, 0.3, 0.15, 0.05: 0.75 keeps two, 0.81 three; a target outside is let in; ties with the last stay in."""
+    nucleus, p = changed("grpo-top-p").nucleus, tensor([[0.3, 0.05, 0.5, 0.15]])
+    close(nucleus(p.log(), 0.75).softmax(-1), tensor([[0.375, 0, 0.625, 0]]))
+    close(nucleus(p.log(), 0.81).softmax(-1), tensor([[0.3, 0, 0.5, 0.15]]) / 0.95)
+    close(nucleus(p.log(), 0.4).softmax(-1), tensor([[0.0, 0, 1, 0]]))
+    close(nucleus(p.log(), 0.75, tensor([3])).softmax(-1), tensor([[0.3, 0, 0.5, 0.15]]) / 0.95)
+    close(nucleus(p.log(), 0.75, tensor([2])).softmax(-1), tensor([[0.375, 0, 0.625, 0]]))
+    close(nucleus(tensor([[0.4, 0.2, 0.2, 0.2]]).log(), 0.5).softmax(-1), tensor([[0.4, 0.2, 0.2, 0.2]]))
+    assert nucleus(p.log(), 1.0).equal(p.log())
+
+
+@pytest.mark.parametrize("cap, chunk", [(None, 10**9), (None, 1), (3.0, 10**9), (3.0, 150)])
+def test_grpo_top_p_has_the_gradient_of_a_fixed_nucleus(changed, monkeypatch, cap, chunk):
+    """Against autograd through plain torch, to hidden states, weight and bias, with targets in and out of the nucleus."""
+    logprobs = changed("grpo-top-p").TokenLogprobs
+    monkeypatch.setattr(logprobs, "CHUNK", chunk)
+    torch.manual_seed(0)
+    given = [torch.randn(9, 5).requires_grad_(), torch.randn(30, 5).requires_grad_(), torch.randn(30).requires_grad_()]
+    targets, upstream = torch.randint(30, (9,)), torch.randn(9)
+    found, entropy, _ = logprobs.apply(*given, targets, cap, 0.8)
+    got = torch.autograd.grad((found * upstream).sum(), given)
+    hidden, weight, bias = (x.detach().double().requires_grad_() for x in given)
+    z = hidden @ weight.T + bias
+    z, want, spread, outside = z if cap is None else cap * (z / cap).tanh(), [], [], 0
+    for row, y in zip(z, targets.tolist()):
+        inside, p = [], row.softmax(-1).tolist()
+        while sum(p[i] for i in inside) < 0.8 or y not in inside:
+            outside += y not in inside and sum(p[i] for i in inside) >= 0.8
+            inside.append(max(set(range(30)) - set(inside), key=p.__getitem__))
+        log_q = row[inside].log_softmax(-1)
+        want.append(log_q[inside.index(y)])
+        spread.append(-(log_q.exp() * log_q).sum())
+    assert 0 < outside, "no target is outside"
+    want, spread = torch.stack(want), torch.stack(spread)
+    close(found.double(), want, 1e-5)
+    close(entropy.double(), spread, 1e-5)
+    for a, b in zip(got, torch.autograd.grad((want * upstream).sum(), (hidden, weight, bias))):
+        close(a.double(), b, 1e-5)
+
+
+def test_grpo_top_p_samples_what_it_scores(changed):
+    """4,000 first tokens against transformers' own top-p, by chi-square; the log-probs of sampler, trainer and that."""
+    module, model, n, prompt = changed("grpo-top-p"), tiny_model("llama").eval(), 4000, [65, 66, 67]
+    uniforms = torch.rand(n, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with torch.no_grad():
+        ids, logprobs, lengths = module.sample(model, [prompt], uniforms, 6, 1.7, [260], n, 0.6)
+        p = TopPLogitsWarper(0.6)(None, model(tensor([prompt])).logits[:, -1] / 1.7)[0].softmax(-1)
+        counts, inside = torch.bincount(ids[:, 0], minlength=320), p > 0
+        assert counts[~inside].sum() == 0 and 20 < inside.sum() < 200
+        expected = n * p[inside]
+        chi, degrees = ((counts[inside] - expected) ** 2 / expected).sum(), inside.sum() - 1
+        assert abs(chi - degrees) < 4 * (2 * degrees) ** 0.5
+        few, length = slice(0, 200), lengths[:200]
+        rows = torch.cat([tensor([prompt]).expand(200, -1), ids[few]], 1)
+        mask = torch.cat([torch.zeros(200, 3), (torch.arange(6) < length[:, None]).float()], 1)
+        trained, entropy, _ = module.Policy(model)(rows, mask, 1.7, 0.6)
+        close(trained[:, 3:], logprobs[few] * mask[:, 3:], 1e-5)
+        cut = TopPLogitsWarper(0.6)(None, (model(rows).logits / 1.7)[:, :-1].reshape(-1, 320)).log_softmax(-1)
+        want = cut.view(200, -1, 320).gather(-1, rows[:, 1:, None])[:, :, 0]
+        close(trained[:, 1:], torch.where(mask[:, 1:].bool(), want, 0.0), 1e-5)
+
+
+def test_grpo_top_p_trains_on_the_truncated_log_probs(changed, update):
+    """A step's gradient is that of plain transformers' logits, cut by transformers' own top-p."""
+    model = start()
+    (got,), _, (groups,) = update(changed("grpo-top-p"), "--top_p", 0.8)
+
+    def logprobs(row):
+        z = model(row["input_ids"].long()[None]).logits[0].float()
+        found = completion(TopPLogitsWarper(0.8)(None, z), row)
+        close(row["sampled_logprobs"][-len(found):], found.detach(), 1e-5)
+        return found
+    same_gradient(got, model, surrogate(groups, logprobs))
+
+
+def test_grpo_top_p_cuts_old_and_reference_log_probs_too(changed, update, tmp_path):
+    """In a first update the ratio is 1 and the KL 0: --kl_coef and --num_iterations have log-probs of the same nuclei."""
+    update(changed("grpo-top-p"), "--top_p", 0.8, "--num_iterations", 2, "--kl_coef", 0.1, "--max_steps", 2,
+           "--learning_rate", 1, "--temperature", 1.5)
+    with open(tmp_path / "out" / "metrics.jsonl", encoding="utf-8") as lines:
+        first, second = map(json.loads, lines)
+    assert max(first["ratio/deviation"], first["kl"], first["sampling/logprob_difference"]) < 1e-5
+    assert second["ratio/deviation"] > 1e-4 < second["kl"]
+
+
+def test_grpo_preference_term_by_hand(changed):
+    """Log-ratios 2 and -1, 0 and 0 in two pairs: - log s(0.1 x 3) = 0.5544 and ln 2; gradients 0.1 (s - 1) = -0.0426, -0.05."""
+    logprobs = tensor([[-1.0, -2], [-3, 0], [-4, -1], [0, -5]]).requires_grad_()  # chosen, chosen, rejected, rejected
+    ref_sum = tensor([[-5.0], [-3], [-4], [-5]])
+    loss = changed("grpo-preference-term").dpo_loss(logprobs, ref_sum, 0.1)
+    close(loss, tensor([0.554355, math.log(2)]), 1e-5)
+    loss.sum().backward()
+    close(logprobs.grad[:, 0], tensor([-0.042556, -0.05, 0.042556, 0.05]), 1e-5)
+
+
+def test_grpo_preference_term_adds_its_gradient_in_any_cut(changed, update, tmp_path):
+    """Two updates, the second away from the reference: the surrogate's gradient, and dpo_coef times plain DPO's over pairs
+    of other lengths; with micro-batches of one pair too. On the audit page the shares add up, or it is not written."""
+    module, file = changed("grpo-preference-term"), str(tmp_path / "pairs.jsonl")
+    with open(os.path.join(TINY, "preferences.jsonl")) as rows, open(file, "w") as out:
+        out.writelines(itertools.islice(rows, 5))
+    flags = ["--preference_dataset", file, "--dpo_coef", 0.5, "--dpo_beta", 0.3, "--learning_rate", 0.02, "--max_steps", 2,
+             "--lr_scheduler_type", "constant"]
+    gradients, weights, rollouts = update(module, *flags)
+    one_by_one, _, _ = update(module, *flags, "--micro_batch_tokens", 1)
+    args = common.parse_args(module.Args, [os.path.join(TINY, "grpo.json"), *map(str, flags)])
+    pairs = module.load_pairs(args, common.load_tokenizer(args), [])
+    assert len(pairs) == 5
+
+    def log_ratio(model, row):
+        with torch.no_grad():
+            fixed = completion(reference(row["input_ids"].long()[None]).logits[0], row).sum()
+        return completion(model(row["input_ids"].long()[None]).logits[0], row).sum() - fixed
+    model, reference = start(), start()
+    for number, (got, at, groups) in enumerate(zip(gradients, weights, rollouts, strict=True)):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), at, strict=True):
+                parameter.copy_(value)
+        margins = torch.stack([log_ratio(model, chosen) - log_ratio(model, rejected) for chosen, rejected in pairs])
+        assert (margins.abs().max() > 0.05) == number
+        dpo = (1 + (-0.3 * margins).exp()).log().mean()
+        loss = surrogate(groups, lambda row: completion(model(row["input_ids"].long()[None]).logits[0], row))
+        same_gradient(got, model, loss + 0.5 * dpo)
+        if number == 0:  # a second rollout's tokens may differ by rounding
+            assert (one_by_one[0] - got).norm() <= 1e-6 * got.norm()
+    update(module, *flags, "--audit", str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").exists()

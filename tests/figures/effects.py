@@ -110,6 +110,7 @@ def figure(metrics, name, last):
     return sum(values) / len(values)
 
 
+twice = "--batch_size 4 --max_steps 16 --eval_steps 16"
 # edit of tests/edits, flags of both runs, figure, its metric, how many of the last lines, scale, format
 EDITS = [
     ("grpo-cispo", "--max_steps 40 --eval_steps 40", "`eval/accuracy`, %, 10 rollouts", "eval/accuracy", 1,
@@ -118,16 +119,24 @@ EDITS = [
      100, ".1f"),
     ("sft-distill", "--teacher {folder}/teacher/model --max_steps 20 --eval_steps 20",
      "`eval/accuracy`, %, 20 updates", "eval/accuracy", 1, 100, ".1f"),
+    ("grpo-rloo", small, "`eval/accuracy`, %, 8 rollouts of 4 prompts", "eval/accuracy", 1, 100, ".1f"),
+    ("grpo-top-p", twice, "`reward` of the samples, mean of 8 rollouts of 4 prompts", "reward", 16, 1, ".2f"),
+    ("grpo-top-p", twice, "`frac_reward_zero_std` of them, %", "frac_reward_zero_std", 16, 100, ".0f"),
+    ("grpo-top-p", twice, "`eval/accuracy` then, %", "eval/accuracy", 1, 100, ".1f"),
+    ("grpo-preference-term", small, "`eval/accuracy`, %, 8 rollouts of 4 prompts", "eval/accuracy", 1, 100,
+     ".1f"),
 ]
 BEFORE = {"sft-distill": {"teacher": ("grpo", "")}}  # edit -> runs that its flags need, as in RUNS
 
 
-def known(edit, flags):
-    """Flags without those that the edit adds to the script, each of which has one value."""
-    with open(os.path.join(ROOT, "tests", "edits", f"{edit}.diff"), encoding="utf-8") as file:
-        signs = re.findall(r"^([+-])    (\w+): .* = arg\(", file.read(), re.M)
-    own = {name for sign, name in signs if sign == "+"} - {name for sign, name in signs if sign == "-"}
-    return " ".join(re.sub(rf"--({'|'.join(own)}) \S+", "", flags).split()) if own else flags
+def known(script, flags):
+    """The flags without those that an edit adds: the script as it is does not know them."""
+    source = ""
+    for file in (f"{script}.py", "common.py"):
+        with open(os.path.join(ROOT, file), encoding="utf-8") as text:
+            source += text.read()
+    parts = re.split(r"\s+(?=--)", flags)  # "--name value"
+    return " ".join(part for part in parts if re.search(rf"^    {part.split()[0][2:]}: ", source, re.M))
 
 
 def made(args, name, script, flags, edit=None):
@@ -143,7 +152,8 @@ def made(args, name, script, flags, edit=None):
 
 
 def edits(args):
-    """Prints the table of tests/edits: each with its heading's flags, beside the script as it is."""
+    """Prints the table of tests/edits: each with its heading's flags, beside the script as it is, with those
+    of these flags that it knows."""
     print("| edit | flags | figure | without | with |\n|---|---|---|---|---|")
     for edit, flags, what, name, last, scale, form in EDITS:
         if args.words[1:] and edit not in args.words:
@@ -151,7 +161,7 @@ def edits(args):
         script, flags = edit.split("-")[0], f"{heading(edit)['Flags']} {flags}"
         for before, of in BEFORE.get(edit, {}).items():
             made(args, before, *of)
-        metrics = [made(args, f"{edit} without", script, known(edit, flags)),
+        metrics = [made(args, f"{edit} without", script, known(script, flags)),
                    made(args, f"{edit} with", script, flags, edit)]
         values = [f"{scale * figure(lines, name, last):{form}}" for lines in metrics]
         print(f"| `{edit}` | `{flags}` | {what} |", " | ".join(values), "|", flush=True)
