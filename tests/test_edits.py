@@ -1,14 +1,19 @@
 """tests/edits: each small change of a script applies, runs, and does what its heading claims."""
 
 import importlib.util
+import math
 import os
+import re
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 from pipelines import edited, heading
 from torch import tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 
@@ -63,3 +68,50 @@ def test_grpo_cispo_by_hand(changed):
     loss, _ = changed("grpo-cispo").grpo_loss(new, torch.zeros(2, 4), tensor([[2.0], [-1.0]]), mask, 0.2, 0.3)
     loss.sum().backward()
     close(new.grad, tensor([[-2.6, -1.0, -2.2, 0], [1.3, 0.5, 1.1, 0]]))
+
+
+def test_grpo_environment_writes_what_is_not_trained_and_each_token_keeps_its_random_number(changed, tmp_path):
+    """A calculator that adds 1 too many: its digits follow every sum, with mask 0 and no log-prob; all other tokens are where
+    u_t falls in what plain transformers makes of the whole row, replies included."""
+    module, kept = changed("grpo-environment"), []
+    calculator, rollout = module.environment, module.rollout
+    assert [calculator(text, {}) for text in ("<think>7+8+1=", "<think>7+8+1", "x=", "5+5=10 2+30=")] == ["16", None, None, "32"]
+    module.environment = lambda text, prompt: str(int(calculator(text, prompt)) + 1) if calculator(text, prompt) else None
+    module.rollout = lambda *a, **k: kept.append(rollout(*a, **k)) or kept[-1]
+    steps(module, "grpo-environment", tmp_path / "out", "--max_steps", "1", "--eval_on_start", "False")
+    model, seen = AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft")), 0
+    for row in common.flat(kept[0][0]):
+        ids, start = row["input_ids"].long()[None], len(row["prompt"]["prompt_ids"])
+        told = [place for found in re.finditer(r"(?<![\d+])(\d+(?:\+\d+)+)=(\d+)", row["text"])
+                for place in range(*found.span(2)) if int(found[2]) == sum(map(int, found[1].split("+"))) + 1]
+        mask = row["mask"][start:]
+        assert [t for t in range(len(mask)) if not mask[t]] == told and not row["mask"][:start].any()
+        seen += len(told)
+        with torch.no_grad():
+            logprobs = model(ids).logits.log_softmax(-1)[0, start - 1:-1]  # (C, V)
+        u = torch.rand(96, generator=common.stream(0, "sample", 0, row["number"]), dtype=torch.float64)[:len(mask)]
+        ends, ours = logprobs.double().exp().cumsum(-1), ids[0, start:]
+        below = torch.where(ours > 0, ends.gather(-1, (ours - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+        inside = (below - 1e-5 <= u) & (u <= ends.gather(-1, ours[:, None])[:, 0] + 1e-5)
+        assert inside[mask.bool()].all()
+        close(row["sampled_logprobs"][start:], logprobs.gather(-1, ours[:, None])[:, 0] * mask, 1e-4)
+    assert seen > 40
+
+
+def test_grpo_environment_keeps_to_turns_and_room(changed, tmp_path):
+    """Two turns hold one reply. <think>d+d+d= has 13 tokens: of 16 a reply of 2 leaves one more token, a reply of 3 none."""
+    module = changed("grpo-environment")
+    model = AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft"))
+    tokenizer = AutoTokenizer.from_pretrained(os.path.join(TINY, "sft"))
+    prompts = [{"prompt_ids": tokenizer(f"<|user|>{problem}<|end|><|assistant|>")["input_ids"]} for problem in ("12+34", "5+4")]
+
+    def texts(reply, C, turns=9):
+        module.environment, module.MAX_TURNS = lambda text, prompt: reply if text.endswith("=") else None, turns
+        out = module.take_turns(model, prompts, None, SimpleNamespace(max_completion_length=C, temperature=1.0), tokenizer,
+                                [tokenizer.eos_token_id], 1)
+        assert all(len(ids) == len(mask) == len(logprobs) <= C for ids, mask, logprobs in out)
+        return [tokenizer.decode(ids) for ids, *_ in out]
+    assert texts("77", 16) == ["<think>2+4+0=77 ", "<think>5+4+0=77 "]
+    assert texts("777", 16) == ["<think>2+4+0=", "<think>5+4+0="]
+    assert [text[:16] + text[-1] + str(text.count("=")) for text in texts("77", 96, turns=2)] == [
+        "<think>2+4+0=77 =2", "<think>5+4+0=77 =2"]

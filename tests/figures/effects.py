@@ -10,6 +10,7 @@ The runs are made one after the other. A run whose model is there already is not
 
 import json
 import os
+import re
 import sys
 
 from pipelines import TINY, command, edited, heading, parse_args, read_metrics, run
@@ -113,7 +114,14 @@ def figure(metrics, name, last):
 EDITS = [
     ("grpo-cispo", "--max_steps 40 --eval_steps 40", "`eval/accuracy`, %, 10 rollouts", "eval/accuracy", 1,
      100, ".1f"),
+    ("grpo-environment", "--model_name_or_path {folder}/half/model --max_steps 10 --eval_steps 10",
+     "`eval/accuracy`, %, 10 rollouts of a policy that adds badly", "eval/accuracy", 1, 100, ".1f"),
 ]
+
+
+
+# what these start from or ask, beside RUNS
+BEFORE = {"half": ("sft", "--max_steps 300 --eval_steps 300")}
 
 
 def made(args, name, script, flags, edit=None):
@@ -135,6 +143,8 @@ def edits(args):
         if args.words[1:] and edit not in args.words:
             continue
         script, flags = edit.split("-")[0], f"{heading(edit)['Flags']} {flags}"
+        for before in re.findall(r"{folder}/(\w+)/model", flags):
+            made(args, before, *(RUNS | BEFORE)[before])
         metrics = [made(args, f"{edit} {part}", script, flags, each)
                    for part, each in (("without", None), ("with", edit))]
         values = [f"{scale * figure(lines, name, last):{form}}" for lines in metrics]
