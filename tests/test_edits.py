@@ -115,3 +115,56 @@ def test_grpo_environment_keeps_to_turns_and_room(changed, tmp_path):
     assert texts("777", 16) == ["<think>2+4+0=", "<think>5+4+0="]
     assert [text[:16] + text[-1] + str(text.count("=")) for text in texts("77", 96, turns=2)] == [
         "<think>2+4+0=77 =2", "<think>5+4+0=77 =2"]
+
+
+def test_ppo_joint_reward_pairs_by_hand(changed):
+    """Scores 1, 0, 2 of which the first is right: margins 1 and -1. What is not checked is in no pair; equals are none."""
+    module = changed("ppo-joint-reward")
+    scores = tensor([1.0, 0, 2, 9]).requires_grad_()
+    loss, accuracy = module.pairs_loss(scores, tensor([1.0, 0, 0, math.nan]))
+    loss.backward()
+    close(torch.stack([loss, accuracy]), tensor([0.8133, 0.5]), 1e-4)
+    close(scores.grad, tensor([-0.5, 0.1345, 0.3655, 0]), 1e-4)  # s(-1) / 2 = 0.1345, s(1) / 2 = 0.3655
+    loss, accuracy = module.pairs_loss(scores, torch.ones(4))
+    assert (loss, accuracy) == (0, 0)
+
+
+def test_ppo_joint_reward_steps_on_what_it_paid_and_goes_on(changed, tmp_path):
+    """The scores paid are those of a plain transformers reward model of these weights; the step, here of SGD, is the gradient
+    of its loss over all pairs in one batch, however it was cut; and a run that is resumed makes the same second step."""
+    module, seen = changed("ppo-joint-reward"), []
+    make_value, judge_step = module.make_value, module.judge_step
+
+    def random_head(*args):
+        owner, trunk, head = make_value(*args)
+        torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+        return owner, trunk, head
+
+    def watched(judge, optimizer, rows, run):
+        config = AutoConfig.from_pretrained(os.path.join(TINY, "sft"), num_labels=1)
+        plain = AutoModelForSequenceClassification.from_config(config)
+        plain.model.load_state_dict(judge.trunk.state_dict())
+        plain.score.load_state_dict(judge.head.state_dict())
+        ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"].long() for row in rows], True, config.pad_token_id)
+        scores = plain(ids, attention_mask=(ids != config.pad_token_id).long()).logits[:, 0]
+        close(tensor([row["score"] for row in rows]), scores.detach(), 1e-4)
+        right = [common.is_right(row["text"], row["truncated"], row["prompt"]["columns"]["answer"]) for row in rows]
+        pairs = [scores[i] - scores[j] for i in range(len(rows)) for j in range(len(rows)) if right[i] and not right[j]]
+        torch.nn.functional.softplus(-torch.stack(pairs)).mean().backward()
+        before = [p.detach().clone() for p in judge.parameters()]
+        metrics = judge_step(judge, torch.optim.SGD(judge.parameters(), lr=1.0), rows, run)
+        for p, old, theirs in zip(judge.parameters(), before, [*plain.model.parameters(), plain.score.weight]):
+            close(old - p.detach(), theirs.grad, 1e-4)
+        with torch.no_grad():
+            for p, old in zip(judge.parameters(), before):
+                p.copy_(old)
+        seen.append(judge_step(judge, optimizer, rows, run))
+        assert metrics == seen[-1] and len(pairs) > 9
+        return metrics
+    module.make_value, module.judge_step = random_head, watched
+    flags = ["--max_steps", "8", "--save_steps", "4", "--lr_scheduler_type", "constant", "--micro_batch_tokens", "300"]
+    steps(module, "ppo-joint-reward", tmp_path / "out", *flags)
+    module.judge_step = lambda *args: seen.append(judge_step(*args)) or seen[-1]
+    steps(module, "ppo-joint-reward", tmp_path / "on", *flags, "--resume_from_checkpoint",
+          str(tmp_path / "out" / "checkpoints" / "step-00000004"))
+    assert len(seen) == 3 and seen[1] == seen[2] != seen[0]

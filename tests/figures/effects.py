@@ -116,6 +116,9 @@ EDITS = [
      100, ".1f"),
     ("grpo-environment", "--model_name_or_path {folder}/half/model --max_steps 10 --eval_steps 10",
      "`eval/accuracy`, %, 10 rollouts of a policy that adds badly", "eval/accuracy", 1, 100, ".1f"),
+    ("ppo-joint-reward", "--reward_funcs {folder}/reward_model/model accuracy --reward_weights 1 0 "
+     "--max_steps 120 --eval_steps 40", "`eval/accuracy`, %, 30 rollouts that are paid a learned reward",
+     "eval/accuracy", 1, 100, ".1f"),
 ]
 
 
