@@ -168,3 +168,51 @@ def test_ppo_joint_reward_steps_on_what_it_paid_and_goes_on(changed, tmp_path):
     steps(module, "ppo-joint-reward", tmp_path / "on", *flags, "--resume_from_checkpoint",
           str(tmp_path / "out" / "checkpoints" / "step-00000004"))
     assert len(seen) == 3 and seen[1] == seen[2] != seen[0]
+
+
+def test_ppo_value_search_by_hand(changed, monkeypatch):
+    """Two beams, four continuations, tokens 1, 2, 3 and 9, which ends. First 2 and 9 are kept (0.9, 0.7), so 19, worth 0.99,
+    is never seen. Where 29 is worth 0.8 it is found; where 0.6, 9 is better; at most 2 tokens: 22 is cut, and the best."""
+    module, asked = changed("ppo-value-search"), []
+    monkeypatch.setattr(module, "SAMPLES", 4)
+    monkeypatch.setattr(module, "SEGMENT", 1)
+
+    def search(C, **values):
+        def sample(model, contexts, uniforms, length, temperature, stop_ids):
+            assert length == 1 and uniforms.shape == (4, 1)
+            asked.append(contexts)
+            return tensor([[1], [2], [3], [9]]), torch.zeros(4, 1), torch.ones(4, dtype=torch.long)
+        worth = {"1": 0.5, "2": 0.9, "9": 0.7, "19": 0.99} | values
+        module.sample = sample
+        module.values_at_end = lambda policy, rows, stop_ids, run: [worth.get("".join(map(str, ids[1:])), 0.1) for ids in rows]
+        model = SimpleNamespace(eval=int, train=int, generation_config=SimpleNamespace(eos_token_id=[9]))
+        run = SimpleNamespace(step=0, device="cpu", accelerator=SimpleNamespace(autocast=nullcontext))
+        args = SimpleNamespace(max_completion_length=C, rollout_batch_size=4, temperature=1.0, seed=0)
+        return module.value_search(model, None, [{"prompt_ids": [0]}], args, run)
+    assert search(9, **{"29": 0.8}) == [[2, 9]]
+    assert asked[:2] == [[[0]] * 4, [[0, 2]] * 4]
+    assert search(9, **{"29": 0.6}) == [[9]]
+    assert search(2, **{"22": 0.8}) == [[2, 2]]
+    asked.clear()
+    search(2, **{"3": 0.8})
+    assert asked[1] == [[0, 2], [0, 3], [0, 2], [0, 3]]  # two open beams share the continuations
+
+
+def test_ppo_value_search_asks_the_value_that_is_saved(changed, tmp_path):
+    """What plain transformers reads from value/ at a row's last token before its end is what the search and the votes went by."""
+    module, seen = changed("ppo-value-search"), []
+    values_at_end = module.values_at_end
+
+    def watched(policy, rows, stop_ids, run):
+        seen.append((rows, values_at_end(policy, rows, stop_ids, run)))
+        return seen[-1][1]
+    module.values_at_end = watched
+    steps(module, "ppo-value-search", tmp_path, "--max_steps", "4", "--eval_on_start", "False")
+    value = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "value"))
+    end, ended = AutoTokenizer.from_pretrained(str(tmp_path / "value")).eos_token_id, set()
+    for rows, values in (seen[0], seen[3], seen[-1]):
+        for ids, ours in list(zip(rows, values))[:8]:
+            ended.add(ids[-1] == end)
+            with torch.no_grad():
+                close(tensor(ours), value(tensor([ids[:-1] if ids[-1] == end else ids])).logits[0, 0], 1e-4)
+    assert ended == {True, False} and len({value for _, values in seen for value in values}) > 20

@@ -119,6 +119,8 @@ EDITS = [
     ("ppo-joint-reward", "--reward_funcs {folder}/reward_model/model accuracy --reward_weights 1 0 "
      "--max_steps 120 --eval_steps 40", "`eval/accuracy`, %, 30 rollouts that are paid a learned reward",
      "eval/accuracy", 1, 100, ".1f"),
+    ("ppo-value-search", "--max_steps 40 --eval_steps 40 --eval_on_start False",
+     "`eval/accuracy`, %, 10 rollouts; greedy, and found by value", "eval/accuracy", 1, 100, ".1f"),
 ]
 
 
