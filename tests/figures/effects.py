@@ -125,8 +125,16 @@ EDITS = [
     ("grpo-top-p", twice, "`eval/accuracy` then, %", "eval/accuracy", 1, 100, ".1f"),
     ("grpo-preference-term", small, "`eval/accuracy`, %, 8 rollouts of 4 prompts", "eval/accuracy", 1, 100,
      ".1f"),
+    ("grpo-environment", "--model_name_or_path {folder}/half/model --max_steps 10 --eval_steps 10",
+     "`eval/accuracy`, %, 10 rollouts of a policy that adds badly", "eval/accuracy", 1, 100, ".1f"),
+    ("ppo-joint-reward", "--reward_funcs {folder}/reward_model/model accuracy --reward_weights 1 0 "
+     "--max_steps 120 --eval_steps 40", "`eval/accuracy`, %, 30 rollouts that are paid a learned reward",
+     "eval/accuracy", 1, 100, ".1f"),
+    ("ppo-value-search", "--max_steps 40 --eval_steps 40 --eval_on_start False",
+     "`eval/accuracy`, %, 10 rollouts; greedy, and found by value", "eval/accuracy", 1, 100, ".1f"),
 ]
-BEFORE = {"sft-distill": {"teacher": ("grpo", "")}}  # edit -> runs that its flags need, as in RUNS
+# what these start from or ask, beside RUNS
+BEFORE = {"half": ("sft", "--max_steps 300 --eval_steps 300"), "teacher": ("grpo", "")}
 
 
 def known(script, flags):
@@ -159,8 +167,8 @@ def edits(args):
         if args.words[1:] and edit not in args.words:
             continue
         script, flags = edit.split("-")[0], f"{heading(edit)['Flags']} {flags}"
-        for before, of in BEFORE.get(edit, {}).items():
-            made(args, before, *of)
+        for before in re.findall(r"{folder}/(\w+)/model", flags):
+            made(args, before, *(RUNS | BEFORE)[before])
         metrics = [made(args, f"{edit} without", script, known(script, flags)),
                    made(args, f"{edit} with", script, flags, edit)]
         values = [f"{scale * figure(lines, name, last):{form}}" for lines in metrics]
