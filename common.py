@@ -2925,7 +2925,8 @@ def like(value, parameter):
 # micro_batch_tokens where there is dropout: check_cut).
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
-              "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step"}
+              "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step",
+              "sampler_device"}
 OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # the first process alone uses them
 
 
@@ -3124,8 +3125,8 @@ def fingerprint(rows):
 
 def pack_rollout(drawn, train):
     """A rollout (sampled groups, those to train on, figures) as bytes; train has its prompts."""
-    places = {id(prompt): place for place, prompt in enumerate(train)}
-    rows = {id(row): row | {"prompt": places[id(row["prompt"])]} for row in flat(drawn[0])}
+    places = {prompt["place"]: i for i, prompt in enumerate(train)}  # gathered prompts are copies
+    rows = {id(row): row | {"prompt": places[row["prompt"]["place"]]} for row in flat(drawn[0])}
     groups = [[[rows[id(row)] for row in group] for group in part] for part in drawn[:2]]
     file = io.BytesIO()
     torch.save((*groups, drawn[2]), file)
@@ -3133,9 +3134,7 @@ def pack_rollout(drawn, train):
 
 
 def unpack_rollout(data, train):
-    """The rollout that pack_rollout() made bytes of, or None."""
-    if data is None:
-        return None
+    """The rollout that pack_rollout() made bytes of."""
     drawn = torch.load(io.BytesIO(data), weights_only=True)
     for row in flat(drawn[0]):
         row["prompt"] = train[row["prompt"]]
@@ -3143,61 +3142,80 @@ def unpack_rollout(data, train):
 
 
 class Sampler:
-    """Gives a run its rollouts. With --rollout_lag 1 the next one is made with the weights of now: in a
-    process of its own while this one updates or, with --sampler_device none, here and at once. Both give the
-    same."""
+    """Gives a run its rollouts. With --rollout_lag 1 a process of its own makes them, the next one while this
+    process updates; with --sampler_device none this one does, before the update. Both give the same."""
     SILENT = 60  # seconds beyond --reward_timeout for which the process may do nothing
 
-    def __init__(self, prepare, draw, run, model, train, rollouts, updates):
+    def __init__(self, prepare, draw, run, model, train, updates):
         """draw() -> the rollout of run.step; prepare(run, train) -> (model, draw) in the other process, which
-        must be able to import it."""
-        self.run, self.draw, self.train, self.rollouts, self.updates = run, draw, train, rollouts, updates
-        self.process, self.next, args = None, None, run.args  # the next rollout, packed; b"" while it is made
-        if not args.rollout_lag or args.sampler_device == "none" or run.step + updates >= rollouts * updates:
+        must be able to import it. UserError if that process cannot be; it is started when it is needed."""
+        args, self.run, self.draw, self.train, self.updates = run.args, run, draw, train, updates
+        self.prepare, self.process = prepare, None
+        self.begun = None  # the next rollout, packed; True while it is made
+        self.beside = args.rollout_lag and args.sampler_device != "none"
+        if not self.beside:
             return
         require(run.place[1] == 1 and not run.accelerator.is_fsdp2, "with several processes --rollout_lag 1 "
                 "needs --sampler_device none: only one process can have another that samples for it")
-        number = run.device.index or 0
-        device = args.sampler_device or (
-            f"cuda:{number + 1}" if number + 1 < torch.cuda.device_count() else "cpu")
-        with explain(f"--sampler_device {device}"):
-            torch.empty(1, device=device)
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights = {name: torch.empty_like(p, device="cpu").share_memory_()
-                        for name, p in self.trained.items()}
-        context = torch.multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve_rollouts, args=(
-            prepare, args, device, torch.get_num_threads(), run.total_steps, train, self.weights, theirs))
-        self.process.start()
-        atexit.register(self.process.kill)  # it does not listen to signals, which this process answers
-        theirs.close()
-        say(f"sampler  process {self.process.pid} samples on {device}")
+        following = (run.device.index or 0) + 1
+        self.device = args.sampler_device or (
+            f"cuda:{following}" if following < torch.cuda.device_count() else "cpu")
+        with explain(f"--sampler_device {self.device}"):
+            torch.empty(1, device=self.device)
+        if run.device.type == "cuda" and self.device == "cpu":
+            say("warning  --rollout_lag 1 samples on the CPU, which is slow: there is no other GPU")
+        self.trained = [p for p in model.parameters() if p.requires_grad]  # fp32
+        with explain("--rollout_lag 1 needs shared memory for all trained weights (/dev/shm); without it add "
+                     "--sampler_device none"):
+            self.weights = torch.empty(sum(p.numel() for p in self.trained)).share_memory_()
 
-    def take(self, number):
-        """-> rollout `number`; the one after it is begun, where there is a lag."""
-        drawn = unpack_rollout(self.run.state["ahead"], self.train) or self.draw()
-        if self.run.args.rollout_lag and number + 1 < self.rollouts:
+    def take(self, number, last):
+        """-> rollout `number`; with a lag the one after it is begun, unless this is the last."""
+        if not self.run.args.rollout_lag:
+            return self.draw()
+        if self.run.state["ahead"] is None:
+            self.begin(number * self.updates)
+            self.keep()
+        if not last:
             self.begin((number + 1) * self.updates)
         elif self.process:
             self.process.kill()  # it has done its part
-        return drawn
+        return unpack_rollout(self.run.state["ahead"], self.train)
 
     def begin(self, step):
-        """Begins the rollout for the updates from `step` on."""
-        if self.process is None:
+        """Begins the rollout for the updates from `step` on, with the weights of now."""
+        if not self.beside:
             now, self.run.state["step"] = self.run.step, step
-            self.next = pack_rollout(self.draw(), self.train)
-            self.run.state["step"] = now
+            self.begun, self.run.state["step"] = pack_rollout(self.draw(), self.train), now
             return
-        for name, p in self.trained.items():
-            self.weights[name].copy_(p.detach())
-        self.ask(lambda: self.pipe.send((step, self.run.state["draws"])))
-        self.next = b""
+        if self.process is None:
+            self.start()
+        for part, p in zip(self.weights.split([p.numel() for p in self.trained]), self.trained):
+            part.copy_(p.detach().flatten())
+        self.begun = True
+        with suppress(OSError):  # wait() says why
+            self.pipe.send((step, self.run.state["draws"]))
+
+    def start(self):
+        """Starts the process. Its arguments are small: to write large ones to one that is dead never ends."""
+        context = torch.multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve_rollouts, args=(
+            self.prepare, self.run.args, self.device, torch.get_num_threads(), self.run.total_steps,
+            self.weights, theirs))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
+        self.process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        atexit.register(self.process.kill)
+        theirs.close()
+        say(f"sampler  process {self.process.pid} samples on {self.device}")
+        with suppress(OSError):
+            self.pipe.send([{name: value for name, value in prompt.items() if name != "demonstration"}
+                            for prompt in self.train])
 
     def keep(self):
         """Waits for the rollout that was begun and puts it where a checkpoint keeps it."""
-        self.run.state["ahead"], self.next = self.wait() if self.next == b"" else self.next, None
+        self.run.state["ahead"], self.begun = self.wait() if self.begun is True else self.begun, None
 
     def wait(self):
         """-> the rollout of the other process, packed. UserError if that has raised one, is dead or hangs."""
@@ -3210,48 +3228,53 @@ class Sampler:
             idle = time.monotonic() - since
             require(idle < self.run.args.reward_timeout + self.SILENT,
                     f"the process that samples (--rollout_lag 1) has done nothing for {idle:.0f} s")
-        data, draws, said = self.ask(self.pipe.recv)
+        try:
+            data, draws, said = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            code = self.process.exitcode
+            why = ("memory ran out, most likely" if code == -signal.SIGKILL else
+                   "a script of your own that calls main needs `if __name__ == '__main__':` before it")
+            raise UserError(f"the process that samples (--rollout_lag 1) ended with exit code {code}; {why}"
+                            ) from None
         require(draws is not None, said)
         for warning in said:
             self.run.warn(*warning)
         self.run.state["draws"] = draws
         return data
 
-    def ask(self, talk):
-        """talk() -> what it returns. UserError where the process is gone."""
-        try:
-            return talk()
-        except (EOFError, OSError):
-            self.process.join(5)
-            raise UserError("the process that samples (--rollout_lag 1) ended with exit code "
-                            f"{self.process.exitcode}; -9 may mean that memory ran out") from None
+
+DEAF_TO = signal.SIGINT, signal.SIGTERM  # the process that updates answers them, and ends the other
 
 
-def serve_rollouts(prepare, args, device, threads, total_steps, train, weights, pipe):
+def serve_rollouts(prepare, args, device, threads, total_steps, weights, pipe):
     """The life of a Sampler's process: loads what `prepare` does, then makes a rollout whenever it is asked.
     It ends with the process that started it, whatever ends that one."""
+    for number in DEAF_TO:
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which processes of rewards would inherit
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
     parent = torch.multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(threads)
     device, warnings = torch.device(device), []
-    run = SimpleNamespace(
+    run = SimpleNamespace(  # what a rollout asks of a Run
         args=args, device=device, place=(0, 1), total_steps=total_steps, state={}, together=lambda f: [f()],
         accelerator=SimpleNamespace(autocast=lambda: torch.autocast(device.type, torch.bfloat16, args.bf16)),
         warn=lambda *warning: warnings.append(warning))
     try:
-        with redirect_stdout(io.StringIO()):
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # graphs are recorded on the current one
+        train = pipe.recv()
+        with redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as args.output_dir:
             run.tokenizer = load_tokenizer(args)
             model, draw = prepare(run, train)
-        trained = dict(model.named_parameters())
+        trained = [p for p in model.parameters() if p.requires_grad]
         while True:
             run.step, run.state["draws"] = pipe.recv()
             spoken.at = math.inf  # the other process says how far things are
             warnings.clear()
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    trained[name].copy_(weight)
+            for part, p in zip(weights.split([p.numel() for p in trained]), trained, strict=True):
+                p.data.copy_(part.view_as(p))
             data = pack_rollout(draw(), train)
             pipe.send((data, run.state["draws"], warnings))
     except (EOFError, BrokenPipeError):  # the other one has ended

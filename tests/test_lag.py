@@ -190,4 +190,42 @@ def test_a_device_that_is_not_there_and_several_processes_are_refused(tmp_path):
         run(grpo, tmp_path, *LAG, "--sampler_device", "cuda:7")
     args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--rollout_lag", "1"])
     with pytest.raises(common.UserError, match="needs --sampler_device none"):
-        common.Sampler(None, None, SimpleNamespace(place=(0, 2), args=args, step=0), None, [], 3, 1)
+        common.Sampler(None, None, SimpleNamespace(place=(0, 2), args=args), None, [], 1)
+
+
+def test_what_is_refused_is_refused_before_an_earlier_run_is_removed(tmp_path):
+    run(grpo, tmp_path, *SHORT[2:], "--max_steps", 1)
+    with pytest.raises(common.UserError, match="--sampler_device cuda:7"):
+        run(grpo, tmp_path, *LAG, "--sampler_device", "cuda:7", "--overwrite_output_dir")
+    assert (tmp_path / "model" / "config.json").exists() and (tmp_path / "metrics.jsonl").exists()
+
+
+def test_sequence_ratios_in_bf16_are_refused(tmp_path):
+    with pytest.raises(common.UserError, match="need --bf16 False"):
+        run(grpo, tmp_path, *ALONE, "--importance_sampling_level", "sequence", "--loss_type", "grpo", "--epsilon", 3e-4, "--bf16", True)
+
+
+@pytest.mark.long
+def test_two_processes_without_a_third_give_what_one_gives(tmp_path):
+    gently = ["--learning_rate", 1e-5]  # what rounds otherwise moves no sample
+    run(grpo, tmp_path / "one", *ALONE, *gently)
+    words = ["torchrun", "--nproc_per_node", 2, os.path.join(ROOT, "grpo.py"), os.path.join(TINY, "grpo.json"), "--output_dir",
+             tmp_path / "two", *ALONE, *gently]
+    subprocess.run([str(word) for word in words], check=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True)
+    one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
+    assert one[2] == two[2]  # samples
+    assert all((one[0][name] - two[0][name]).abs().max() < 1e-5 for name in one[0])
+
+
+@pytest.mark.long
+def test_a_script_without_a_main_guard_and_a_reward_that_fails_there_alone_are_named(tmp_path):
+    """Both end the other process before it has read a word of this one's."""
+    words = [str(word) for word in (os.path.join(TINY, "grpo.json"), "--output_dir", tmp_path / "out", *LAG)]
+    (tmp_path / "bare.py").write_text(f"import sys; sys.path.insert(0, {ROOT!r})\nimport common, grpo\n"
+                                      f"grpo.main(common.parse_args(grpo.Args, {words!r}))\n")
+    done = subprocess.run([sys.executable, tmp_path / "bare.py"], capture_output=True, text=True, timeout=120)
+    assert "needs `if __name__ == '__main__':` before it" in done.stderr
+    (tmp_path / "mine.py").write_text("import multiprocessing\nif multiprocessing.parent_process():\n    raise ValueError('only there')\n"
+                                      "def reward(completions, **columns):\n    return [0.0] * len(completions)\n")
+    with pytest.raises(common.UserError, match="only there"):
+        run(grpo, tmp_path / "out", *LAG, "--reward_funcs", f"{tmp_path}/mine.py:reward")
