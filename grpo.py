@@ -19,7 +19,8 @@ Differences from the papers
 5. --loss_type dr_grpo still divides by the std: add --scale_rewards none.
 6. With --importance_sampling_level sequence the KL term keeps each token's own ratio.
 7. --best_fraction (RAFT) and --demo_threshold (Lv 2025) add an NLL term that none of these papers has.
-8. With --rollout_lag 1 the old policy is the one before the last rollout's updates, and the one that sampled.
+8. With --rollout_lag 1 the old policy is the one that sampled: as it was before the previous rollout's
+   updates. A run's first rollout has no lag.
 Differences from TRL's GRPOTrainer
 1. batch_size counts the prompts of a rollout; num_minibatches splits it, num_iterations repeats it.
 2. What is sampled is what is scored: the whole softmax at --temperature, without top-k, top-p or penalties.
@@ -36,7 +37,8 @@ frac_reward_zero_std            share of groups whose scores are all equal: they
 completions/mean_length, completions/clipped_ratio   tokens; share that was cut at --max_completion_length
 completions/distinct_4          share of different 4-grams inside a completion; a fall means repetition
 entropy                         mean entropy of the policy at the sampled tokens, nats
-kl                              mean k3 a token, nats: in a first update an estimate of KL(policy, reference)
+kl                              mean k3 a token, nats: in a first update, of a rollout without a lag, an
+                                estimate of KL(policy, reference)
 ratio, ratio/deviation          mean ratio; mean distance from 1, about 0 in a rollout's first update, which
                                 with --rollout_lag 1 shows how stale its samples are
 clip_ratio/low_mean, clip_ratio/high_mean   share of tokens whose ratio is clipped below, above
@@ -588,6 +590,9 @@ def number_of_rollouts(args, train, held, updates):
             "--eval_dataset_name, or an --eval_fraction above 0")
     require(not args.eval_samples or any(common.right_answers(held)),
             "--eval_samples: no held-out row has an `answer` or `solution` to compare with")
+    require(not (args.rollout_lag and args.bf16 and args.importance_sampling_level == "sequence"),
+            "--rollout_lag 1 and --importance_sampling_level sequence need --bf16 False: in bf16 sampler and "
+            "trainer differ by more than --epsilon of GSPO")
     if args.importance_sampling_level == "sequence" and args.epsilon > 0.01:
         say(f"warning  --epsilon {args.epsilon:g} never clips a ratio of whole sequences: 3e-4 is usual")
     if args.max_steps > 0 and args.num_train_epochs:
@@ -620,23 +625,23 @@ def main(args):
         reference, use_reference = common.make_reference(model, args, run.device)
     policy, optimizer = run.prepare(Policy(model), make_optimizer(model, args))
     check_head(policy, model, {"input_ids": train[0]["prompt_ids"]}, run)
-    run.start(rollouts * updates, f"{rollouts} rollouts of {min(args.batch_size, len(train))} prompts x "
-              f"{args.num_generations} completions, {updates} update(s) each")
-
     def complete(prompts, num_generations=1, seed=None, first=0):
         with common.unsharded(policy):
             return rollout(model, prompts, rewards, args, run, num_generations, seed, first)
     draw = partial(draw_groups, train, complete, args, run)
+    sampler = common.Sampler(sampler_of, draw, run, model, train, updates)
+    run.start(rollouts * updates, f"{rollouts} rollouts of {min(args.batch_size, len(train))} prompts x "
+              f"{args.num_generations} completions, {updates} update(s) each")
+
     def report():
         if held and not args.audit:
             run.report(lambda: evaluate(complete, held, rewards, args), keep=True)
 
     if run.state["unevaluated"]:
         report()
-    sampler = common.Sampler(sampler_of, draw, run, model, train, rollouts, updates)
     for number in range(run.step // updates, rollouts):
         # 3. Rollout. Prompts depend on (seed, draws so far), a completion on (seed, step, its place).
-        sampled, groups, logged = sampler.take(number)  # with a lag it begins the next one
+        sampled, groups, logged = sampler.take(number, number == rollouts - 1)  # a lag begins the next one
         run.samples("rollout", common.samples_table(sampled[0], rewards))
 
         # 4. Advantages, from whole groups. A completion that nothing scored is left out, of denominators too.

@@ -1229,8 +1229,7 @@ TABLE = {
     grpo: [*ROLLOUT, ("epsilon_high", "0.3", MOVED, ["--num_minibatches", "1"]),
            ("importance_sampling_level", "sequence", [*MOVED, "--loss_type", "grpo"], ["--num_minibatches", "1", "--loss_type", "grpo"]),
            ("best_fraction", "0.5", [], ["--sft_coef", "0"]), ("demo_threshold", "0", [], ["--sft_coef", "0"]),
-           ("sft_coef", "0.3", ["--demo_threshold", "0"], []), ("sampler_device", "none", ["--rollout_lag", "1"], []),
-           ("epsilon", "0.1", ["--rollout_lag", "1"], ["--num_minibatches", "1"]), ("eval_samples", "2", [], NO_EVALUATION)],
+           ("sft_coef", "0.3", ["--demo_threshold", "0"], []), ("sampler_device", "none", ["--rollout_lag", "1"], []), ("eval_samples", "2", [], NO_EVALUATION)],
     ppo: [*ROLLOUT, ("value_model", "v", [], ["--share_trunk", "True"]), ("value_clip", "0.1", [], ["--vf_coef", "0"]), ("kl_target", "6", [], ["--kl_coef", "0"]),
           ("sft_dataset", "d.jsonl", ["--sft_coef", "0.1"], []), ("sft_coef", "0.1", ["--sft_dataset", "d.jsonl"], [])]}
 IDLE = [(script, *row) for script, rows in TABLE.items() for row in [*ALL, *rows]]
