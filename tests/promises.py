@@ -30,6 +30,7 @@ PROMISES = {  # key -> (what is promised, how closely)
                 "identical tokens; log-probs 2e-5"),
     "no waiting": ("a micro-batch makes the host wait for the device once, for the number of its trained tokens",
                    "counted"),
+    "lag": ("`--rollout_lag 1` in a process of its own is the same in one process, killed and resumed too", "bit for bit"),
     "ratio": ("in a rollout's first update the ratio is 1, and KL is 0 at the start", "1e-5"),
     "reference": ("the reference policy is the start, and stays", "bit for bit"),
     "value": ("the value starts as the reward model's score at every position; `value/`, loaded plainly, is what it became",

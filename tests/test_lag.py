@@ -96,6 +96,7 @@ def test_the_ratio_is_against_the_policy_that_sampled(updates, tmp_path, monkeyp
     assert moved[0] < 1e-5 < 1e-4 < max(moved[updates::updates])  # the first rollout alone is of the policy itself
 
 
+@pytest.mark.promise("lag")
 @pytest.mark.parametrize("flags", [
     ["--num_iterations", 2, "--kl_coef", 0.05],
     pytest.param(["--lora_r", 4, "--drop_flat_groups", "--temperature", 0.7], marks=pytest.mark.long),
@@ -137,6 +138,7 @@ def sampler_of(process):
     return int(read_until(process, "sampler  process").rsplit("sampler  process ")[1].split()[0])
 
 
+@pytest.mark.promise("lag")
 @pytest.mark.long
 def test_a_killed_run_leaves_no_process_and_goes_on(tmp_path):
     """SIGKILL, and then Ctrl-C for the whole group, as a terminal sends it: the same end as without either."""
