@@ -183,7 +183,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("grpo", "args.seed, first=len(sampled))", "args.seed, first=0)"),
     ("grpo", "if updates > 1 and not args.rollout_lag:", "if updates > 1:"),
     ("grpo", "if updates == 1 and not args.rollout_lag:", "if updates == 1:"),
-    ("common", "self.weights[name].copy_(p.detach())", "pass"),
+    ("common", "part.copy_(p.detach().flatten())", "pass"),
     ("common", "self.begin((number + 1) * self.updates)", "self.begin(number * self.updates)"),
     ("common", 'self.run.state["draws"] = draws', "pass"),
     # common
