@@ -297,10 +297,11 @@ class Program:
 
     def words(self, name):
         script, start, _, updates, flags = RUNS[name]
-        few = ["--max_steps", "2", "--batch_size", "2"] if self.args.quick else ["--max_steps", str(updates)]
+        few = ["--max_steps", str(updates)]
         if self.args.quick:
-            few += {"grpo": ["--num_generations", "2"], "dpo": ["--max_length", "256"],
-                    "reward_model": ["--max_length", "256"]}.get(RUNS[name][0], [])
+            small = {"grpo": ["--num_generations", "2"], "dpo": ["--max_length", "256"],
+                     "reward_model": ["--max_length", "256"]}
+            few = ["--max_steps", "2", "--batch_size", "2", *small.get(script, [])]
         return [f"{script}.py", "--model_name_or_path", self.folder(start),
                 *(ALL + flags).format(out=self.args.out, start=start).split(), *few,
                 "--output_dir", f"{self.args.out}/{name}", "--overwrite_output_dir"]
