@@ -53,6 +53,7 @@ from datetime import datetime, timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import accumulate, groupby, islice, repeat
+from multiprocessing import resource_tracker
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -118,8 +119,9 @@ def reason_of(error):
 
 @contextmanager
 def user_errors():
-    """Prints a UserError as one sentence on stderr (a machine's first process) and exits with code 2."""
-    for output in (sys.stdout, sys.stderr):  # a terminal or a log that takes no UTF-8 shows \\u00e9
+    """Prints a UserError as one sentence on stderr (a machine's first process) and exits with code 2; with 2
+    for a disk without room too, 141 where the reader of stdout has left, 130 after Ctrl-C."""
+    for output in (sys.stdout, sys.stderr):  # a terminal or a log that takes no UTF-8 shows \\xe9
         output.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -153,6 +155,7 @@ def say(*text, file=None):
 
 
 SILENCE = 10  # seconds after which a person wonders whether it hangs
+SIGNALS = signal.SIGINT, signal.SIGTERM
 spoken = SimpleNamespace(at=time.monotonic())
 
 
@@ -182,7 +185,7 @@ def default_of(flag):
 
 
 def is_on(args, name):
-    """Whether a flag is given and not switched off, by 0 too, unless None is what switches it off."""
+    """Whether a flag has an effect: it is not None, False, 0 or empty; if its default is None, 0 has one."""
     value, off = getattr(args, name), getattr(type(args), name, [])
     return bool(value) or value == 0 and off is None
 
@@ -244,7 +247,8 @@ MOVED = "num_iterations>1 or num_minibatches>1"  # in a rollout's first update e
 
 @dataclass
 class Args:
-    """What every script has: flags that load, read, step and save. A script's own stand in its file."""
+    """What every script has: flags that load, read, step and save. A script's own stand in its file, among
+    them learning_rate, batch_size and num_train_epochs, and resolve()."""
     ZERO_EPOCHS = False  # grpo: --num_train_epochs 0 only evaluates
     typed = filed = frozenset()  # names of the flags that were given: typed, and in an arguments file
     # model
@@ -316,9 +320,10 @@ class Args:
         script = os.path.basename(sys.modules[type(self).__module__].__file__)
         if self.output_dir is None:
             self.output_dir = os.path.join("out", script.removesuffix(".py"))
-        for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir"):
-            if getattr(self, name):
-                setattr(self, name, os.path.expanduser(getattr(self, name)))
+        for flag in fields(self):
+            value = getattr(self, flag.name)
+            if isinstance(value, str) and flag.name != "system_prompt":
+                setattr(self, flag.name, os.path.expanduser(value))
 
     @property
     def adapter(self):
@@ -332,7 +337,7 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
                                    "holds",
     "gradient_accumulation_steps": "--batch_size is the whole step (ppo, grpo: the whole rollout); "
                                    "--micro_batch_tokens cuts it to fit the memory",
-    "packing": "rows are not packed but sorted by length inside a step, which removes the padding",
+    "packing": "rows are not packed but sorted by length inside a step, which leaves little padding",
     "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
     "max_seq_length": "use --max_length", "use_peft": "use --lora_r 16", "lr": "use --learning_rate",
@@ -472,8 +477,6 @@ def parse_args(args_class, argv=None):
 
 def pad(rows, value, side="right", dtype=torch.long):
     """N sequences of lengths L_i -> (N, max L) filled with `value` on `side`."""
-    if not rows:
-        return torch.empty(0, 0, dtype=dtype)
     rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
@@ -517,6 +520,11 @@ def shuffled(rows, number, size, seed, name="order"):
     epoch, at = divmod(number, math.ceil(len(rows) / size))
     order = torch.randperm(len(rows), generator=stream(seed, name, epoch)).tolist()
     return [rows[i] for i in order[at * size:(at + 1) * size]]
+
+
+def steps_of(rows, size, epochs=1):
+    """How many batches of `size` rows so many epochs have."""
+    return math.ceil(round(math.ceil(len(rows) / size) * epochs, 6))  # 50 * 1.1 is 55.00000000000001
 
 
 def stream(*key):
@@ -584,8 +592,8 @@ class Decoder:
         still(f"sampling: {len(tokens)} completions have {self.steps} tokens")
 
     def step(self, tokens, ends):
-        """Appends tokens (rows,) and drops the rows whose token `ends` (rows,) them -> whether any is left to
-        go on with; then .logits and .rows are new."""
+        """Appends tokens (rows,) and drops the rows where `ends` (rows,) is true -> whether any is left to go
+        on with; then .logits and .rows are new."""
         self.count(tokens, ends)
         kept = (~ends).nonzero().squeeze(-1)
         if self.steps == self.C or len(kept) == 0:
@@ -612,7 +620,7 @@ class ReplayingDecoder(Decoder):
 
     @staticmethod
     def if_suited(model, *args):
-        """One, or None: not on this device, or, which is said once, not with this model."""
+        """One, or None: not on this device, not with so many rows, or, which is said once, not this model."""
         kind = next(model.parameters()).device.type
         if kind in ReplayingDecoder.DEVICES and ReplayingDecoder.known.get(model) != "unsuited":
             try:
@@ -664,7 +672,7 @@ class ReplayingDecoder(Decoder):
             self.launch_from_now_on(waits)
 
     def look_for_waits(self):
-        """Repeats a step -> its error where it asks the GPU for a value: recording that breaks CUDA."""
+        """Repeats a step -> its error where it asks the GPU for a value: recording it would break CUDA."""
         mode = torch.cuda.set_sync_debug_mode if self.rows.is_cuda else str
         mode("error")
         try:
@@ -781,8 +789,9 @@ AttentionInterface.register("in groups", attend_in_groups)
 
 @torch.no_grad()
 def complete_greedily(model, prompts, stop_ids, max_completion_length):
-    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one. By
-    generate(), which knows the caches of all models; nothing is inherited from their generation configs."""
+    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one. Where
+    nothing is replayed, by generate(), which knows the caches of all models; nothing is inherited from their
+    generation configs."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
     limit = max(1, min(max_completion_length, room))
@@ -990,19 +999,20 @@ def find_answer(tokenizer, messages, k, text):
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
-    """messages -> [{"input_ids": [...], "mask": [...], "notes": Counter}], usually one. ValueError. An answer
-    is what the final rendering has from the end of the generation prompt to the first stop token, which is
-    included: nothing after it is ever sampled. A template that rewrites earlier turns (thinking models), or
-    ends none but the last, gives a row for each trained turn. `notes` is for the printed report. A token that
-    belongs half to an answer and half to what surrounds it is not trained."""
+    """messages -> [{"input_ids": [...], "mask": [...], "answer": the place of the first trained one (of the
+    last, if all counts), "notes": Counter}], usually one. ValueError. An answer is what the final rendering
+    has from the end of the generation prompt to the first stop token, which is included: nothing after it is
+    ever sampled. A template that rewrites earlier turns (thinking models), or ends none but the last, gives a
+    row for each trained turn. `notes` is for the printed report. A token that belongs half to an answer and
+    half to what surrounds it is not trained."""
     text = render(tokenizer, messages)
     trained = [k for k, message in enumerate(messages) if message["train"]]
+    if not completion_only_loss:
+        trained = trained[-1:]  # everything counts; only the end is to be found
 
     def a_row_a_turn():
         parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
         return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
-    if not completion_only_loss:
-        trained = trained[-1:]  # everything counts; only the end is to be found
     spans = [find_answer(tokenizer, messages, k, text) for k in trained]
     if None in spans:
         require(trained != [len(messages) - 1],
@@ -1016,7 +1026,8 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
     starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends])]
     mask = [0 if completion_only_loss else 1] * len(ids)
     stops, notes = set(stop_token_ids(tokenizer)), Counter()
-    for start, end, asked in spans:
+    answer = bisect_left(starts, spans[0][0])
+    for start, end, asked in spans:  # places in the text; first, last and stop are those of tokens
         first, last = bisect_left(starts, start), bisect_right(ends, end)
         moved = (first > 0 and ends[first - 1] > start) or (last < len(ids) and starts[last] < end)
         notes |= Counter({SHIFTED: moved, UNASKED: not asked})
@@ -1032,20 +1043,20 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
                 mask = mask[:stop] + [1]
         mask[first:stop] = [1] * (stop - first)
     require(any(mask), "no trained token is left after tokenizing")
-    return [{"input_ids": ids, "mask": mask, "notes": notes}]
+    return [{"input_ids": ids, "mask": mask, "answer": answer, "notes": notes}]
 
 
 # ---- showing things to a person ----------------------------------------------------------------------------
 
-def show_example(tokenizer, ids, mask, title="first example", what="trained", limit=600):
+def show_example(tokenizer, ids, mask, title="first example", what="trained"):
     """One row, `what` the mask holds marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
     terminal = ("green", "\033[32m", "\033[0m")
     marks, opening, closing = terminal if sys.stdout.isatty() else ("[[ ]]", "[[", "]]")
     text, trained = "", sum(map(int, mask))
     for marked, part in groupby(zip(map(int, ids), map(int, mask)), key=itemgetter(1)):
         piece = tokenizer.decode([token for token, _ in part], clean_up_tokenization_spaces=False)
-        if len(piece) > limit:
-            piece = piece[:limit // 2] + " ... " + piece[-limit // 2:]
+        if len(piece) > 600:
+            piece = piece[:300] + " ... " + piece[-300:]
         text += opening + piece + closing if marked else piece
     say(f"{title}: {len(ids)} tokens" + (f", {trained} {what}, in {marks}" if trained else ""))
     say("  " + text.replace("\n", "\n  "))
@@ -1105,9 +1116,10 @@ WEIGHTS = {"weight", "train", "training", "loss"}  # of messages: 1 (true) count
 
 
 def read_rows(name, skip_bad_rows=False):
-    """A local .json, .jsonl, .csv or .parquet file, or a dataset (read_dataset) -> [(row dict, place)].
-    UserError with file, line and reason on what cannot be read; skip_bad_rows counts and prints it."""
-    def readable(row):
+    """A local .json, .jsonl, .csv or .parquet file, or a dataset (read_dataset) -> [(row dict, place such as
+    "a.jsonl:12")]. UserError with file, line and reason on what cannot be read; skip_bad_rows counts and
+    prints it."""
+    def checked(row):
         if isinstance(row, ValueError):
             raise row
         require(isinstance(row, dict), "not a JSON object")
@@ -1122,7 +1134,7 @@ def read_rows(name, skip_bad_rows=False):
             f"no such file: {name}")
     with explain(f"cannot read {name}", (OSError, csv.Error)):
         rows = read_file(name) if os.path.isfile(name) else read_dataset(name)
-        return [(row, place) for row, _, place in convert_rows(rows, readable, skip_bad_rows, name)]
+        return [(row, place) for row, _, place in convert_rows(rows, checked, skip_bad_rows, name)]
 
 
 def read_file(path):
@@ -1333,7 +1345,7 @@ def text_value(value, what):
 
 
 def number_value(value, sentence):
-    """float(value), or ValueError(sentence and the value) where that is no finite number."""
+    """float(value), or ValueError(sentence and the value) where that is no number below 1e30."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -1362,7 +1374,8 @@ def unpacked(value):
     return value
 
 
-UNREADABLE = (ValueError, SyntaxError, RecursionError, MemoryError, AttributeError, TypeError)  # raised by
+# what parsed(), and looking at its value, may raise
+UNREADABLE = (ValueError, SyntaxError, RecursionError, MemoryError, AttributeError, TypeError)
 
 
 def parsed(text):
@@ -1418,7 +1431,7 @@ def column_messages(row, column, role="user", train=True):
 
 def prompt_messages(row, column, train=False):
     """The turns of a prompt's column, none of them trained, after those of the row's `history`, whose answers
-    are if `train`."""
+    are trained if `train`."""
     messages, history = column_messages(row, column, train=False), row.get("history") or []
     if isinstance(row[column], str) and messages[-1] == turn("assistant", "", train=False):
         messages.pop()  # a transcript that ends where the answer begins
@@ -1442,7 +1455,7 @@ def joined(prompt, said, column):
     last, first = prompt[-1]["role"], said[0]["role"]
     texts = ["".join(m["content"].split()) for m in said]
     ends, whole = [0, *accumulate(map(len, texts))], "".join(texts)
-    for k in range(len(prompt) if first != "assistant" else 0):  # the first k messages it may lack
+    for k in range(len(prompt) if first != "assistant" else 0):  # said may lack the prompt's first k messages
         asked = "".join("".join(m["content"].split()) for m in prompt[k:])
         if k and "system" in (first, prompt[k]["role"]):
             break
@@ -1482,8 +1495,8 @@ def to_conversation(row, format, system_prompt=None):
     for number, message in enumerate(messages):
         require(message["role"] != "assistant" or message["content"].strip(),
                 f"empty completion (message {number})")
-    messages = with_system(messages, row, system_prompt)
     messages[0]["train"] = False
+    messages = with_system(messages, row, system_prompt)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     require(any(m["train"] for m in messages), "no assistant message to train on")
@@ -1586,22 +1599,23 @@ def encode_sft(tokenizer, conversation, completion_only_loss=True):
     ids = tokenizer(conversation["text"])["input_ids"]
     doubled = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
     ids = ids[doubled:] + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
-    return [{"input_ids": ids, "mask": [1] * len(ids), "notes": {}}]
+    return [{"input_ids": ids, "mask": [1] * len(ids), "answer": 0, "notes": {}}]
 
 
 def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
-    """[(converted, row, place)] -> training rows. encode(converted, row) -> [{"input_ids", "mask", "notes"}];
-    their other fields go into the rows. `counts` (a Counter) says what was split, cut, noted or dropped."""
+    """[(converted, row, place)] -> training rows. encode(converted, row) -> [{"input_ids", "mask", "answer",
+    "notes"}]; their other fields go into the rows. `counts` (a Counter) says what was split, cut, noted or
+    dropped."""
     rows = []
-    for parts, *_ in convert_rows(items, encode, skip_bad_rows):
+    for parts, _, _, place in convert_rows(items, encode, skip_bad_rows):
         counts["rows split into turns"] += len(parts) > 1
         for part in parts:
-            whole, mask, notes = (part.pop(name) for name in ("input_ids", "mask", "notes"))
-            kept = kept_part(len(whole), mask.index(1), max_length)
-            row = make_row(whole[kept], mask[kept], **part)
+            whole, mask, answer, notes = map(part.pop, ("input_ids", "mask", "answer", "notes"))
+            kept = kept_part(len(whole), answer, max_length)
+            row = make_row(whole[kept], mask[kept], place=place, **part)
             if row["trained"]:
                 rows.append(row)
-            counts["cut to max_length"] += len(whole) > max_length
+            counts[f"cut to {max_length} tokens"] += len(whole) > max_length
             counts.update(notes)
             counts["without a trained token dropped"] += not row["trained"]
     return rows
@@ -1609,8 +1623,9 @@ def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
 
 def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     """[(pair, row, place)] -> [{"rows": [chosen, rejected], "prompt" (its last message), "prompt_ids",
-    "margin", "row"}]. Both sides lose the same tokens of the prompt's beginning, then each its completion's
-    end. Empty and identical pairs are dropped; `counts` (a Counter) says how many, and what was cut."""
+    "margin", "row", "place"}]. Both sides lose the same tokens of the prompt's beginning, then each its
+    completion's end. Empty and identical pairs are dropped; `counts` (a Counter) says how many, and what was
+    cut."""
     def encode(pair, row):
         parts = [encode_conversation(tokenizer, pair["prompt"] + pair[side]) for side in SIDES]
         require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, or does not end them, "
@@ -1621,11 +1636,11 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     pairs = []
     kept = [item for item in items if all(m["content"].strip() for side in SIDES for m in item[0][side])]
     counts["dropped: an empty completion"] += len(items) - len(kept)
-    for (sides, prompt_ids), pair, row, _ in convert_rows(kept, encode, skip_bad_rows):
+    for (sides, prompt_ids), pair, row, place in convert_rows(kept, encode, skip_bad_rows):
         longest = max(len(side["mask"]) for side in sides)
-        part = kept_part(longest, min(side["mask"].index(1) for side in sides), max_length)
+        part = kept_part(longest, min(side["answer"] for side in sides), max_length)
         chosen, rejected = (make_row(side["input_ids"][part], side["mask"][part]) for side in sides)
-        counts["cut to max_length"] += longest > max_length
+        counts[f"cut to {max_length} tokens"] += longest > max_length
         counts.update(sides[0]["notes"] | sides[1]["notes"])
         if all(chosen[name].equal(rejected[name]) for name in ("input_ids", "mask")):
             counts["dropped: the two sides are identical"] += 1
@@ -1633,7 +1648,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
             counts["dropped: no trained token left"] += 1
         else:
             pairs.append({"rows": [chosen, rejected], "prompt": pair["prompt"][-1]["content"],
-                          "prompt_ids": prompt_ids, "margin": pair["margin"], "row": row})
+                          "prompt_ids": prompt_ids, "margin": pair["margin"], "row": row, "place": place})
     return pairs
 
 
@@ -1878,8 +1893,8 @@ def code_reward(prompts, completions, tests=None, **columns):
     not, None where there are none. This is no sandbox: it limits accidents, not malice. Files, the network,
     the token in the caller's frame, an object that equals everything are within reach. Use a container."""
     tests = [strings_of("tests", value) for value in tests or [None] * len(completions)]
-    at_once = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes share the cores
-    stop, pool = threading.Event(), ThreadPoolExecutor(max(1, at_once))
+    cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    stop, pool = threading.Event(), ThreadPoolExecutor(max(1, cores // processes))
     try:
         return list(pool.map(passes, completions, tests, repeat(stop)))
     finally:  # --reward_timeout interrupts this thread alone: the others kill what they run
@@ -1917,8 +1932,9 @@ def try_rewards(rewards, train, held, args):
         if unread:
             say(f"warning  accuracy does not apply to {len(unread):,} of {len(train):,} prompts: it reads no "
                 f"number in their answers, such as {unread[0]}")
-    n, trial = max(2, args.num_generations), {"text": "made up, to try the rewards", "truncated": False}
-    score(rewards, train[:1] * n, [trial | {"completion_ids": [0]}] * n, 0, 0, args.reward_timeout)
+    n, trial = max(2, args.num_generations), {"text": "made up, to try the rewards", "truncated": False,
+                                                "completion_ids": [0]}
+    score(rewards, train[:1] * n, [trial] * n, 0, 0, args.reward_timeout)
 
 
 def load_reward(name, weight, args, device):
@@ -1993,7 +2009,7 @@ def value_start(args, rewards, tokenizer):
         say(f"value    {reward.path} {reason}: the value cannot start from it")
 
 
-GRACE = 5.0  # seconds until a reward that goes on after a TimeoutError ends the run
+GRACE = 5.0  # seconds that a reward may go on after its TimeoutError before the run is ended
 
 
 def end_at_once(sentence):
@@ -2086,9 +2102,6 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     prompts[i] is the prompt of rows[i]. UserError naming the reward and the completion on an exception, a
     wrong length or type, or a number that is not finite; naming the reward if it takes too long."""
     logged, values = {}, []
-
-    def log_metric(name, value):
-        logged[str(name)] = float(value)
     texts, truncated = [row["text"] for row in rows], [row["truncated"] for row in rows]
     for_models = {"turns": [prompt["turns"] for prompt in prompts], "completions": texts,
                   "truncated": truncated}
@@ -2100,7 +2113,7 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
             for text, prompt in zip(texts, prompts)],  # a message where the prompt is messages
         "completion_ids": [row["completion_ids"] for row in rows],
         "trainer_state": SimpleNamespace(global_step=step, max_steps=total_steps),
-        "log_metric": log_metric,
+        "log_metric": lambda name, value: logged.update({str(name): float(value)}),
         "log_extra": lambda name, values: None}
     places = [f"the completion {text[:80]!r} of row {prompt['place']}"
               for text, prompt in zip(texts, prompts)]
@@ -2225,7 +2238,7 @@ def verify(answers, right, scores):
     or None. For k = 1, 2, 4 ... n the last three choose among the first k samples. A vote's weights are
     softmax(scores): only differences between a reward model's scores mean anything."""
     n, metrics = len(answers[0]), {}
-    for k in sorted({2**i for i in range(n.bit_length())} - {0} | {n}):
+    for k in sorted({2**i for i in range(n.bit_length())} | {n}):
         correct = [group.count(truth) for group, truth in zip(answers, right)]
         metrics[f"pass@{k}"] = sum(pass_at_k(n, c, k) for c in correct) / len(answers)
         chosen = {"majority": [vote(group[:k]) for group in answers]}
@@ -2546,7 +2559,7 @@ def use_scoring_pad_token(tokenizer):
     return tokenizer.pad_token_id
 
 
-def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=16, date=None):
+def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
     """A reward model's folder (full, merged or adapter) -> (names of its scores, score). score(conversations:
     lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the last answer; one that
     is truncated gets no end-of-turn token."""
@@ -2577,7 +2590,7 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, batch_size=
             if no_end and rows[i][-1] in stops:
                 rows[i] = rows[i][:-1]
         scores, lengths = torch.zeros(len(rows), config.num_labels), [len(row) for row in rows]
-        for at in cut(lengths, batch_size * max(lengths)):
+        for at in cut(lengths, 16 * max(lengths)):
             batch = tokenizer.pad({"input_ids": [rows[i] for i in at]}, padding_side="right",
                                   return_attention_mask=True, return_tensors="pt").to(device)
             scores[at] = model(**batch).logits.float().cpu()
@@ -2620,16 +2633,24 @@ def rollout_memory(config, completions, length, bf16):
     return completions * (cache + 36 * config.vocab_size)
 
 
-def say_memory(model, args, device):
-    """Says, by estimate, what this process takes at its peak, and what makes it smaller."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+def say_memory(module, args, device):
+    """Says, by estimate, what this process takes at its peak without reward models, and what makes it
+    smaller. `module` is the policy with what is trained beside it."""
+    def size_of(part):
+        return sum(p.numel() * p.element_size() for p in part.parameters())
+    model, full = module.model, not trains_adapter(args)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    weights = size_of(module)
     weights += trained * (14 if args.bf16 else 12)  # AdamW's moments 8, gradients 4, under autocast a copy 2
+    reference = getattr(args, "kl_coef", 0) or not getattr(args, "precompute_ref_log_probs", True)
+    weights += size_of(model) if full and reference else 0
+    trunks = 1 if getattr(module, "trunk", None) is None else 2  # ppo's value may have one of its own
     room = torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().total
-    full, rollout, gib, said = not trains_adapter(args), 0, 2**30, ""
+    rollout, gib, said = 0, 2**30, ""
     with suppress(AttributeError):  # a config that has no such sizes
         config = model.config.get_text_config()
-        step = step_memory(config, args.micro_batch_tokens, full, args.bf16, args.gradient_checkpointing)
+        step = trunks * step_memory(config, args.micro_batch_tokens, full, args.bf16,
+                                    args.gradient_checkpointing)
         if hasattr(args, "rollout_batch_size"):
             completions = min(args.rollout_batch_size, args.batch_size * args.num_generations)
             length = args.max_prompt_length + args.max_completion_length
@@ -2903,13 +2924,17 @@ def unsharded(module):
 
 
 def whole(value):
-    """A tensor, gathered from all processes on the CPU if FSDP has sharded it."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    """A tensor. One that FSDP has sharded is gathered on the CPU of the first process: it alone writes. The
+    others get the sum, which says whether all is finite: a copy each would not fit one machine's memory."""
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if torch.distributed.get_rank() == 0 else full.sum().cpu()
 
 
 def like(value, parameter):
-    """A whole tensor of the first process's, sharded as the parameter is if it has its shape; on the others
-    `value` is its outline (Run.from_first). Every process calls it."""
+    """The first process's whole `value`, sent to all, and sharded if `parameter` is and has its shape. On the
+    others `value` is an outline (Run.from_first). Every process calls it."""
     if torch.is_tensor(value) and torch.distributed.is_initialized():
         to = {"device": parameter.device}
         value = torch.empty_like(value, **to) if value.is_meta else value.to(**to).contiguous()
@@ -2922,7 +2947,7 @@ def like(value, parameter):
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
 # Arguments that may differ when a run is resumed: none of them changes the resulting weights (but for
-# micro_batch_tokens where there is dropout: check_cut).
+# micro_batch_tokens where there is dropout: check_cut; sampler_device: another kernel rounds differently).
 MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps",
               "save_total_limit", "logging_steps", "log_with", "micro_batch_tokens", "rollout_batch_size",
               "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step",
@@ -2988,7 +3013,7 @@ def check_free(args):
         return
     names = outputs(args)
     used = [name for name in names if os.path.lexists(os.path.join(args.output_dir, name))]
-    # it ended before its first checkpoint, and is asked to go on, or made one step at most
+    # replaced are a run that made one step at most and, asked to go on, one that has no checkpoint yet
     log, *paths = (os.path.join(args.output_dir, name) for name in ("metrics.jsonl", *used))
     with explain(log, OSError), open(log if os.path.isfile(log) else os.devnull, "rb") as file:
         started = all(map(os.path.isfile, paths)) and len(file.readlines()) < 2
@@ -3025,7 +3050,10 @@ def find_checkpoint(args):
         except Exception as error:
             require(wanted == "latest", f"--resume_from_checkpoint {path}: {reason_of(error)}")
             say(f"resume   passing over {path}: {reason_of(error)}")
-    say(f"resume   no whole checkpoint in {folder}: starting from the beginning")
+    # a run that was killed never looks like this, a disk that fails does
+    require(not steps_in(folder) or args.overwrite_output_dir, f"no checkpoint in {folder} can be read; "
+            "--overwrite_output_dir in place of --resume_from_checkpoint begins again")
+    say(f"resume   no checkpoint in {folder}: starting from the beginning")
     return None, None
 
 
@@ -3197,16 +3225,18 @@ class Sampler:
             self.pipe.send((step, self.run.state["draws"]))
 
     def start(self):
-        """Starts the process. Its arguments are small: to write large ones to one that is dead never ends."""
+        """Starts the process. Its arguments are small: to write large ones to one that is dead never ends;
+        to send them does, because the pipe's other end is closed here."""
         context = torch.multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve_rollouts, args=(
             self.prepare, self.run.args, self.device, torch.get_num_threads(), self.run.total_steps,
             self.weights, theirs))
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
+        resource_tracker.ensure_running()  # or start() does it, and lets the signals in
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new process begins with this mask
         self.process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        atexit.register(self.process.kill)
+        atexit.register(self.process.kill)  # or the exit would wait for it, without end
         theirs.close()
         say(f"sampler  process {self.process.pid} samples on {self.device}")
         with suppress(OSError):
@@ -3234,7 +3264,8 @@ class Sampler:
             self.process.join(5)
             code = self.process.exitcode
             why = ("memory ran out, most likely" if code == -signal.SIGKILL else
-                   "a script of your own that calls main needs `if __name__ == '__main__':` before it")
+                   "what it printed says why (a script of your own that calls main needs "
+                   "`if __name__ == '__main__':` before it)")
             raise UserError(f"the process that samples (--rollout_lag 1) ended with exit code {code}; {why}"
                             ) from None
         require(draws is not None, said)
@@ -3244,15 +3275,12 @@ class Sampler:
         return data
 
 
-DEAF_TO = signal.SIGINT, signal.SIGTERM  # the process that updates answers them, and ends the other
-
-
 def serve_rollouts(prepare, args, device, threads, total_steps, weights, pipe):
     """The life of a Sampler's process: loads what `prepare` does, then makes a rollout whenever it is asked.
     It ends with the process that started it, whatever ends that one."""
-    for number in DEAF_TO:
+    for number in SIGNALS:  # the process that updates answers them, and ends this one
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which processes of rewards would inherit
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     parent = torch.multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
@@ -3402,7 +3430,7 @@ class Run:
         if self.step == total_steps > 0:
             say(f"resume   the run is complete at step {total_steps}: only the model is saved again")
         if total_steps:
-            say_memory(self.module.model, args, self.device)
+            say_memory(self.module, args, self.device)
         if 0 < args.max_steps < total_steps:
             say(f"flags    --max_steps {args.max_steps} ends inside a rollout: {total_steps} steps are made")
         self.state["unevaluated"] |= total_steps == 0  # then there is nothing else to do
@@ -3425,6 +3453,10 @@ class Run:
                         os.remove(path)
                 elif path.endswith(".jsonl"):
                     cut_back(path, self.step)
+                elif path.endswith("checkpoints"):  # this run makes the later ones again
+                    for later in steps_in(path):
+                        if later > os.path.join(path, f"step-{self.step:08d}"):
+                            shutil.rmtree(later)
             if self.writes:
                 if "base" in outputs(args):
                     shutil.rmtree(os.path.join(folder, "base"), ignore_errors=True)
@@ -3442,11 +3474,11 @@ class Run:
             self.signal, cut = number, self.evaluating and self.place[1] == 1
             what = "without this evaluation" if cut else "after this step (ppo, grpo: this rollout)"
             say(f"stopping {what}, with a checkpoint (once more: at once)", file=sys.stderr)
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
             if cut:
                 raise KeyboardInterrupt
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, note)
 
     def micro_batches(self, groups, fields=(), module=None, micro_batch_tokens=None):
@@ -3584,10 +3616,13 @@ class Run:
         if self.bar.disable and shows:
             say(f"step {self.step}/{self.total_steps}  {figures}")
 
-    def check_finite(self, loss, grad_norm, where, remedy="Try a lower --learning_rate"):
-        """UserError unless both are finite: before the update, so that no checkpoint is spoilt."""
+    def check_finite(self, loss, grad_norm, rows, remedy="Try a lower --learning_rate"):
+        """UserError unless both are finite: before the update, so that no checkpoint is spoilt. `rows` (dicts
+        with a place) are what the step is made of."""
+        places = list(dict.fromkeys(row["place"] for row in rows))
+        named = ", ".join(places[:8]) + ", ..." * (len(places) > 8)
         require(math.isfinite(loss) and math.isfinite(grad_norm),
-                f"step {self.step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on {where}; "
+                f"step {self.step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on {named}; "
                 f"this update was not made, and the checkpoints are whole. {remedy}")
 
     def check_first_update(self, metrics):
@@ -3658,6 +3693,8 @@ class Run:
 
     def save_or_leave(self):
         """The end of a step (ppo, grpo: of a rollout), the only place where a run can be cut."""
+        if self.place[1] == 1:  # a signal since Sums.reduce, by which several processes agree
+            self.stop |= self.signal > 0 and self.step < self.total_steps
         if self.due(self.args.save_steps) or self.stop:
             self.save()
         if self.stop:
@@ -3729,7 +3766,7 @@ class Sums:
         stop = torch.tensor(float(run.signal), dtype=torch.float64, device=run.device)
         everybody = run.accelerator.gather(torch.stack([*self.named.values(), stop])[None])  # (processes, N)
         *values, stop = everybody.sum(0).tolist()
-        # a signal may have reached one process alone; after the last step the run ends as it is
+        # a signal may have reached one process alone; an evaluation after the last step stops nothing
         run.stop = run.stop or (stop > 0 and run.step < run.total_steps)
         total = dict(zip(self.named, values))
         largest = dict(zip(self.named, everybody.amax(0).tolist()))

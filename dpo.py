@@ -202,7 +202,7 @@ class Policy(nn.Module):
 @torch.no_grad()
 def check_head(policy, model, row, run):
     """UserError if trunk, head, scale and cap do not give the model's log-probs on a row's first tokens."""
-    ids = torch.as_tensor(row["input_ids"][:64]).long()[None].to(run.device)
+    ids = torch.as_tensor(row["input_ids"]).long().repeat(2)[None, :64].to(run.device)  # of one token two
     mask = torch.arange(ids.shape[1], device=run.device)[None].clamp(max=1)  # all but the first token
     model.eval()
     with run.accelerator.autocast():
@@ -234,9 +234,12 @@ def load_pairs(args, tokenizer):
     return train, held
 
 
+FIELDS = ("weight", "ref_sum")  # a number of each row
+
+
 def groups_of(pairs):
     """Pairs -> [[chosen row, rejected row]]; a row gets its pair's weight in the mean over all of them, and a
-    note for the audit page. Rows that a process without pairs makes up have no weight: they count as 0."""
+    note for the audit page. A process that has no pairs left makes up rows without a weight: they add 0."""
     for pair in pairs:
         for side, row in zip(common.SIDES, pair["rows"]):
             row |= {"weight": 1 / len(pairs), "note": f"{side}, "}
@@ -259,7 +262,7 @@ def pair_figures(mb, args):
     nll = -sums[0] / lengths[0]  # mean over the chosen completion's tokens
     chosen, rejected = args.beta * (sums.detach() - ref_sums)
     margins = chosen - rejected
-    tie = margins.abs() < 1e-4  # what rounding makes of equal ones: half a pair is right
+    tie = margins.abs() < 1e-4 * args.beta  # log-ratios differ by rounding alone: half a pair is right
     figures = {"loss": losses + args.sft_coef * nll, "dpo_loss": losses, "nll_loss": nll,
                "rewards/chosen": chosen, "rewards/rejected": rejected,
                "rewards/margins": margins, "rewards/accuracies": torch.where(tie, 0.5, (margins > 0).float()),
@@ -280,19 +283,22 @@ def pair_shares(mb, args):
     """What each token adds to the step's loss -> share (2B, T) fp64, constants (2B,), mask and columns.
 
     Of a pair L(0), its constant, and c_t / m (L(m) - L(0)), m = sum_t c_t, c_t = +- (log pi - log ref) of a
-    token, over the length for ipo. For m -> 0 the factor is dL/dm. Log-ratios 2 and 1 (chosen), 0 (rejected)
+    token, over the length for ipo. A chosen token has its part of --sft_coef's NLL too; all is times the
+    pair's weight. Log-ratios 2 and 1 (chosen), 0 (rejected)
     and beta 0.1: L(0) = 0.6931, L(3) = 0.5544, shares -0.0925 and -0.0463.
     """
     B, lengths = len(mb.mask) // 2, mb.mask.sum(-1, keepdim=True).clamp(min=1)
     logratios = mb.logprobs.double() - mb.ref_logprobs
-    given = mb.logprobs.sum(-1, keepdim=True) - mb.ref_sum  # (2B, 1): the sums that the loss saw, in fp32
-    # the rounding of these is spread over the tokens
+    # (2B, 1): the sums that the loss saw. Their rounding, in fp32, is spread over the tokens, or the shares
+    # would not add up to the loss.
+    given = mb.logprobs.sum(-1, keepdim=True) - mb.ref_sum
     logratios += mb.mask * (given - logratios.sum(-1, keepdim=True)) / lengths
     parts = logratios / (lengths if args.loss_type == "ipo" else 1)  # c_t
     parts[B:] *= -1  # the rejected rows'
     margins = parts.sum(-1).view(2, B).sum(0)  # (B,)
-    margins = torch.where(margins.abs() > 1e-6, margins, 1e-6)
+    margins = torch.where(margins.abs() > 1e-6, margins, 1e-6)  # then the quotient below is dL/dm
     ends = torch.stack([margins, torch.zeros_like(margins)])  # of the path, its start second
+    # a margin m is that of a chosen log-ratio m and a rejected one 0
     losses, at_zero = dpo_loss(ends, 0, 0, 0, args.beta, args.loss_type, args.label_smoothing)
     shares = parts * ((losses - at_zero) / margins).repeat(2)[:, None]
     shares[:B] -= args.sft_coef * mb.logprobs[:B] / lengths[:B]
@@ -342,7 +348,6 @@ def make_optimizer(module, args):
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
-FIELDS = ("weight", "ref_sum")  # a number of each row
 
 
 def main(args):
@@ -355,8 +360,9 @@ def main(args):
     run.check_data(rows[:2 * len(train)], held)
     for side, row in zip(common.SIDES, rows):
         common.show_example(run.tokenizer, row["input_ids"], row["mask"], f"first {side}")
-    steps_per_epoch = math.ceil(len(train) / args.batch_size)
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    steps_per_epoch = common.steps_of(train, args.batch_size)
+    by_epochs = common.steps_of(train, args.batch_size, args.num_train_epochs)
+    total_steps = args.max_steps if args.max_steps > 0 else by_epochs
 
     # 2. Policy, reference, optimizer. The reference is the policy here, before a checkpoint is restored.
     model = common.load_model(args, run.tokenizer, run.device)
@@ -368,11 +374,11 @@ def main(args):
     policy, optimizer = run.prepare(Policy(model), make_optimizer(model, args))
     check_head(policy, model, rows[0], run)
     if precompute:  # of the pairs that this run will use, except those that the checkpoint knows
-        known = torch.full((len(rows) // 2, 2), math.nan)
-        if run.checkpoint:
-            known = run.checkpoint["kept"].get("ref_sums")
+        unknown = torch.full((len(rows) // 2, 2), math.nan)
+        known = run.checkpoint["kept"].get("ref_sums") if run.checkpoint else unknown
         require(torch.is_tensor(known) and known.numel() == len(rows),
                 "the checkpoint does not hold the reference log-probs of these pairs")
+        # the first of epoch 0's order, or all
         used = set(common.shuffled(range(len(train)), 0, total_steps * args.batch_size, args.seed))
         missing = [i for i, sums in enumerate(known) if sums.isnan().any() and (i in used or i >= len(train))]
         run.doing, run.kept["ref_sums"] = f"reference log-probs of {len(missing):,} pairs", known
@@ -406,12 +412,12 @@ def main(args):
         report()
     for step in range(run.step, total_steps):
         # 3. The pairs of this step: they depend on (seed, epoch) and the step alone.
-        numbers = common.shuffled(range(len(train)), step, args.batch_size, args.seed)
-        groups = groups_of([train[i] for i in numbers])  # the denominator is that of the whole step
+        pairs = common.shuffled(train, step, args.batch_size, args.seed)
+        groups = groups_of(pairs)  # the denominator is that of the whole step
 
         # 4. The gradient, a micro-batch at a time: any cut gives the same.
         sums = common.Sums(run)
-        for mb in run.micro_batches(groups, FIELDS, policy):  # (2B, T), or (2B, 1): a number a row
+        for mb in run.micro_batches(groups, FIELDS, module=policy):  # (2B, T), or (2B, 1): a number a row
             add_reference(mb)  # first: it may switch adapters, and backward runs the policy's layers again
             mb.logprobs, _, _ = policy(mb.input_ids, mb.mask)  # (2B, T), 0 where the mask is 0
             figures = pair_figures(mb, args)
@@ -423,7 +429,7 @@ def main(args):
         # 5. The update.
         most = args.max_grad_norm or math.inf
         grad_norm = run.accelerator.clip_grad_norm_(policy.parameters(), most).item()
-        run.check_finite(metrics["loss"], grad_norm, f"pairs {numbers[:8]} ... of the training data")
+        run.check_finite(metrics["loss"], grad_norm, pairs)
         if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
             return
         learning_rate = learning_rate_at(step, total_steps, args)

@@ -18,7 +18,7 @@ Differences from the papers
 4. --drop_flat_groups looks at the whole score; DAPO at correctness. It draws at most 10 times.
 5. --loss_type dr_grpo still divides by the std: add --scale_rewards none.
 6. With --importance_sampling_level sequence the KL term keeps each token's own ratio.
-7. --best_fraction (RAFT) and --demo_threshold (Lv 2025) add an NLL term that none of these papers has.
+7. --best_fraction (RAFT) and --demo_threshold (Lv 2025) add an NLL term that none of the papers above has.
 8. With --rollout_lag 1 the old policy is the one that sampled: as it was before the previous rollout's
    updates. A run's first rollout has no lag.
 Differences from TRL's GRPOTrainer
@@ -31,7 +31,7 @@ Differences from TRL's GRPOTrainer
 
 Metrics, of a step or, where it says so, of the rollout that its rows come from
 loss                            the objective, negated, + sft_coef * NLL: near 0, so watch the reward
-reward, reward_std              mean score; std inside a group, mean over groups
+reward, reward_std              mean score, --overlong_penalty included; std inside a group, mean over groups
 rewards/<name>/mean, /std, /weighted      one reward function where it applies; its mean after its weight
 frac_reward_zero_std            share of groups whose scores are all equal: they teach nothing
 completions/mean_length, completions/clipped_ratio   tokens; share that was cut at --max_completion_length
@@ -48,8 +48,8 @@ best_fraction, best_length      share of completions that were best in their gro
 demo_fraction                   share of groups that were replaced by a demonstration
 draws, groups                   with --drop_flat_groups: draws of a rollout, groups that it trains on
 grad_norm, learning_rate        before clipping; of this update
-num_tokens, trained_tokens      tokens so far, prompts and every pass counted; those that count in this step
-eval/reward, eval/accuracy      greedy completions of held-out prompts: mean score; share of right answers
+num_tokens, trained_tokens      tokens so far, every pass counted; sampled ones that count in this step
+eval/reward, eval/accuracy      of greedy held-out completions: mean score, no length penalty; share right
 eval/pass@k                     with --eval_samples: chance that at least one of k samples is right
 eval/majority@k, eval/best_of@k, eval/weighted_vote@k   share of prompts where the chosen one of k is right
 
@@ -181,7 +181,7 @@ def best_of_groups(scores, fraction):
     keep the first three; scores 1, 0, 0, 0 keep the first alone.
     """
     lowest, known = scores.nan_to_num(math.inf).amin(1, keepdim=True), scores.nan_to_num(-math.inf)
-    count = math.ceil(round(fraction * scores.shape[1], 9))  # 0.1 * 30 is 3.0000000000000004
+    count = math.ceil(round(fraction * scores.shape[1], 9))  # 0.07 * 100 is 7.000000000000001
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = known.topk(count, 1).values[:, -1:]  # (N, 1), the lowest score that is among the best
@@ -354,7 +354,7 @@ class Policy(nn.Module):
 @torch.no_grad()
 def check_head(policy, model, row, run):
     """UserError if trunk, head, scale and cap do not give the model's log-probs on a row's first tokens."""
-    ids = torch.as_tensor(row["input_ids"][:64]).long()[None].to(run.device)
+    ids = torch.as_tensor(row["input_ids"]).long().repeat(2)[None, :64].to(run.device)  # of one token two
     mask = torch.arange(ids.shape[1], device=run.device)[None].clamp(max=1)  # all but the first token
     model.eval()
     with run.accelerator.autocast():
@@ -410,8 +410,8 @@ def sampled_row(prompt_ids, completion, logprobs, tokenizer, stop_ids):
 def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, first=0):
     """Completes and scores N prompts -> (N groups of G rows, {logged name: value}), alike on every process.
 
-    seed None: greedy. first: how many prompts this step has sampled already. A process samples and scores its
-    share of the prompts; then all are gathered, so what follows knows the whole rollout.
+    seed None: greedy. first: of how many prompts this rollout has completions already. A process samples and
+    scores its share of the prompts; then all are gathered, so what follows knows the whole rollout.
     """
     G, step, rows = num_generations, run.step, []
     process, processes = run.place
@@ -424,9 +424,9 @@ def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, fi
             [torch.rand(args.max_completion_length, generator=stream(seed, "sample", step, first * G + place),
                         dtype=torch.float64) for place in places]).to(run.device)
         with run.accelerator.autocast():
-            sampled = sample(model, [prompts[i]["prompt_ids"] for i in part], uniforms,
-                             args.max_completion_length, args.temperature, stop_ids, G)
-        for place, ids, logprobs, length in zip(places, *(x.cpu() for x in sampled)):
+            drawn = sample(model, [prompts[i]["prompt_ids"] for i in part], uniforms,
+                           args.max_completion_length, args.temperature, stop_ids, G)
+        for place, ids, logprobs, length in zip(places, *(x.cpu() for x in drawn)):
             row = sampled_row(prompts[place // G]["prompt_ids"], ids[:length].tolist(), logprobs[:length],
                               run.tokenizer, stop_ids)
             rows.append(row | {"number": first * G + place, "prompt": prompts[place // G]})
@@ -434,7 +434,7 @@ def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, fi
 
     def scored():
         # a reward function may draw random numbers
-        set_seed(stream(args.seed, "rewards", step, process).initial_seed() % 2**32)
+        set_seed(stream(args.seed, "rewards", step, first, process).initial_seed() % 2**32)
         if not rows:  # fewer prompts than processes
             return [], {}
         values, logged = common.score(rewards, [row["prompt"] for row in rows], rows, step, run.total_steps,
@@ -450,28 +450,29 @@ def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, fi
 
 
 def draw_groups(train, complete, args, run):
-    """Samples batch_size prompts; with --drop_flat_groups again, at most MAX_DRAWS times, until batch_size
+    """Samples batch_size prompts; with --drop_flat_groups again, at most MAX_DRAWS times, until that many
     groups vary -> (all sampled groups, those to train on, figures). The checkpoint counts the draws."""
-    sampled, varied = [], []
+    sampled, varied, logged, wanted = [], [], [], min(args.batch_size, len(train))
     for draw in range(MAX_DRAWS if args.drop_flat_groups else 1):
         prompts = common.shuffled(train, run.state["draws"], args.batch_size, args.seed)
-        groups, logged = complete(prompts, args.num_generations, args.seed, first=len(sampled))
+        groups, figures = complete(prompts, args.num_generations, args.seed, first=len(sampled))
         run.state["draws"] += 1
         for row in common.flat(groups):
             length = len(row["completion_ids"])
             row["score"] += overlong_penalty(length, args.max_completion_length, args.overlong_penalty)
             row["old_logprobs"] = row["sampled_logprobs"]  # unless the trainer makes its own
+        logged.append(figures)
         sampled += groups
         varied += [group for group, teaches in zip(groups, varies(scores_of(groups))) if teaches]
-        if len(varied) >= args.batch_size:
+        if len(varied) >= wanted:
             break
+    figures = common.mean_of(logged)
     if not args.drop_flat_groups:
-        return sampled, sampled, logged
-    run.warn("draws", len(varied) < args.batch_size,
-             f"{MAX_DRAWS} draws gave {len(varied)} of {args.batch_size} groups whose scores differ: prompts "
-             "may be too hard or too easy")
-    groups = (varied or sampled)[:args.batch_size]
-    return sampled, groups, logged | {"draws": draw + 1, "groups": len(groups)}
+        return sampled, sampled, figures
+    run.warn("draws", len(varied) < wanted, f"{MAX_DRAWS} draws gave {len(varied)} of {wanted} groups whose "
+             "scores differ: prompts may be too hard or too easy")
+    groups = (varied or sampled)[:wanted]
+    return sampled, groups, figures | {"draws": draw + 1, "groups": len(groups)}
 
 
 def sampler_of(run, train):
@@ -550,7 +551,8 @@ def evaluate(complete, held, rewards, args):
         scores = torch.tensor([[(judges * row["rewards_per_func"]).nansum() for row in group]
                                for group in groups])
         answers = [common.given_answers(group) for group in groups]
-        metrics |= common.verify(answers, common.right_answers(asked), scores if judges.any() else None)
+        known = [answer for answer in right if answer is not None]
+        metrics |= common.verify(answers, known, scores if judges.any() else None)
     metrics = {f"eval/{name}": value for name, value in metrics.items()
                if not name.endswith(("/std", "/weighted"))}
     return metrics, common.samples_table(rows, rewards)
@@ -597,7 +599,7 @@ def number_of_rollouts(args, train, held, updates):
         say(f"warning  --epsilon {args.epsilon:g} never clips a ratio of whole sequences: 3e-4 is usual")
     if args.max_steps > 0 and args.num_train_epochs:
         return math.ceil(args.max_steps / updates)
-    return math.ceil(math.ceil(len(train) / args.batch_size) * args.num_train_epochs)
+    return common.steps_of(train, args.batch_size, args.num_train_epochs)
 
 
 MAX_DRAWS = 10  # of --drop_flat_groups: after so many the step takes the groups that it has
@@ -608,12 +610,13 @@ PAGE = ("A token's share is weight x loss (the clipped surrogate, negated, and k
 
 
 def main(args):
-    run = common.Run(args, draws=0, first=None, ahead=None)  # folder, processes, and what a checkpoint keeps
+    # Folder, processes; a checkpoint keeps the draws so far, the first rollout's figures, the next rollout.
+    run = common.Run(args, draws=0, first=None, ahead=None)
 
     # 1. Data and rewards: all is read, checked and tried before the policy is loaded.
     rewards = common.load_rewards(args, run.device)
     train, held = common.load_prompts(args, run.tokenizer)
-    gate = common.add_demonstrations(train, rewards, args, run.tokenizer)  # None without --demo_threshold
+    gate = common.add_demonstrations(train, rewards, args, run.tokenizer)  # number of the reward that judges
     run.check_data(train, held, rewards)
     common.try_rewards(rewards, train, held, args)
     updates = args.num_iterations * args.num_minibatches  # of one rollout
@@ -648,7 +651,6 @@ def main(args):
         credit(groups, args)
         groups = [demonstrate(group, args.demo_threshold, gate) for group in groups]
         rows = [row for row in common.flat(groups) if not math.isnan(row["score"])]
-        rows.sort(key=lambda row: -row["sampled"])  # demonstrations last: minibatches are drawn by place
         require(rows, f"step {run.step + 1}: no reward function applies to any completion (None from all)")
         seen = logged | rollout_figures(sampled, groups, rewards, args)
         common.warn_of_drift(run, seen)
@@ -659,7 +661,7 @@ def main(args):
         samples = [row for row in rows if row["sampled"]]  # without demonstrations
         fields = FIELDS + (("ref_logprobs",) if args.kl_coef else ())
         with common.unsharded(policy):
-            if updates > 1 and not args.rollout_lag:  # else the old policy is the current or the sampling one
+            if updates > 1 and not args.rollout_lag:  # a lag: what sampled is old; one update: the current is
                 run.annotate(samples, policy, ("old_logprobs",), args.temperature)
             if args.kl_coef:
                 with use_reference():
@@ -697,22 +699,23 @@ def main(args):
 
             # 8. The update.
             norm = run.accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
-            run.check_finite(metrics["loss"], norm, f"the rollout of {sampled[0][0]['prompt']['place']}")
+            run.check_finite(metrics["loss"], norm, [group[0]["prompt"] for group in sampled])
             run.check_first_update(seen | metrics)  # which looks at a rollout's first alone
             if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
                 return
+            learning_rate = learning_rate_at(run.step, run.total_steps, args)
             for param_group in optimizer.param_groups:
-                param_group["lr"] = learning_rate_at(run.step, run.total_steps, args)
+                param_group["lr"] = learning_rate
             if chosen:  # a short rollout may have fewer completions than there are minibatches
                 optimizer.step()
             optimizer.zero_grad()
             length = metrics["trained_tokens"] / max(1, sum(row["sampled"] for row in chosen))
             run.warn_of_kl(metrics.get("kl", 0.0) * length, "raise --kl_coef or lower --learning_rate")
-            metrics = seen | metrics | {"grad_norm": norm, "learning_rate": param_group["lr"]}
+            metrics = seen | metrics | {"grad_norm": norm, "learning_rate": learning_rate}
             run.done(metrics, sum(len(row["input_ids"]) for row in chosen), SHOWN)
 
         # 9. Between rollouts is the only place to evaluate, save or stop: nothing sampled is lost.
-        sampler.keep()
+        sampler.keep()  # waits for the rollout that was begun in 3
         if run.due(args.eval_steps):
             report()
         run.save_or_leave()

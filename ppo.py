@@ -102,7 +102,7 @@ class Args(common.Args):
                             "vf_coef, " + MOVED, least=0)
     vf_coef: float = arg(0.1, "weight of the value's loss", least=0)
     kl_coef: float = arg(0.05, "price of KL in the reward; 0: no reference policy is kept", least=0)
-    kl_target: float | None = arg(None, "adapt kl_coef, 2 % a rollout, to hold this KL a completion",
+    kl_target: float | None = arg(None, "adapt kl_coef, at most 2 % a rollout, to hold this KL a completion",
                                    "kl_coef", above=0)
     kl_warn: float = arg(50.0, "warn above this KL, in nats a completion", "kl_coef", least=0)
     score_clip: float | None = arg(None, "scores are clipped to -this and +this", above=0)
@@ -127,7 +127,7 @@ class Args(common.Args):
         self.learning_rate = self.learning_rate or (3e-5 if lora else 3e-6)
 
 
-SFT_FRACTION = 0.1  # PPO-ptx: demonstrations of an update, as a share of its completions
+SFT_FRACTION = 0.1  # PPO-ptx: demonstrations of an update, as a share of a full one's completions
 
 
 # ---- loss --------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def make_value(args, start, model, run):
 @torch.no_grad()
 def check_head(policy, model, row, run):
     """UserError if trunk, head, scale and cap do not give the model's log-probs on a row's first tokens."""
-    ids = torch.as_tensor(row["input_ids"][:64]).long()[None].to(run.device)
+    ids = torch.as_tensor(row["input_ids"]).long().repeat(2)[None, :64].to(run.device)  # of one token two
     mask = torch.arange(ids.shape[1], device=run.device)[None].clamp(max=1)  # all but the first token
     model.eval()
     with run.accelerator.autocast():
@@ -476,8 +476,8 @@ def sampled_row(prompt_ids, completion, logprobs, tokenizer, stop_ids):
 def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, first=0):
     """Completes and scores N prompts -> (N groups of G rows, {logged name: value}), alike on every process.
 
-    seed None: greedy. first: how many prompts this step has sampled already. A process samples and scores its
-    share of the prompts; then all are gathered, so what follows knows the whole rollout.
+    seed None: greedy. first: of how many prompts this rollout has completions already. A process samples and
+    scores its share of the prompts; then all are gathered, so what follows knows the whole rollout.
     """
     G, step, rows = num_generations, run.step, []
     process, processes = run.place
@@ -490,9 +490,9 @@ def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, fi
             [torch.rand(args.max_completion_length, generator=stream(seed, "sample", step, first * G + place),
                         dtype=torch.float64) for place in places]).to(run.device)
         with run.accelerator.autocast():
-            sampled = sample(model, [prompts[i]["prompt_ids"] for i in part], uniforms,
-                             args.max_completion_length, args.temperature, stop_ids, G)
-        for place, ids, logprobs, length in zip(places, *(x.cpu() for x in sampled)):
+            drawn = sample(model, [prompts[i]["prompt_ids"] for i in part], uniforms,
+                           args.max_completion_length, args.temperature, stop_ids, G)
+        for place, ids, logprobs, length in zip(places, *(x.cpu() for x in drawn)):
             row = sampled_row(prompts[place // G]["prompt_ids"], ids[:length].tolist(), logprobs[:length],
                               run.tokenizer, stop_ids)
             rows.append(row | {"number": first * G + place, "prompt": prompts[place // G]})
@@ -500,7 +500,7 @@ def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, fi
 
     def scored():
         # a reward function may draw random numbers
-        set_seed(stream(args.seed, "rewards", step, process).initial_seed() % 2**32)
+        set_seed(stream(args.seed, "rewards", step, first, process).initial_seed() % 2**32)
         if not rows:  # fewer prompts than processes
             return [], {}
         values, logged = common.score(rewards, [row["prompt"] for row in rows], rows, step, run.total_steps,
@@ -521,9 +521,9 @@ def add_advantages(rows, args, kl_coef):
     The rows are the whole rollout, on every process: that makes the whitening global.
     """
     names = "old_logprobs", "ref_logprobs", "values", "score", "truncated"
-    mb = common.pad_rows(rows, names, "cpu")  # (N G, T), or (N G, 1): a number a row
+    mb = common.pad_rows(rows, names, "cpu")  # (rows, T), or (rows, 1): a number a row
     scores = bound_scores(mb.score, mb.truncated, args.score_clip, args.missing_eos_penalty)
-    kl = kl_k1(mb.old_logprobs, mb.ref_logprobs)  # without a reference kl_coef is 0
+    kl = kl_k1(mb.old_logprobs, mb.ref_logprobs)  # log pi without a reference: then kl_coef is 0
     token_rewards = per_token_rewards(scores, kl, mb.mask, kl_coef)
     raw, returns = gae(token_rewards, mb.values, mb.mask, args.gamma, args.gae_lambda)
     fields = {"kl": kl, "token_rewards": token_rewards, "returns": returns,
@@ -594,6 +594,7 @@ def make_optimizer(module, args):
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
+# ref_logprobs, kl and token_rewards, of which the advantages are made, are for the audit page alone
 FIELDS = ("sampled", "sampled_logprobs", "old_logprobs", "values", "token_rewards", "advantages", "returns",
           "weight", "nll_weight")
 SHOWN = ("reward", "kl_sequence", "policy_loss", "value_loss", "completions/mean_length")
@@ -615,8 +616,8 @@ def main(args):
     require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
             f"{completions} completions of a rollout")
     updates = args.num_iterations * args.num_minibatches  # of one rollout
-    by_epochs = math.ceil(len(train) / args.batch_size) * args.num_train_epochs
-    rollouts = math.ceil(args.max_steps / updates if args.max_steps > 0 else by_epochs)
+    rollouts = common.steps_of(train, args.batch_size, args.num_train_epochs)
+    rollouts = math.ceil(args.max_steps / updates) if args.max_steps > 0 else rollouts
 
     # 2. Policy, value, reference, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device)
@@ -674,24 +675,22 @@ def main(args):
             sums = common.Sums(run)
             for mb in run.micro_batches(chosen + extra, fields, policy):  # (B, T), or (B, 1): a number a row
                 mb.logprobs, mb.new_values, entropy = policy(mb.input_ids, mb.mask, args.temperature)
-                # A demonstration is in the NLL alone: with mask and log-probs 0 its ratio is 1.
-                mask, logprobs = mb.mask * mb.sampled, mb.logprobs * mb.sampled
-                mb.policy_loss, shown = policy_loss(logprobs, mb.old_logprobs, mb.advantages, args.epsilon)
+                mb.policy_loss, shown = policy_loss(mb.logprobs, mb.old_logprobs, mb.advantages, args.epsilon)
                 mb.value_loss, clipped = value_loss(mb.new_values, mb.values, mb.returns, args.value_clip)
                 nll = -mb.nll_weight * mb.logprobs  # share (B, T): what each token adds to the step's loss
                 share = mb.weight * (mb.policy_loss + args.vf_coef * mb.value_loss) + args.sft_coef * nll
                 run.accelerator.backward(share.sum() * run.accelerator.num_processes)  # DDP averages: undo it
                 if update == 0:  # later updates have moved away from the policy that sampled
-                    shown["sampling/logprob_difference"] = (logprobs - mb.sampled_logprobs).abs()
+                    shown["sampling/logprob_difference"] = (mb.logprobs - mb.sampled_logprobs).abs()
                 parts = {"loss": share, "policy_loss": mb.weight * mb.policy_loss,
                          "value_loss": mb.weight * mb.value_loss} | ({"sft_loss": nll} if extra else {})
-                sums.add(mb, parts, shown | clipped | {"entropy": entropy}, mask)
+                # demonstrations, whose weight is 0, are in the NLL alone
+                sums.add(mb, parts, shown | clipped | {"entropy": entropy}, mb.mask * mb.sampled)
             metrics = sums.reduce()  # the losses, and means over the trained tokens, of all processes
 
             # 8. The update.
             norm = run.accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
-            run.check_finite(metrics["loss"], norm, f"the rollout of {prompts[0]['place']} ...",
-                             "Try a lower --learning_rate, or --score_clip")
+            run.check_finite(metrics["loss"], norm, prompts, "Try a lower --learning_rate, or --score_clip")
             learning_rate = learning_rate_at(run.step, run.total_steps, args)
             metrics = seen | metrics | {"grad_norm": norm, "learning_rate": learning_rate}
             run.check_first_update(metrics)  # which looks at a rollout's first alone

@@ -179,7 +179,7 @@ def load_groups(args, tokenizer):
 def encode_pair_rows(items, tokenizer, args, counts):
     """What to_pair gives -> pairs of rows, [chosen, rejected]."""
     def rows_of(pair):
-        return [scored_at_end(row, margin=pair["margin"], note=f"{side}, ")
+        return [scored_at_end(row, margin=pair["margin"], place=pair["place"], note=f"{side}, ")
                 for row, side in zip(pair["rows"], common.SIDES)]
     pairs = common.encode_pairs(items, tokenizer, args.max_length, counts, args.skip_bad_rows)
     return [rows_of(pair) for pair in pairs]
@@ -196,7 +196,7 @@ def encode_scored_rows(items, tokenizer, args, counts, names):
         part = common.upto_answer(common.encode_conversation(tokenizer, conversation["messages"])[-1])
         return [part | {"targets": [scores[name] for name in names]}]
     rows = common.encode_rows(items, encode, args.max_length, counts, args.skip_bad_rows)
-    return [[scored_at_end(row, targets=row["targets"])] for row in rows]
+    return [[scored_at_end(row, targets=row["targets"], place=row["place"])] for row in rows]
 
 
 def scored_at_end(row, **fields):
@@ -298,9 +298,10 @@ def main(args):
     train, held, names = load_groups(args, run.tokenizer)
     run.check_data(common.flat(train), common.flat(held))
     for title, row in zip(("first row",) if names else ("first chosen", "first rejected"), train[0]):
-        common.show_example(run.tokenizer, row["input_ids"], row["mask"], title, "of the answer")
-    steps_per_epoch = math.ceil(len(train) / args.batch_size)
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+        common.show_example(run.tokenizer, row["input_ids"], row["mask"], title, "is scored")
+    steps_per_epoch = common.steps_of(train, args.batch_size)
+    by_epochs = common.steps_of(train, args.batch_size, args.num_train_epochs)
+    total_steps = args.max_steps if args.max_steps > 0 else by_epochs
 
     # 2. Trunk and head, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device, dropout=True, score_names=names or ["score"])
@@ -320,8 +321,7 @@ def main(args):
     for step in range(run.step, total_steps):
         # 3. The groups of this step: a function of (seed, epoch) and the step. Their number, over all
         # processes, is the denominator: no micro-batch divides by what it happens to hold.
-        places = common.shuffled(range(len(train)), step, args.batch_size, args.seed)
-        groups = [train[i] for i in places]
+        groups = common.shuffled(train, step, args.batch_size, args.seed)
 
         # 4. The gradient, a micro-batch at a time: any cut gives the same, but for dropout.
         torch.manual_seed(stream(args.seed, "dropout", step, run.place[0]).initial_seed())
@@ -342,7 +342,7 @@ def main(args):
 
         # 5. The update.
         norm = run.accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm or math.inf).item()
-        run.check_finite(metrics["loss"], norm, f"rows {places[:8]} ... of the training data")
+        run.check_finite(metrics["loss"], norm, [group[0] for group in groups])
         if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
             return
         for param_group in optimizer.param_groups:

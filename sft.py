@@ -218,7 +218,7 @@ class Policy(nn.Module):
 @torch.no_grad()
 def check_head(policy, model, row, run):
     """UserError if trunk, head, scale and cap do not give the model's log-probs on a row's first tokens."""
-    ids = torch.as_tensor(row["input_ids"][:64]).long()[None].to(run.device)
+    ids = torch.as_tensor(row["input_ids"]).long().repeat(2)[None, :64].to(run.device)  # of one token two
     mask = torch.arange(ids.shape[1], device=run.device)[None].clamp(max=1)  # all but the first token
     model.eval()
     with run.accelerator.autocast():
@@ -324,7 +324,7 @@ def evaluate(policy, model, held, args, run):
 
     model.eval()
     # evaluation mode has no checkpointing: with a backward pass only one row at a time is sure to fit
-    one_row = 1 if args.adversarial and args.gradient_checkpointing else None
+    one_row = 1 if args.adversarial == "fgm" and args.gradient_checkpointing else None
     sums = torch.tensor(run.over_rows(held, figures, micro_batch_tokens=one_row))  # (rows, 4)
     clean, attacked, hits, tokens = sums.double().sum(0).tolist()
     asked = [row for row in held if row.get("answer") is not None]
@@ -390,8 +390,9 @@ def main(args):
     train, held = load_rows(args, run.tokenizer)
     run.check_data(train, held)
     common.show_example(run.tokenizer, train[0]["input_ids"], train[0]["mask"])
-    steps_per_epoch = math.ceil(len(train) / args.batch_size)
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    steps_per_epoch = common.steps_of(train, args.batch_size)
+    by_epochs = common.steps_of(train, args.batch_size, args.num_train_epochs)
+    total_steps = args.max_steps if args.max_steps > 0 else by_epochs
 
     # 2. Model, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device, dropout=True)
@@ -402,6 +403,8 @@ def main(args):
     run.start(total_steps, f"{total_steps} steps of {args.batch_size} rows ({steps_per_epoch} an epoch)")
     best = os.path.join(args.output_dir, "checkpoints", "best")
     if not run.from_first(lambda: os.path.isdir(best)):  # a fresh run, or one resumed into another output_dir
+        if run.state["best_loss"] < math.inf:
+            say("resume   --keep_best begins anew: the earlier run's best weights are in its own output_dir")
         run.state["best_loss"] = math.inf
 
     def report():
@@ -418,16 +421,15 @@ def main(args):
         report()
     while run.step < total_steps:
         # 3. The rows of this step, a function of (seed, step), and the denominator of the whole step.
-        chosen = common.shuffled(range(len(train)), run.step, args.batch_size, args.seed)
-        rows = [train[i] for i in chosen]
-        trained_tokens = sum(row["trained"] for row in rows)  # over all processes
+        rows = common.shuffled(train, run.step, args.batch_size, args.seed)  # of all processes
+        trained_tokens = sum(row["trained"] for row in rows)
         torch.manual_seed(stream(args.seed, "dropout", run.step, process).initial_seed())
 
         # 4. The gradient, a micro-batch at a time: any cut gives the same, but for dropout.
         sums = common.Sums(run)
         for mb in run.micro_batches(rows, module=policy):  # tensors (B, T)
             delta = starting_delta(model, mb, args, run.step)  # (B, T, d), or None
-            # DDP synchronises one backward a step: the last one, in the last micro-batch fgm's second
+            # DDP synchronises the step's last backward alone: with fgm the second of the last micro-batch
             with run.accelerator.no_sync(policy) if fgm and mb.last else nullcontext():
                 mb.logprobs, hits, embeddings = forward(policy, model, mb, delta)
                 mb.loss = sft_loss(mb.logprobs, mb.mask)  # set on mb: the audit page shows what is there
@@ -445,7 +447,7 @@ def main(args):
         # 5. The update.
         limit = args.max_grad_norm or math.inf
         grad_norm = run.accelerator.clip_grad_norm_(policy.parameters(), limit).item()
-        run.check_finite(metrics["loss"], grad_norm, f"rows {chosen[:8]} ... of the training data")
+        run.check_finite(metrics["loss"], grad_norm, rows)
         if sums.write_page(metrics["loss"], "A token's share is its - log p, divided by the step's "
                            f"{trained_tokens} trained tokens{PAGE[args.adversarial]}"):
             return  # --audit: nothing is learned

@@ -20,7 +20,7 @@ PROMISES = {  # key -> (what is promised, how closely)
     "processes": ("two processes give what one gives: update, rollouts, evaluation",
                   "1e-6 relative; rollouts identical"),
     "sharded": ("sharded over two processes by FSDP2 is one process: every metric and the saved model; full, LoRA, "
-                "QLoRA", "1e-4, 1e-5"),
+                "QLoRA", "metrics 1e-4, weights 1e-5"),
     "resume": ("killed after any step, in a rollout or inside a checkpoint, and resumed, is never stopped",
                "bit for bit"),
     "batch mates": ("a completion is the same alone and in any batch", "identical tokens"),
@@ -28,7 +28,7 @@ PROMISES = {  # key -> (what is promised, how closely)
                 "chi-squared; identical tokens"),
     "decoder": ("the decoder for GPUs, run on a CPU, samples what the other one does; windows, LoRA, 4 bit",
                 "identical tokens; log-probs 2e-5"),
-    "no waiting": ("a micro-batch makes the host wait for the device once, for the number of its trained tokens",
+    "no waiting": ("a micro-batch makes the host wait for the device once, and once more where transformers looks",
                    "counted"),
     "lag": ("`--rollout_lag 1` in a process of its own is the same in one process, killed and resumed too", "bit for bit"),
     "ratio": ("in a rollout's first update the ratio is 1, and KL is 0 at the start", "1e-5"),

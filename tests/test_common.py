@@ -661,7 +661,7 @@ def test_memory_by_hand(capsys):
     assert common.rollout_memory(config, 5, 7, False) == 5 * (2 * 2 * 4 * 7 * 4 + 360)
     args = SimpleNamespace(bf16=False, micro_batch_tokens=2**20, gradient_checkpointing=False, lora_r=0, adapter=None)
     model = tiny_model("llama")
-    common.say_memory(model, args, torch.device("cpu"))
+    common.say_memory(SimpleNamespace(model=model, parameters=model.parameters), args, torch.device("cpu"))
     step, weights = common.step_memory(model.config, 2**20, True, False, False), 16 * sum(p.numel() for p in model.parameters())
     said = re.search(r"memory   (\S+) of \d+ GiB at the peak, by estimate: (\S+) for .*--lora_r 16\), (\S+) for a micro", capsys.readouterr().out)
     assert said.groups() == tuple(f"{x / 2**30:.1f}" for x in (weights + step, weights, step))
