@@ -522,9 +522,12 @@ def shuffled(rows, number, size, seed, name="order"):
     return [rows[i] for i in order[at * size:(at + 1) * size]]
 
 
-def steps_of(rows, size, epochs=1):
-    """How many batches of `size` rows so many epochs have."""
-    return math.ceil(round(math.ceil(len(rows) / size) * epochs, 6))  # 50 * 1.1 is 55.00000000000001
+def steps_of(rows, args, updates=1):
+    """How many batches an epoch of these rows has, and how many the run makes, with so many updates each."""
+    an_epoch = math.ceil(len(rows) / args.batch_size)
+    if args.max_steps > 0:
+        return an_epoch, math.ceil(args.max_steps / updates)
+    return an_epoch, math.ceil(round(an_epoch * args.num_train_epochs, 6))  # 50 * 1.1 is 55.00000000000001
 
 
 def stream(*key):
@@ -999,12 +1002,12 @@ def find_answer(tokenizer, messages, k, text):
 
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True):
-    """messages -> [{"input_ids": [...], "mask": [...], "answer": the place of the first trained one (of the
-    last, if all counts), "notes": Counter}], usually one. ValueError. An answer is what the final rendering
-    has from the end of the generation prompt to the first stop token, which is included: nothing after it is
-    ever sampled. A template that rewrites earlier turns (thinking models), or ends none but the last, gives a
-    row for each trained turn. `notes` is for the printed report. A token that belongs half to an answer and
-    half to what surrounds it is not trained."""
+    """messages -> [{"input_ids": [...], "mask": [...], "start": the place of the first trained answer (of
+    the last, if all counts), "notes": Counter}], usually one. ValueError. An answer is what the final
+    rendering has from the end of the generation prompt to the first stop token, which is included:
+    nothing after it is ever sampled. A template that rewrites earlier turns (thinking models), or ends
+    none but the last, gives a row for each trained turn. `notes` is for the printed report. A token that
+    belongs half to an answer and half to what surrounds it is not trained."""
     text = render(tokenizer, messages)
     trained = [k for k, message in enumerate(messages) if message["train"]]
     if not completion_only_loss:
@@ -1026,7 +1029,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
     starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends])]
     mask = [0 if completion_only_loss else 1] * len(ids)
     stops, notes = set(stop_token_ids(tokenizer)), Counter()
-    answer = bisect_left(starts, spans[0][0])
+    answer_start = bisect_left(starts, spans[0][0])
     for start, end, asked in spans:  # places in the text; first, last and stop are those of tokens
         first, last = bisect_left(starts, start), bisect_right(ends, end)
         moved = (first > 0 and ends[first - 1] > start) or (last < len(ids) and starts[last] < end)
@@ -1043,7 +1046,7 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
                 mask = mask[:stop] + [1]
         mask[first:stop] = [1] * (stop - first)
     require(any(mask), "no trained token is left after tokenizing")
-    return [{"input_ids": ids, "mask": mask, "answer": answer, "notes": notes}]
+    return [{"input_ids": ids, "mask": mask, "start": answer_start, "notes": notes}]
 
 
 # ---- showing things to a person ----------------------------------------------------------------------------
@@ -1599,19 +1602,19 @@ def encode_sft(tokenizer, conversation, completion_only_loss=True):
     ids = tokenizer(conversation["text"])["input_ids"]
     doubled = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
     ids = ids[doubled:] + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
-    return [{"input_ids": ids, "mask": [1] * len(ids), "answer": 0, "notes": {}}]
+    return [{"input_ids": ids, "mask": [1] * len(ids), "start": 0, "notes": {}}]
 
 
 def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
-    """[(converted, row, place)] -> training rows. encode(converted, row) -> [{"input_ids", "mask", "answer",
+    """[(converted, row, place)] -> training rows. encode(converted, row) -> [{"input_ids", "mask", "start",
     "notes"}]; their other fields go into the rows. `counts` (a Counter) says what was split, cut, noted or
     dropped."""
     rows = []
     for parts, _, _, place in convert_rows(items, encode, skip_bad_rows):
         counts["rows split into turns"] += len(parts) > 1
         for part in parts:
-            whole, mask, answer, notes = map(part.pop, ("input_ids", "mask", "answer", "notes"))
-            kept = kept_part(len(whole), answer, max_length)
+            whole, mask, start, notes = map(part.pop, ("input_ids", "mask", "start", "notes"))
+            kept = kept_part(len(whole), start, max_length)
             row = make_row(whole[kept], mask[kept], place=place, **part)
             if row["trained"]:
                 rows.append(row)
@@ -1638,7 +1641,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     counts["dropped: an empty completion"] += len(items) - len(kept)
     for (sides, prompt_ids), pair, row, place in convert_rows(kept, encode, skip_bad_rows):
         longest = max(len(side["mask"]) for side in sides)
-        part = kept_part(longest, min(side["answer"] for side in sides), max_length)
+        part = kept_part(longest, min(side["start"] for side in sides), max_length)
         chosen, rejected = (make_row(side["input_ids"][part], side["mask"][part]) for side in sides)
         counts[f"cut to {max_length} tokens"] += longest > max_length
         counts.update(sides[0]["notes"] | sides[1]["notes"])

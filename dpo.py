@@ -360,9 +360,7 @@ def main(args):
     run.check_data(rows[:2 * len(train)], held)
     for side, row in zip(common.SIDES, rows):
         common.show_example(run.tokenizer, row["input_ids"], row["mask"], f"first {side}")
-    steps_per_epoch = common.steps_of(train, args.batch_size)
-    by_epochs = common.steps_of(train, args.batch_size, args.num_train_epochs)
-    total_steps = args.max_steps if args.max_steps > 0 else by_epochs
+    steps_per_epoch, total_steps = common.steps_of(train, args)
 
     # 2. Policy, reference, optimizer. The reference is the policy here, before a checkpoint is restored.
     model = common.load_model(args, run.tokenizer, run.device)

@@ -551,8 +551,7 @@ def evaluate(complete, held, rewards, args):
         scores = torch.tensor([[(judges * row["rewards_per_func"]).nansum() for row in group]
                                for group in groups])
         answers = [common.given_answers(group) for group in groups]
-        known = [answer for answer in right if answer is not None]
-        metrics |= common.verify(answers, known, scores if judges.any() else None)
+        metrics |= common.verify(answers, common.right_answers(asked), scores if judges.any() else None)
     metrics = {f"eval/{name}": value for name, value in metrics.items()
                if not name.endswith(("/std", "/weighted"))}
     return metrics, common.samples_table(rows, rewards)
@@ -597,9 +596,8 @@ def number_of_rollouts(args, train, held, updates):
             "trainer differ by more than --epsilon of GSPO")
     if args.importance_sampling_level == "sequence" and args.epsilon > 0.01:
         say(f"warning  --epsilon {args.epsilon:g} never clips a ratio of whole sequences: 3e-4 is usual")
-    if args.max_steps > 0 and args.num_train_epochs:
-        return math.ceil(args.max_steps / updates)
-    return common.steps_of(train, args.batch_size, args.num_train_epochs)
+    _, rollouts = common.steps_of(train, args, updates)
+    return rollouts if args.num_train_epochs else 0  # --max_steps or not
 
 
 MAX_DRAWS = 10  # of --drop_flat_groups: after so many the step takes the groups that it has
@@ -610,8 +608,7 @@ PAGE = ("A token's share is weight x loss (the clipped surrogate, negated, and k
 
 
 def main(args):
-    # Folder, processes; a checkpoint keeps the draws so far, the first rollout's figures, the next rollout.
-    run = common.Run(args, draws=0, first=None, ahead=None)
+    run = common.Run(args, draws=0, first=None, ahead=None)  # a checkpoint keeps these; ahead: a rollout
 
     # 1. Data and rewards: all is read, checked and tried before the policy is loaded.
     rewards = common.load_rewards(args, run.device)

@@ -616,8 +616,7 @@ def main(args):
     require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
             f"{completions} completions of a rollout")
     updates = args.num_iterations * args.num_minibatches  # of one rollout
-    rollouts = common.steps_of(train, args.batch_size, args.num_train_epochs)
-    rollouts = math.ceil(args.max_steps / updates) if args.max_steps > 0 else rollouts
+    _, rollouts = common.steps_of(train, args, updates)
 
     # 2. Policy, value, reference, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device)

@@ -299,9 +299,7 @@ def main(args):
     run.check_data(common.flat(train), common.flat(held))
     for title, row in zip(("first row",) if names else ("first chosen", "first rejected"), train[0]):
         common.show_example(run.tokenizer, row["input_ids"], row["mask"], title, "is scored")
-    steps_per_epoch = common.steps_of(train, args.batch_size)
-    by_epochs = common.steps_of(train, args.batch_size, args.num_train_epochs)
-    total_steps = args.max_steps if args.max_steps > 0 else by_epochs
+    steps_per_epoch, total_steps = common.steps_of(train, args)
 
     # 2. Trunk and head, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device, dropout=True, score_names=names or ["score"])

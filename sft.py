@@ -390,9 +390,7 @@ def main(args):
     train, held = load_rows(args, run.tokenizer)
     run.check_data(train, held)
     common.show_example(run.tokenizer, train[0]["input_ids"], train[0]["mask"])
-    steps_per_epoch = common.steps_of(train, args.batch_size)
-    by_epochs = common.steps_of(train, args.batch_size, args.num_train_epochs)
-    total_steps = args.max_steps if args.max_steps > 0 else by_epochs
+    steps_per_epoch, total_steps = common.steps_of(train, args)
 
     # 2. Model, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device, dropout=True)

@@ -131,6 +131,9 @@ CASES = {  # format -> rows and the turns they stand for; "+" marks a trained on
         ({"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "a"},
                             {"from": "gpt", "value": "b"}]},
          [(A, "hello"), (U, "a"), ("+", "b")]),
+        ({"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "a"},
+                            {"from": "gpt", "value": "b"}], "system": "be"},
+         [(S, "be"), (A, "hello"), (U, "a"), ("+", "b")]),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "be"},
          [(S, "be"), (U, "a"), ("+", "b")])],
     "alpaca": [
@@ -399,18 +402,33 @@ def test_a_day_that_cannot_be_fixed_is_refused_and_a_scorer_keeps_its_own(tmp_pa
 def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end():
     ids, mask = list(range(10)), [0] * 6 + [1] * 4
     for length, want in ((10, range(10)), (8, range(2, 10)), (5, range(4, 9))):
-        row, = common.encode_rows([({}, {}, "")], lambda *_: [{"input_ids": ids, "mask": mask, "notes": {}}],
+        row, = common.encode_rows([({}, {}, "")], lambda *_: [{"input_ids": ids, "mask": mask, "start": 6, "notes": {}}],
                                   length, common.Counter())
         assert row["input_ids"].tolist() == list(want) and row["mask"].tolist() == [int(i >= 6) for i in want]
     assert [common.kept_part(10, answer, 4) for answer in (0, 1)] == [slice(0, 4)] * 2
     assert common.kept_part(10, 6, 1) == slice(6, 7)
 
 
+def test_a_prompt_that_is_trained_too_loses_its_start_all_the_same(tokenizer):
+    """--completion_only_loss False: of a prompt of 3,000 letters and an answer the answer is left, not the prompt alone."""
+    messages = [common.turn("user", "q" * 3000), common.turn("assistant", "yes")]
+    row, = common.encode_rows([({"messages": messages}, {}, "")], lambda c, _: common.encode_sft(tokenizer, c, False), 100, common.Counter())
+    assert len(row["input_ids"]) == 100 and row["trained"] == 99 and tokenizer.decode(row["input_ids"]).endswith("yes<|end|>")
+    text, = common.encode_rows([({"text": "a" * 90 + "b" * 90}, {}, "")], lambda c, _: common.encode_sft(tokenizer, c), 100, common.Counter())
+    assert tokenizer.decode(text["input_ids"]) == "a" * 90 + "b" * 10  # a text loses its end
+
+
+def test_batches_of_epochs_are_counted_without_rounding_errors():
+    def steps(rows, epochs, most=-1, updates=1):
+        return common.steps_of(range(rows), SimpleNamespace(batch_size=2, num_train_epochs=epochs, max_steps=most), updates)
+    assert [steps(100, epochs) for epochs in (1, 1.1, 0.5, 1.01, 0)] == [(50, 50), (50, 55), (50, 25), (50, 51), (50, 0)]  # 50 * 1.1 > 55
+    assert steps(5, 2) == (3, 6) and steps(5, 2, 7) == (3, 7) and steps(5, 2, 7, 2) == (3, 4)
+
+
 def test_pad():
     assert common.pad([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
     assert common.pad([[1, 2], [3]], 9, side="left").tolist() == [[1, 2], [9, 3]]
-    assert common.pad([torch.tensor([0.5])], 0.0, dtype=torch.float32).tolist() == [[0.5]] and common.pad([],
-                                                            0).shape == (0, 0)
+    assert common.pad([torch.tensor([0.5])], 0.0, dtype=torch.float32).tolist() == [[0.5]]
 
 
 def test_pad_rows_by_hand():
@@ -665,6 +683,12 @@ def test_memory_by_hand(capsys):
     step, weights = common.step_memory(model.config, 2**20, True, False, False), 16 * sum(p.numel() for p in model.parameters())
     said = re.search(r"memory   (\S+) of \d+ GiB at the peak, by estimate: (\S+) for .*--lora_r 16\), (\S+) for a micro", capsys.readouterr().out)
     assert said.groups() == tuple(f"{x / 2**30:.1f}" for x in (weights + step, weights, step))
+    both = torch.nn.ModuleDict({"model": model, "trunk": tiny_model("llama").model})  # ppo's value with a trunk of its own
+    module, args.kl_coef = SimpleNamespace(model=model, trunk=both.trunk, parameters=both.parameters), 0.1
+    common.say_memory(module, args, torch.device("cpu"))
+    weights = 16 * sum(p.numel() for p in both.parameters()) + 4 * sum(p.numel() for p in model.parameters())  # and a reference
+    said = re.search(r"memory   (\S+) of .*by estimate: (\S+) for .*--lora_r 16\), (\S+) for a micro", capsys.readouterr().out)
+    assert said.groups() == tuple(f"{x / 2**30:.1f}" for x in (weights + 2 * step, weights, 2 * step))
 
 
 # ---- files -------------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_identical_and_empty_pairs_are_dropped_and_counted_and_both_sides_keep_t
             {"prompt": "q", "chosen": " ", "rejected": "a"}]
     counts = dpo.Counter()
     (pair,) = common.encode_pairs([(common.to_pair(r, "prompt_pair"), r, "here") for r in rows], tokenizer, 40, counts)
-    assert counts["dropped: the two sides are identical"] == 1 and counts["dropped: an empty completion"] == 1 and counts["cut to max_length"] == 1
+    assert counts["dropped: the two sides are identical"] == 1 and counts["dropped: an empty completion"] == 1 and counts["cut to 40 tokens"] == 1
     texts = [tokenizer.decode(row["input_ids"][row["mask"] == m]) for row in pair["rows"] for m in (0, 1)]
     prompt = "q" * 18 + "<|end|><|assistant|>"  # half of max_length; a cut completion has no end of turn
     assert texts == [prompt, "a" * 20, prompt, "b<|end|>"]

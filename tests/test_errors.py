@@ -439,11 +439,11 @@ def test_what_needs_an_optional_package_says_so(package, flags, sentence, tmp_pa
 
 
 def test_a_huge_row_is_cut_and_counted(tmp_path, capsys):
-    """1 MB in one row beside a short one: cut to max_length, said, trained on."""
+    """1 MB in one row beside a short one: cut to --max_length, said, trained on."""
     (tmp_path / "huge.jsonl").write_text(json.dumps({"prompt": "1+1", "completion": "2" * 1_000_000}) + "\n" + '{"prompt": "1+2", "completion": "3"}\n')
     sft.main(common.parse_args(sft.Args, [SFT, "--output_dir", str(tmp_path / "out"), "--dataset_name", str(tmp_path / "huge.jsonl"), "--max_steps", "1",
                                           "--eval_fraction", "0", "--model_name_or_path", CHECKPOINT]))
-    assert "1 cut to max_length" in capsys.readouterr().out
+    assert re.search(r"1 cut to \d+ tokens", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("script", [sft, dpo, reward_model, grpo, ppo], ids=lambda s: s.__name__)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -595,6 +596,26 @@ def test_later_draws_of_a_step_sample_anew(monkeypatch, tmp_path):
     assert len({str(sorted(d)) for d in drawn}) == grpo.MAX_DRAWS
     distinct = [common.distinct_n(ids) for _, ids in sum(drawn, [])]  # of each completion alone: all may be the same
     assert first["completions/distinct_4"] == pytest.approx(sum(distinct) / len(distinct))
+
+
+def test_draws_of_few_prompts_want_no_more_groups_than_there_are_prompts(monkeypatch, tmp_path):
+    """Three prompts, --batch_size 16: one draw whose three groups vary is enough. A reward's figures are those of all draws, and
+    its random numbers other ones in each."""
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(3)))
+    (tmp_path / "r.py").write_text("import random\ncalls = []\ndef chance(completions, log_metric):\n"
+                                   "    calls.append([random.random() for _ in completions])\n    log_metric('call', len(calls))\n"
+                                   "    return calls[-1] if len(calls) > 1 + LAZY else [1.0] * len(completions)\nLAZY = 0\n")
+    flags = ["--dataset_name", data, "--eval_fraction", 0, "--batch_size", 16, "--num_generations", 4, "--max_steps", 1,
+             "--drop_flat_groups", "--max_completion_length", 4, "--reward_funcs", f"{tmp_path}/r.py:chance"]
+    (first,) = run(grpo, tmp_path / "a", *flags)  # its first call is the trial before the run
+    assert (first["draws"], first["groups"], first["call"]) == (1, 3, 2)
+    (tmp_path / "r.py").write_text((tmp_path / "r.py").read_text().replace("LAZY = 0", "LAZY = 2"))
+    seen, score = [], common.score
+    monkeypatch.setattr(common, "score", lambda *given: (seen.append(random.getstate()), score(*given))[1])
+    (first,) = run(grpo, tmp_path / "b", *flags)
+    assert (first["draws"], first["groups"], first["call"]) == (3, 3, 3)  # calls 2, 3 and 4
+    assert len({str(state) for state in seen[1:]}) == 3
 
 
 @pytest.mark.parametrize("flags", [["--num_iterations", 2], ["--drop_flat_groups"]], ids=str)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, run
-from test_resume import LATEST, assert_equal, outcome
+from test_resume import CATCH_SIGNALS, LATEST, assert_equal, outcome
 from transformers import AutoModelForCausalLM
 
 import common
@@ -156,6 +156,38 @@ def test_a_killed_run_leaves_no_process_and_goes_on(tmp_path):
     assert process.returncode == 130 and "stopped at step" in said and "Traceback" not in said and gone(sampler)
     run(grpo, tmp_path / "out", *LAG, "--save_steps", 1, *LATEST)
     assert_equal(outcome(tmp_path / "out"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.promise("lag")
+@pytest.mark.long
+@pytest.mark.parametrize("seconds", [0.2, 1])
+def test_ctrl_c_while_the_process_begins_saves_a_checkpoint(seconds, tmp_path):
+    """A terminal sends it to both; the other one is still importing."""
+    process = start(tmp_path / "out", start_new_session=True)
+    sampler = sampler_of(process)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[0]
+    assert process.returncode == 130 and "stopped at step 1" in said and "Traceback" not in said and gone(sampler)
+
+
+def test_a_signal_while_the_next_rollout_is_waited_for_stops_the_run_there(tmp_path, monkeypatch):
+    """The updates of the first rollout are made, and no more: a slow sampler is waited for once."""
+    monkeypatch.setattr(common.Run, "catch_signals", CATCH_SIGNALS)
+    keep, kept = common.Sampler.keep, []
+
+    def signalled(self):
+        kept.append(self.run.step)
+        if len(kept) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        keep(self)
+    monkeypatch.setattr(common.Sampler, "keep", signalled)
+    before = [signal.getsignal(number) for number in common.SIGNALS]
+    with pytest.raises(SystemExit) as end:
+        run(grpo, tmp_path / "out", *ALONE)
+    for number, handler in zip(common.SIGNALS, before):
+        signal.signal(number, handler)
+    assert end.value.code == 128 + signal.SIGTERM and [int(path[-8:]) for path in common.steps_in(tmp_path / "out" / "checkpoints")] == [1]
 
 
 @pytest.mark.long

@@ -239,6 +239,33 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, data, whole, tmp_path
     assert_equal(outcome(out), whole[name][0])
 
 
+def test_checkpoints_that_cannot_be_read_are_not_replaced(data, whole, tmp_path):
+    """A kill leaves none of these, a disk that fails does: the command of a queue that starts it again may not remove them."""
+    out = copy_of(whole, "sft", 6, tmp_path / "out")
+    folders = common.steps_in(out / "checkpoints")
+    for folder in folders:
+        os.rename(f"{folder}/state.pt", f"{folder}/away")
+
+    def refused():
+        with pytest.raises(common.UserError, match="can be read; --overwrite_output_dir in place of"):
+            start("sft", data, out, *LATEST, "--overwrite_output_dir", "False")()
+    assert in_child(refused) == 0  # it locks the folder until its process ends
+    assert common.steps_in(out / "checkpoints") == folders and all(os.path.exists(f"{folder}/away") for folder in folders)
+    assert in_child(start("sft", data, out, "--overwrite_output_dir")) == 0
+    assert_equal(outcome(out), whole["sft"][0])
+
+
+def test_going_on_from_an_earlier_checkpoint_makes_the_later_ones_again(data, whole, tmp_path):
+    out = tmp_path / "out"
+    assert in_child(start("sft", data, out, "--save_steps", 1, "--save_total_limit", 10)) == 0
+    folders = common.steps_in(out / "checkpoints")
+    dates = [os.stat(folder).st_mtime_ns for folder in folders]
+    assert in_child(start("sft", data, out, "--save_steps", 1, "--save_total_limit", 3, "--resume_from_checkpoint", folders[1])) == 0
+    assert common.steps_in(out / "checkpoints") == folders[-3:]
+    assert all(os.stat(folder).st_mtime_ns > max(dates) for folder in folders[-3:])
+    assert_equal(outcome(out), whole["sft"][0])
+
+
 def same(a, b):
     """Whether two values of a checkpoint are equal, dicts and lists inside and out."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -303,7 +330,8 @@ def test_a_signal_saves_a_checkpoint_first(name, number, data, whole, tmp_path, 
     status = in_child(child)
     assert os.WEXITSTATUS(status) == 128 + number
     assert "--resume_from_checkpoint latest" in capfd.readouterr().err
-    assert len(glob.glob(f"{tmp_path}/out/checkpoints/step-*")) == 1
+    (folder,) = glob.glob(f"{tmp_path}/out/checkpoints/step-*")
+    assert int(folder[-8:]) == (3 if name == "sft" else 4)  # that step, or the end of its rollout
     assert in_child(start(name, data, tmp_path / "out", *LATEST)) == 0
     assert_equal(outcome(tmp_path / "out"), whole[name][0])
 

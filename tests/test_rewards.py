@@ -422,6 +422,16 @@ def test_what_code_may_use_is_bounded_and_nothing_is_left_running(monkeypatch, t
     assert left_running((tmp_path / name).read_text() for name in "12") == []
 
 
+@pytest.mark.parametrize("cores, processes, at_once", [(4, 1, 4), (4, 2, 2), (1, 2, 1)])
+def test_as_many_programs_run_at_once_as_this_process_has_cores(cores, processes, at_once, monkeypatch):
+    """Not as many as the machine has: a job of 4 cores would time out with the programs of 64."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    pools, pool = [], common.ThreadPoolExecutor
+    monkeypatch.setattr(common, "ThreadPoolExecutor", lambda n: pools.append(n) or pool(n))
+    assert code(F) == [1.0] and pools == [at_once]
+
+
 @pytest.mark.parametrize("how", ["timeout", "killed"])
 def test_code_is_stopped_with_the_reward_that_runs_it(how, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "CODE_SECONDS", 60 if how == "timeout" else 1)

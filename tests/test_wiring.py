@@ -84,7 +84,8 @@ def test_the_seed_decides_the_order_of_the_rows(script, few, tmp_path, monkeypat
     for seed in (0, 1, 1):
         run(script, tmp_path / f"{seed}-{len(drawn)}", *FIRST, *few, "--batch_size", 4, "--seed", seed)
     batches = drawn[::len(drawn) // 3]  # dpo draws a batch twice: for the reference, and to train on it
-    one, two, again = (json.dumps([row if isinstance(row, int) else row["place"] for row in batch]) for batch in batches)
+    one, two, again = (json.dumps([row if isinstance(row, int) else (row[0] if isinstance(row, list) else row)["place"] for row in batch])
+                       for batch in batches)
     assert one != two == again
 
 

@@ -1,10 +1,11 @@
 """Makes the table of sampling beside training: seconds a rollout and its updates, and what the lag costs.
 
     python tests/figures/lag.py [--output_dir out/lag] [--seed 0]                    the small example, 10 minutes
-    python tests/figures/lag.py args.json                                            another run of grpo.py
+    python tests/figures/lag.py args.json [--seconds]                                another run of grpo.py
 
-Seconds are medians between two lines of the run's own output, without the first rollout. Then three seeds of
-the same run, with a lag and without; the runs are made one after the other, and nothing else should run.
+Seconds are medians between two lines of the run's own output, over seven rollouts after the first. Then three
+seeds of the same run (of the example ten rollouts), with a lag and without; not with --seconds. The runs are made one after the
+other, and nothing else should run.
 """
 
 import os
@@ -40,18 +41,21 @@ def run(words, folder, threads, *flags):
 
 
 def main():
-    args = parse_args("lag", words="a file of grpo.py's arguments; default: the example's")
+    args = parse_args("lag", "--seconds", words="a file of grpo.py's arguments; default: the example's")
     words = args.words or [os.path.join(TINY, "grpo.json")]
     print("| | seconds a rollout with its update |\n|---|---|")
     for way, (threads, flags) in WAYS.items():
         seconds = run(words, os.path.join(args.output_dir, "speed"), threads, *flags.split(), "--max_steps",
-                      "12", "--eval_steps", "1000", "--eval_on_start", "False", "--seed", str(args.seed))
+                      "8", "--eval_steps", "1000", "--eval_on_start", "False", "--seed", str(args.seed))
         print(f"| {way} | {statistics.median(seconds):.2f} |", flush=True)
+    if args.seconds:
+        return
     print("\n| seed | lag | held out, at each evaluation | `ratio/deviation`, mean |\n|---|---|---|---|")
     for seed in range(3):
         for lag in ("0", "1"):
             folder = os.path.join(args.output_dir, f"{lag}-{seed}")
-            run(words, folder, 1, "--rollout_lag", lag, "--seed", str(seed))
+            few = [] if args.words else ["--max_steps", "10", "--eval_steps", "2"]
+            run(words, folder, 1, "--rollout_lag", lag, "--seed", str(seed), *few)
             metrics = read_metrics(folder)
             name = "eval/accuracy" if "eval/accuracy" in metrics[0] else "eval/reward"
             held = ", ".join(f"{line[name]:.3f}" for line in metrics if name in line)
