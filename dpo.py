@@ -284,8 +284,8 @@ def pair_shares(mb, args):
 
     Of a pair L(0), its constant, and c_t / m (L(m) - L(0)), m = sum_t c_t, c_t = +- (log pi - log ref) of a
     token, over the length for ipo. A chosen token has its part of --sft_coef's NLL too; all is times the
-    pair's weight. Log-ratios 2 and 1 (chosen), 0 (rejected)
-    and beta 0.1: L(0) = 0.6931, L(3) = 0.5544, shares -0.0925 and -0.0463.
+    pair's weight. Log-ratios 2 and 1 (chosen), 0 (rejected) and beta 0.1: L(0) = 0.6931, L(3) = 0.5544,
+    shares -0.0925 and -0.0463.
     """
     B, lengths = len(mb.mask) // 2, mb.mask.sum(-1, keepdim=True).clamp(min=1)
     logratios = mb.logprobs.double() - mb.ref_logprobs
