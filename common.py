@@ -4,9 +4,9 @@ The line between this file and the scripts: every number between the token ids a
 script. Here names go in and models come out; text goes in, ids and masks come out; rows go in, padded
 micro-batches come out; reward names go in, scores come out. This file knows no loss and steps no optimizer.
 
-Sections   errors · arguments · rows and micro-batches · decoding · tokens and masks · reading data, to
-           messages, to training rows · rewards · models, saving · processes · checkpoints ·
-           sampling beside training · the run · the audit page
+Sections   errors · arguments · reading data, to messages, to tokens and masks, to training rows ·
+           rows and micro-batches · showing things to a person · rewards · models, saving · processes ·
+           checkpoints · decoding · sampling beside training · the run · the audit page
 """
 
 import argparse
@@ -297,7 +297,7 @@ class Args:
     logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step", above=0)
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = arg(
         None, "tracker", aliases=["--report_to"])
-    audit: str | None = arg(None, "train nothing: write what the loss sees of every token to FILE.html")
+    audit: str | None = arg(None, "write what the loss sees of every token to FILE.html, and save nothing")
     audit_step: int | None = arg(None, "the step that --audit shows; default: the first", "audit")
     merge: bool = arg(False, "also write merged/, the adapter merged into its base", "lora_r or adapter")
 
@@ -471,624 +471,6 @@ def parse_args(args_class, argv=None):
         say(f"No --model_name_or_path: running the small example of {os.path.relpath(path)} "
             "(flags go on top of it).")
     return args
-
-
-# ---- rows and micro-batches --------------------------------------------------------------------------------
-
-def pad(rows, value, side="right", dtype=torch.long):
-    """N sequences of lengths L_i -> (N, max L) filled with `value` on `side`."""
-    rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
-
-
-def pad_rows(rows, fields, device):
-    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T: input_ids
-    (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token, 0 where
-    the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0."""
-    mask = pad([r["mask"] for r in rows], 0, dtype=torch.float32)
-    out = {"input_ids": pad([r["input_ids"] for r in rows], 0), "mask": mask}
-    for name in fields:
-        values = [torch.as_tensor(r.get(name, 0.0), dtype=torch.float32) for r in rows]
-        if any(v.ndim for v in values):
-            whole_rows = [v if v.ndim else v.expand(len(r["mask"])) for v, r in zip(values, rows)]
-            out[name] = torch.where(mask.bool(), pad(whole_rows, 0.0, dtype=torch.float32), 0.0)
-        else:
-            out[name] = torch.stack(values)[:, None]
-    if torch.device(device).type == "cuda":  # pinned: the copies wait for nothing
-        out = {name: x.pin_memory() for name, x in out.items()}
-    return SimpleNamespace(**{name: x.to(device, non_blocking=True) for name, x in out.items()})
-
-
-def cut(lengths, micro_batch_tokens, process_index=0, num_processes=1):
-    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of places.
-    Each list holds at most micro_batch_tokens padded tokens (or one row). Every process gets equally many,
-    because under FSDP processes wait for one another; the missing ones are empty."""
-    order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
-    for first in range(num_processes):
-        share = [[]]
-        for i in order[first::num_processes]:
-            if share[-1] and (len(share[-1]) + 1) * lengths[share[-1][0]] > micro_batch_tokens:
-                share.append([])
-            share[-1].append(i)
-        shares.append(share)
-    missing = max(map(len, shares)) - len(shares[process_index])
-    return shares[process_index] + [[]] * missing
-
-
-def shuffled(rows, number, size, seed, name="order"):
-    """Batch number 0, 1, ... of `size` rows: a new permutation each epoch, whose last batch may be short."""
-    epoch, at = divmod(number, math.ceil(len(rows) / size))
-    order = torch.randperm(len(rows), generator=stream(seed, name, epoch)).tolist()
-    return [rows[i] for i in order[at * size:(at + 1) * size]]
-
-
-def steps_of(rows, args, updates=1):
-    """How many batches an epoch of these rows has, and how many the run makes, with so many updates each."""
-    an_epoch = math.ceil(len(rows) / args.batch_size)
-    if args.max_steps > 0:
-        return an_epoch, math.ceil(args.max_steps / updates)
-    return an_epoch, math.ceil(round(an_epoch * args.num_train_epochs, 6))  # 50 * 1.1 is 55.00000000000001
-
-
-def stream(*key):
-    """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
-    return torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
-
-
-# ---- decoding ----------------------------------------------------------------------------------------------
-
-def inverse_cdf(probs, u):
-    """probs (rows, V) fp32, u (rows,) fp64 in [0, 1) -> (rows,) the first places at which the running sum is
-    more than u of the whole. In two levels, blocks and the block that it falls in: fp64 sums over a whole
-    vocabulary would move more bytes than a small model has."""
-    blocks = F.pad(probs, (0, -probs.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (rows, blocks, 128)
-    sums = blocks.sum(-1, dtype=torch.float64)
-    block, rest = passing(sums, u[:, None] * sums.sum(-1, keepdim=True))
-    place, _ = passing(blocks.take_along_dim(block[..., None], 1).squeeze(1).double(), rest)
-    return (block * 128 + place).squeeze(-1).clamp(max=probs.shape[-1] - 1)  # of NaN: the last
-
-
-def passing(weights, target):
-    """weights (rows, n) fp64, target (rows, 1) -> (rows, 1) the first places at which their running sum is
-    more than the target, and what of the target is left there."""
-    ends = weights.cumsum(-1)
-    target = target.clamp(min=0).minimum(ends[:, -1:] * (1 - 2**-40))  # sums in another order differ
-    place = torch.searchsorted(ends, target, right=True).clamp(max=weights.shape[-1] - 1)  # NaN has no place
-    return place, target - (ends - weights).gather(-1, place)
-
-
-class Decoder:
-    """The key-value cache behind next-token logits. Each prompt is read once, for all its completions."""
-
-    def __init__(self, model, prompts, num_generations, max_completion_length):
-        """Reads N prompts, lists of ids. .logits (rows, V) are of the next token, .rows (rows,) say which of
-        the N * num_generations completions are in the batch, .lengths (all,) how many tokens each has."""
-        self.model, self.G, self.C, self.steps = model, num_generations, max_completion_length, 0
-        device = next(model.parameters()).device
-        prompt_ids = pad(prompts, 0, side="left").to(device)
-        mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
-        position = (mask.cumsum(-1) - 1).clamp(min=0)  # left padding shifts positions
-        self.cache, self.read = DynamicCache(config=model.config), mask.shape[1]
-        logits = model(input_ids=prompt_ids, attention_mask=mask, position_ids=position,
-                       past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        self.logits, self.mask, self.position = (
-            x.repeat_interleave(num_generations, 0) for x in (logits, mask, position[:, -1:]))
-        self.rows = torch.arange(len(self.logits), device=device)
-        self.lengths, self.going = torch.zeros_like(self.rows), torch.ones_like(self.rows, dtype=torch.bool)
-        self.spread()
-
-    @staticmethod
-    def start(*args):
-        """A decoder of the kind that suits device and model."""
-        return ReplayingDecoder.if_suited(*args) or Decoder(*args)
-
-    def spread(self):
-        """The cache of N prompts becomes that of all rows."""
-        self.cache.batch_repeat_interleave(self.G)
-
-    def count(self, tokens, ends):
-        """Counts tokens (rows,) that have been chosen; `ends` (rows,): whether one ends its completion."""
-        self.steps += 1
-        self.lengths[self.rows] += self.going[self.rows]
-        self.going[self.rows] &= ~ends
-        still(f"sampling: {len(tokens)} completions have {self.steps} tokens")
-
-    def step(self, tokens, ends):
-        """Appends tokens (rows,) and drops the rows where `ends` (rows,) is true -> whether any is left to go
-        on with; then .logits and .rows are new."""
-        self.count(tokens, ends)
-        kept = (~ends).nonzero().squeeze(-1)
-        if self.steps == self.C or len(kept) == 0:
-            return False
-        if len(kept) < len(tokens):
-            self.cache.batch_select_indices(kept)
-            tokens, self.rows, self.mask, self.position = (
-                x[kept] for x in (tokens, self.rows, self.mask, self.position))
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], -1)
-        self.position = self.position + 1
-        self.logits = self.model(input_ids=tokens[:, None], attention_mask=self.mask,
-                                 position_ids=self.position, past_key_values=self.cache,
-                                 use_cache=True).logits[:, -1]
-        return True
-
-
-class ReplayingDecoder(Decoder):
-    """For GPUs, which run the thousand small kernels of a step in less time than it takes to launch them: the
-    launches are recorded (a CUDA graph, one for a number of rows and a width) and replayed. So tensors stay
-    where they are, a step asks the GPU for no value, and rows that have ended are dropped every LOOK tokens,
-    down to a power of two. The cache is as large from the start as it would be in the end."""
-    DEVICES, LOOK, WIDTH, LEAST = ("cuda",), 16, 256, 16
-    known = WeakKeyDictionary()  # model -> "replay", "launch" where nothing can be recorded, or "unsuited"
-
-    @staticmethod
-    def if_suited(model, *args):
-        """One, or None: not on this device, not with so many rows, or, which is said once, not this model."""
-        kind = next(model.parameters()).device.type
-        if kind in ReplayingDecoder.DEVICES and ReplayingDecoder.known.get(model) != "unsuited":
-            try:
-                return ReplayingDecoder(model, *args)
-            except torch.OutOfMemoryError:
-                reason = "no memory for all rows at full length (a lower --rollout_batch_size needs less)"
-            except Exception as error:
-                reason, ReplayingDecoder.known[model] = reason_of(error), "unsuited"
-            say(f"sampling without replaying kernels, which is slower: {reason}")
-
-    def spread(self):
-        """Takes over what was read. ValueError, or the model's own error, where it cannot."""
-        layers, self.config = self.cache.layers, self.model.config.get_text_config()
-        kind, names = self.config._attn_implementation, set(getattr(self.config, "layer_types", None) or ())
-        require({type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-                and names <= {"full_attention", "sliding_attention"},
-                "the model has layers other than of full and of sliding attention")
-        require(kind == "sdpa" or "flash" in kind, f"the attention is {kind}")
-        self.most = -(-(self.read + self.C) // 128) * 128  # columns; kernels like round numbers
-        self.windows = {"sliding_attention" if layer.is_sliding else "full_attention":
-                        layer.sliding_window if layer.is_sliding else self.most for layer in layers}
-        self.columns = torch.arange(self.most, device=self.rows.device)
-        # the last token's column in all rows, and how many columns a step reads: what the layers share
-        self.at = SimpleNamespace(place=self.columns[self.read - 1:self.read].clone(), width=0)
-        prompts, self.cache = self.cache, Cache(layers=[
-            Buffers(layer, self.at, self.G, self.read, self.most) for layer in layers])
-        self.seen = F.pad(self.mask.bool(), (0, self.most - self.read))
-        self.tokens, self.graphs, self.pool = torch.zeros_like(self.position), {}, None
-        if self.model not in self.known:
-            self.check(prompts)
-
-    def check(self, prompts):
-        """ValueError unless the token after the likeliest one has the probabilities that it has without all
-        this, for up to four prompts. Changes nothing: the next step writes where this one has written."""
-        few = slice(0, 4 * self.G, self.G)
-        tokens, mask = self.logits.argmax(-1), F.pad(self.mask[few], (0, 1), value=1)
-        prompts.batch_select_indices(torch.arange(len(mask), device=mask.device))
-        want = self.model(input_ids=tokens[few, None], attention_mask=mask, past_key_values=prompts,
-                          position_ids=self.position[few] + 1, use_cache=True).logits[:, -1]
-        self.put(tokens)
-        got = self.forward(len(tokens))[few]
-        waits = self.look_for_waits()
-        self.at.place -= 1
-        self.position -= 1
-        apart = (got.float().softmax(-1) - want.float().softmax(-1)).abs().sum(-1).max() / 2
-        require(apart < 0.1, f"its probabilities would be off by {apart:.2f}")
-        self.known[self.model] = "replay"
-        if waits:
-            self.launch_from_now_on(waits)
-
-    def look_for_waits(self):
-        """Repeats a step -> its error where it asks the GPU for a value: recording it would break CUDA."""
-        mode = torch.cuda.set_sync_debug_mode if self.rows.is_cuda else str
-        mode("error")
-        try:
-            self.forward(len(self.rows))
-        except RuntimeError as error:
-            return error
-        finally:
-            mode("default")
-
-    def launch_from_now_on(self, error):
-        self.known[self.model] = "launch"
-        say(f"sampling each step launches its kernels, which is slower: {reason_of(error)}")
-
-    def put(self, tokens):
-        """Puts tokens (rows,) where `forward` reads them."""
-        self.tokens[:len(tokens), 0] = tokens
-        self.at.place += 1
-        self.position += 1
-        self.seen.index_fill_(1, self.at.place, True)
-        self.at.width = min(self.most, -(-(self.read + self.steps + 1) // self.WIDTH) * self.WIDTH)
-
-    def forward(self, rows):
-        """-> logits (rows, V): the same kernels on the same memory, for as many rows and the same width."""
-        masks, dtype, width = {}, self.cache.layers[0].keys.dtype, self.at.width
-        for name, window in self.windows.items():
-            near = self.seen[:rows, :width] & (self.columns[:width] > self.at.place - window)
-            far = torch.full(near.shape, torch.finfo(dtype).min, dtype=dtype, device=near.device)
-            masks[name] = far.masked_fill(near, 0)[:, None, None]
-        kind, self.config._attn_implementation = self.config._attn_implementation, "in groups"
-        try:
-            return self.model(input_ids=self.tokens[:rows], position_ids=self.position[:rows],
-                              attention_mask=masks if len(masks) > 1 else masks[name],
-                              past_key_values=self.cache, use_cache=True).logits[:, -1]
-        finally:
-            self.config._attn_implementation = kind
-
-    def step(self, tokens, ends):
-        """As Decoder.step, but it looks every LOOK tokens, and rows that have ended may stay."""
-        self.count(tokens, ends)
-        if self.steps == self.C:
-            return False
-        if self.steps % self.LOOK == 0:
-            going = self.going[self.rows]
-            left = int(going.sum())
-            if left == 0:
-                return False
-            rows = max(self.LEAST, 1 << (left - 1).bit_length())
-            if rows < len(tokens):
-                kept = going.int().argsort(descending=True, stable=True)[:rows]
-                tokens, self.rows = tokens[kept], self.rows[kept]
-                of_layers = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
-                for x in (*of_layers, self.position, self.seen):
-                    x[:rows] = x[kept]
-        self.put(tokens)
-        key = len(tokens), self.at.width
-        if key in self.graphs:
-            graph, self.logits = self.graphs[key]
-            graph.replay()
-        else:
-            self.logits = self.forward(len(tokens))
-            if self.logits.is_cuda and self.known[self.model] == "replay":
-                self.record(key)
-        return True
-
-    def record(self, key):
-        """Records the launches of the steps that will come. Where that fails, each of them launches."""
-        stream = torch.cuda.current_stream()
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-                logits = self.forward(key[0])
-            self.graphs, self.pool = {key: (graph, logits)}, graph.pool()  # no earlier key comes again
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)
-            self.launch_from_now_on(error)
-
-
-class Buffers(DynamicLayer):
-    """A layer's keys and values, (rows, heads, columns, size), in memory that stays where it is."""
-
-    def __init__(self, layer, at, num_generations, read, most):
-        super().__init__()
-        self.is_initialized, self.at = True, at
-        for name in ("keys", "values"):
-            x = getattr(layer, name)  # of a sliding window the last columns alone
-            kind = x.device.type  # attention would round all columns to autocast's type, for every token
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            buffer = x.new_zeros(len(x) * num_generations, x.shape[1], most, x.shape[3], dtype=dtype)
-            buffer[:, :, read - x.shape[2]:read] = x.repeat_interleave(num_generations, 0)
-            setattr(self, name, buffer)
-
-    def update(self, keys, values, *args, **kwargs):
-        """Writes a column of the first rows -> (rows, heads, width, size) of keys and of values."""
-        found = []
-        for buffer, new in ((self.keys, keys), (self.values, values)):
-            buffer = buffer[:len(new)]
-            buffer.index_copy_(2, self.at.place, new.to(buffer.dtype))
-            found.append(buffer[:, :, :self.at.width])
-        return found
-
-
-def attend_in_groups(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention of one token a row, for transformers. The heads that share a key are its queries: keys and
-    values are read once and repeated nowhere. ValueError if a model asks for more."""
-    more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    require(not more and query.shape[2] == 1, f"attention with {', '.join(more) or 'several queries'}")
-    query = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-    out = F.scaled_dot_product_attention(query.to(key.dtype), key, value, attention_mask, scale=scaling)
-    return out.reshape(len(query), 1, -1, value.shape[-1]), None
-
-
-AttentionInterface.register("in groups", attend_in_groups)
-
-
-@torch.no_grad()
-def complete_greedily(model, prompts, stop_ids, max_completion_length):
-    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one. Where
-    nothing is replayed, by generate(), which knows the caches of all models; nothing is inherited from their
-    generation configs."""
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
-    limit = max(1, min(max_completion_length, room))
-    decoder = ReplayingDecoder.if_suited(model, prompts, 1, limit)
-    if decoder:
-        stops = torch.tensor(stop_ids, device=device)
-        out = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
-        for t in range(limit):
-            rows, tokens = decoder.rows, decoder.logits.argmax(-1)
-            out[rows, t] = tokens
-            if not decoder.step(tokens, torch.isin(tokens, stops)):
-                break
-        return [row[:n] for row, n in zip(out.tolist(), decoder.lengths.tolist())]
-    ids = pad(prompts, 0, side="left").to(device)
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
-    shipped, causal.generation_config = causal.generation_config, transformers.GenerationConfig()
-
-    def beat(out, _):
-        still(f"answering {len(ids)} prompts, at token {out.shape[1] - ids.shape[1]}")
-        return torch.zeros(len(out), dtype=torch.bool, device=out.device)
-    try:
-        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
-                             max_new_tokens=limit, eos_token_id=stop_ids, pad_token_id=0,
-                             stopping_criteria=[beat], synced_gpus=False)  # processes differ in length
-    finally:
-        causal.generation_config = shipped
-    completions = out[:, ids.shape[1]:].tolist()
-    ends = [next((t + 1 for t, i in enumerate(c) if i in stop_ids), len(c)) for c in completions]
-    return [completion[:end] for completion, end in zip(completions, ends)]
-
-
-def answer_greedily(run, model, rows):
-    """Greedy answers to the rows' prompt_ids against their answers -> (share that is right, table rows); the
-    share is None without rows, and over all processes."""
-    args, tokenizer, table = run.args, run.tokenizer, []
-    stop_ids = stop_token_ids(tokenizer, model.generation_config)
-    lengths, right = [len(r["prompt_ids"]) + args.max_completion_length for r in rows], 0
-    for places in cut(lengths, args.micro_batch_tokens, *run.place):
-        prompts = [rows[i]["prompt_ids"] for i in places]
-        with run.accelerator.autocast():
-            completions = prompts and complete_greedily(model, prompts, stop_ids, args.max_completion_length)
-        for i, completion in zip(places, completions):
-            text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
-            hit = is_right(text, completion[-1] not in stop_ids, answer)
-            right += hit
-            table.append({"prompt": rows[i]["prompt"], "completion": text, "answer": answer,
-                          "right": str(hit)})
-    right = run.accelerator.reduce(torch.tensor(float(right), device=run.device), "sum").item()
-    return right / len(rows) if rows else None, table[:3]
-
-
-# ---- tokens and masks --------------------------------------------------------------------------------------
-
-# For tokenizers that bring no chat template. A heading ends with a newline: a space would merge with the
-# answer's first word into a token that belongs to neither.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
-    "{% elif m['role'] == 'user' %}{{ 'User:\n' + m['content'] + '\n\n' }}"
-    "{% else %}{{ 'Assistant:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}")
-
-
-def load_tokenizer(args):
-    """The model's tokenizer. UserError if it has no EOS, no offsets, or a template that loses messages."""
-    source, adapter = base_and_adapter(args.model_name_or_path)
-    if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")):
-        source = adapter
-    names = os.listdir(source) if os.path.isdir(source) else ["tokenizer.json"]
-    require(any("token" in name or name.startswith("vocab") for name in names),
-            f"the folder {source} holds no tokenizer (no tokenizer.json or the like)")
-    with explain(f"cannot load a tokenizer from '{source}'"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-    require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, "
-            "which the masks need (is_fast is False)")
-    require(tokenizer.eos_token_id is not None,
-            f"the tokenizer of '{source}' has no EOS token: a model could never learn to stop")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask is derived from a token id
-    path = args.chat_template_path
-    if path:
-        with (explain(f"cannot read --chat_template_path {path}", (OSError, UnicodeDecodeError)),
-              open(path, encoding="utf-8") as file):
-            tokenizer.chat_template = file.read()
-    elif not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        say("template the tokenizer has none: using 'User:' and 'Assistant:' lines (saved with the model)")
-    if args.chat_template_kwargs is not None:
-        with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
-                     (ValueError, TypeError)):
-            # saved with the tokenizer: a reward model scores what it was trained on
-            tokenizer.init_kwargs["template_kwargs"] = {**json.loads(args.chat_template_kwargs or "{}")}
-    if isinstance(tokenizer.chat_template, str):  # a byte order mark would begin every prompt
-        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
-    if "strftime_now" in tokenizer.get_chat_template():
-        tokenizer.init_kwargs["template_date"] = args.date  # saved: a reward model scores by the same day
-        say(f"template it shows today's date, which is {args.date} in all of this run (--date)")
-    with explain(path or f"the tokenizer of {source}"):  # not to be blamed on the data
-        check_template(tokenizer)
-        stop_token_ids(tokenizer)
-    return tokenizer
-
-
-def check_template(tokenizer):
-    """ValueError if the template loses messages, or has a header for answers that prompts would lack."""
-    trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
-    text, asked = render(tokenizer, trial), render(tokenizer, trial[:1])
-    check_whole(text, trial)
-    header = text[len(asked):].partition("a first answer")[0].strip()
-    ignored = text.startswith(asked) and render(tokenizer, trial[:1], add_generation_prompt=True) == asked
-    require(not (ignored and header), f"the chat template has no generation prompt: '{header}' before an "
-            "answer would be trained and no prompt would end with it; end the template with {% if "
-            f"add_generation_prompt %}}{header}{{% endif %}}")
-
-
-@lru_cache
-def on_day(template, date):
-    """The template with the date written out: today's would be an input that no run keeps. ValueError."""
-    def written(call):
-        return repr(datetime.strptime(date, "%Y-%m-%d").strftime(call[2]))
-    fixed = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", written, template)
-    require("strftime_now(" not in fixed, "the chat template asks for the date in a way that cannot be held "
-            "fixed; give another --chat_template_path")
-    return fixed
-
-
-def render(tokenizer, messages, add_generation_prompt=False):
-    """The chat template applied, as text with special tokens. ValueError with the template's complaint."""
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    options = tokenizer.init_kwargs.get("template_kwargs", {})
-    date = tokenizer.init_kwargs.get("template_date")
-    if date:
-        options = options | {"chat_template": on_day(tokenizer.get_chat_template(), date)}
-    try:
-        return tokenizer.apply_chat_template(plain, tokenize=False,
-                                             add_generation_prompt=add_generation_prompt, **options)
-    except Exception as error:  # templates call raise_exception with their own words
-        raise ValueError(f"the chat template refuses this conversation: {reason_of(error)}") from None
-
-
-def check_whole(text, messages):
-    """ValueError if a template passed over a message; untrained assistant turns may lose their reasoning.
-    White space may differ, and /think and /no_think are switches to some templates."""
-    def squeeze(words):
-        return "".join(words.replace("/no_think", "").replace("/think", "").split())
-    rendered = squeeze(text)
-    for number, message in enumerate(messages):
-        checked = message["train"] or message["role"] != "assistant"
-        require(not checked or squeeze(message["content"]) in rendered,
-                f"the chat template leaves out message {number} ({message['role']}) "
-                "or a part of it; give another --chat_template_path")
-
-
-def stop_token_ids(tokenizer, generation_config=None):
-    """Every id that ends a completion: EOS, those of the generation config, the template's end of turn."""
-    more = getattr(generation_config, "eos_token_id", None)
-    more = more if isinstance(more, (list, tuple)) else [more]
-    fits = all(isinstance(i, int | None) and abs(i or 0) < 2**31 for i in more)
-    require(fits, f"the model's eos_token_id is no token id: {more}")
-    ids = {tokenizer.eos_token_id, end_of_turn(tokenizer, str(tokenizer.chat_template)), *more}
-    return sorted(ids - {None})
-
-
-@lru_cache
-def end_of_turn(tokenizer, template):
-    """The id of the special token that the template puts after an answer, or else before the next question
-    (GLM-4), or None; kept for each template."""
-    asked, said = turn("user", "hi"), turn("assistant", "stopword")
-    for messages in ([asked, said], [asked, said, asked]):
-        after = render(tokenizer, messages).rpartition("stopword")[2].lstrip()
-        after = tokenizer(after, add_special_tokens=False)["input_ids"]
-        if after and after[0] in tokenizer.added_tokens_decoder:
-            return after[0]
-    return None
-
-
-def encode_prompt(tokenizer, messages):
-    """messages -> ids of the prompt, ending where the assistant begins. None of its turns is trained here."""
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    check_whole(text, [{**message, "train": False} for message in messages])
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-# what encode_conversation notes of a row
-SHIFTED = "with a span moved to a token boundary"
-UNASKED = ("with an answer that does not begin as the chat template's generation prompt does (<think>?): "
-           "other text is trained than will be sampled")
-
-
-def find_answer(tokenizer, messages, k, text):
-    """Where message k, without its header, stands in `text`, the rendering of all messages -> (start, end,
-    whether the generation prompt precedes it). None if the template renders it, or what precedes it,
-    differently once more messages follow."""
-    head = render(tokenizer, messages[:k], add_generation_prompt=True)
-    upto = text if k == len(messages) - 1 else render(tokenizer, messages[:k + 1])
-    start = len(head)
-    if not text.startswith(head):  # the header opens a thinking block that this answer lacks
-        before = render(tokenizer, messages[:k])
-        start = len(os.path.commonprefix([text, head]))
-        at = text.rfind(messages[k]["content"].strip(), len(before), len(upto))
-        start = min(start, at) if at >= 0 else start  # both may begin with "<"
-        if not text.startswith(before):
-            return None
-    return (start, len(upto), text.startswith(head)) if text.startswith(upto) else None
-
-
-def encode_conversation(tokenizer, messages, completion_only_loss=True):
-    """messages -> [{"input_ids": [...], "mask": [...], "start": the place of the first trained answer (of
-    the last, if all counts), "notes": Counter}], usually one. ValueError. An answer is what the final
-    rendering has from the end of the generation prompt to the first stop token, which is included:
-    nothing after it is ever sampled. A template that rewrites earlier turns (thinking models), or ends
-    none but the last, gives a row for each trained turn. `notes` is for the printed report. A token that
-    belongs half to an answer and half to what surrounds it is not trained."""
-    text = render(tokenizer, messages)
-    trained = [k for k, message in enumerate(messages) if message["train"]]
-    if not completion_only_loss:
-        trained = trained[-1:]  # everything counts; only the end is to be found
-
-    def a_row_a_turn():
-        parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
-        return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
-    spans = [find_answer(tokenizer, messages, k, text) for k in trained]
-    if None in spans:
-        require(trained != [len(messages) - 1],
-                "the chat template changes the prompt when the answer follows it")
-        return a_row_a_turn()
-    check_whole(text, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    ends = [end for _, end in offsets]
-    # some tokenizers leave a token's leading space out of its offsets
-    starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends])]
-    mask = [0 if completion_only_loss else 1] * len(ids)
-    stops, notes = set(stop_token_ids(tokenizer)), Counter()
-    answer_start = bisect_left(starts, spans[0][0])
-    for start, end, asked in spans:  # places in the text; first, last and stop are those of tokens
-        first, last = bisect_left(starts, start), bisect_right(ends, end)
-        moved = (first > 0 and ends[first - 1] > start) or (last < len(ids) and starts[last] < end)
-        notes |= Counter({SHIFTED: moved, UNASKED: not asked})
-        # the token after the span may be the next role's, with which some templates end an answer
-        stop = next((i + 1 for i, token in enumerate(ids[first:last + 1], first) if token in stops), None)
-        if stop is None and completion_only_loss and end < len(text):
-            return a_row_a_turn()  # so that each answer has an end
-        if stop is None:  # trailing white space belongs to the template
-            backwards = range(last, first, -1)
-            stop = next((i for i in backwards if text[starts[i - 1]:ends[i - 1]].strip()), first)
-            if end == len(text):  # and EOS takes its place
-                ids = ids[:stop] + [tokenizer.eos_token_id]
-                mask = mask[:stop] + [1]
-        mask[first:stop] = [1] * (stop - first)
-    require(any(mask), "no trained token is left after tokenizing")
-    return [{"input_ids": ids, "mask": mask, "start": answer_start, "notes": notes}]
-
-
-# ---- showing things to a person ----------------------------------------------------------------------------
-
-def show_example(tokenizer, ids, mask, title="first example", what="trained"):
-    """One row, `what` the mask holds marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
-    terminal = ("green", "\033[32m", "\033[0m")
-    marks, opening, closing = terminal if sys.stdout.isatty() else ("[[ ]]", "[[", "]]")
-    text, trained = "", sum(map(int, mask))
-    for marked, part in groupby(zip(map(int, ids), map(int, mask)), key=itemgetter(1)):
-        piece = tokenizer.decode([token for token, _ in part], clean_up_tokenization_spaces=False)
-        if len(piece) > 600:
-            piece = piece[:300] + " ... " + piece[-300:]
-        text += opening + piece + closing if marked else piece
-    say(f"{title}: {len(ids)} tokens" + (f", {trained} {what}, in {marks}" if trained else ""))
-    say("  " + text.replace("\n", "\n  "))
-
-
-def show_table(rows):
-    """[{column: value}] as a table; long texts are cut."""
-    def short(value):
-        if isinstance(value, list):  # messages: the last one is the user's
-            value = value[-1]["content"]
-        text = " ".join(value.split()) if isinstance(value, str) else ""
-        return text[:27] + " ... " + text[-27:] if len(text) > 60 else text or value
-    if rows:
-        table = pandas.DataFrame(rows).map(short).to_string(index=False, max_colwidth=60)
-        say("  " + table.replace("\n", "\n  "))
-
-
-def token_texts(tokenizer, ids):
-    """Each token's own text; joined they are the whole. A character whose bytes are spread over several
-    tokens belongs to the last of them; the others are empty."""
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    texts, before, start = [], 0, 0  # decoded with what comes before: alone, a token may lose its space
-    for end in range(1, len(ids) + 1):
-        text = decode(ids[before:end])[len(decode(ids[before:start])):]
-        half = text.endswith("\ufffd") and end - start < 4 and end < len(ids)
-        texts.append("" if half else text)
-        if not half:
-            before, start = start, end
-    return texts
 
 
 # ---- reading data ------------------------------------------------------------------------------------------
@@ -1564,6 +946,209 @@ def to_scored(row, format, system_prompt=None):
     return conversation, {name: number_value(value, sentence.format(name)) for name, value in scores.items()}
 
 
+# ---- tokens and masks --------------------------------------------------------------------------------------
+
+# For tokenizers that bring no chat template. A heading ends with a newline: a space would merge with the
+# answer's first word into a token that belongs to neither.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
+    "{% elif m['role'] == 'user' %}{{ 'User:\n' + m['content'] + '\n\n' }}"
+    "{% else %}{{ 'Assistant:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}")
+
+
+def load_tokenizer(args):
+    """The model's tokenizer. UserError if it has no EOS, no offsets, or a template that loses messages."""
+    source, adapter = base_and_adapter(args.model_name_or_path)
+    if adapter and os.path.exists(os.path.join(adapter, "tokenizer_config.json")):
+        source = adapter
+    names = os.listdir(source) if os.path.isdir(source) else ["tokenizer.json"]
+    require(any("token" in name or name.startswith("vocab") for name in names),
+            f"the folder {source} holds no tokenizer (no tokenizer.json or the like)")
+    with explain(f"cannot load a tokenizer from '{source}'"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, "
+            "which the masks need (is_fast is False)")
+    require(tokenizer.eos_token_id is not None,
+            f"the tokenizer of '{source}' has no EOS token: a model could never learn to stop")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask is derived from a token id
+    path = args.chat_template_path
+    if path:
+        with (explain(f"cannot read --chat_template_path {path}", (OSError, UnicodeDecodeError)),
+              open(path, encoding="utf-8") as file):
+            tokenizer.chat_template = file.read()
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        say("template the tokenizer has none: using 'User:' and 'Assistant:' lines (saved with the model)")
+    if args.chat_template_kwargs is not None:
+        with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
+                     (ValueError, TypeError)):
+            # saved with the tokenizer: a reward model scores what it was trained on
+            tokenizer.init_kwargs["template_kwargs"] = {**json.loads(args.chat_template_kwargs or "{}")}
+    if isinstance(tokenizer.chat_template, str):  # a byte order mark would begin every prompt
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
+    if "strftime_now" in tokenizer.get_chat_template():
+        tokenizer.init_kwargs["template_date"] = args.date  # saved: a reward model scores by the same day
+        say(f"template it shows today's date, which is {args.date} in all of this run (--date)")
+    with explain(path or f"the tokenizer of {source}"):  # not to be blamed on the data
+        check_template(tokenizer)
+        stop_token_ids(tokenizer)
+    return tokenizer
+
+
+def check_template(tokenizer):
+    """ValueError if the template loses messages, or has a header for answers that prompts would lack."""
+    trial = [turn("user", "a first question"), turn("assistant", "a first answer")]
+    text, asked = render(tokenizer, trial), render(tokenizer, trial[:1])
+    check_whole(text, trial)
+    header = text[len(asked):].partition("a first answer")[0].strip()
+    ignored = text.startswith(asked) and render(tokenizer, trial[:1], add_generation_prompt=True) == asked
+    require(not (ignored and header), f"the chat template has no generation prompt: '{header}' before an "
+            "answer would be trained and no prompt would end with it; end the template with {% if "
+            f"add_generation_prompt %}}{header}{{% endif %}}")
+
+
+@lru_cache
+def on_day(template, date):
+    """The template with the date written out: today's would be an input that no run keeps. ValueError."""
+    def written(call):
+        return repr(datetime.strptime(date, "%Y-%m-%d").strftime(call[2]))
+    fixed = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", written, template)
+    require("strftime_now(" not in fixed, "the chat template asks for the date in a way that cannot be held "
+            "fixed; give another --chat_template_path")
+    return fixed
+
+
+def render(tokenizer, messages, add_generation_prompt=False):
+    """The chat template applied, as text with special tokens. ValueError with the template's complaint."""
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    options = tokenizer.init_kwargs.get("template_kwargs", {})
+    date = tokenizer.init_kwargs.get("template_date")
+    if date:
+        options = options | {"chat_template": on_day(tokenizer.get_chat_template(), date)}
+    try:
+        return tokenizer.apply_chat_template(plain, tokenize=False,
+                                             add_generation_prompt=add_generation_prompt, **options)
+    except Exception as error:  # templates call raise_exception with their own words
+        raise ValueError(f"the chat template refuses this conversation: {reason_of(error)}") from None
+
+
+def check_whole(text, messages):
+    """ValueError if a template passed over a message; untrained assistant turns may lose their reasoning.
+    White space may differ, and /think and /no_think are switches to some templates."""
+    def squeeze(words):
+        return "".join(words.replace("/no_think", "").replace("/think", "").split())
+    rendered = squeeze(text)
+    for number, message in enumerate(messages):
+        checked = message["train"] or message["role"] != "assistant"
+        require(not checked or squeeze(message["content"]) in rendered,
+                f"the chat template leaves out message {number} ({message['role']}) "
+                "or a part of it; give another --chat_template_path")
+
+
+def stop_token_ids(tokenizer, generation_config=None):
+    """Every id that ends a completion: EOS, those of the generation config, the template's end of turn."""
+    more = getattr(generation_config, "eos_token_id", None)
+    more = more if isinstance(more, (list, tuple)) else [more]
+    fits = all(isinstance(i, int | None) and abs(i or 0) < 2**31 for i in more)
+    require(fits, f"the model's eos_token_id is no token id: {more}")
+    ids = {tokenizer.eos_token_id, end_of_turn(tokenizer, str(tokenizer.chat_template)), *more}
+    return sorted(ids - {None})
+
+
+@lru_cache
+def end_of_turn(tokenizer, template):
+    """The id of the special token that the template puts after an answer, or else before the next question
+    (GLM-4), or None; kept for each template."""
+    asked, said = turn("user", "hi"), turn("assistant", "stopword")
+    for messages in ([asked, said], [asked, said, asked]):
+        after = render(tokenizer, messages).rpartition("stopword")[2].lstrip()
+        after = tokenizer(after, add_special_tokens=False)["input_ids"]
+        if after and after[0] in tokenizer.added_tokens_decoder:
+            return after[0]
+    return None
+
+
+def encode_prompt(tokenizer, messages):
+    """messages -> ids of the prompt, ending where the assistant begins. None of its turns is trained here."""
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    check_whole(text, [{**message, "train": False} for message in messages])
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# what encode_conversation notes of a row
+SHIFTED = "with a span moved to a token boundary"
+UNASKED = ("with an answer that does not begin as the chat template's generation prompt does (<think>?): "
+           "other text is trained than will be sampled")
+
+
+def find_answer(tokenizer, messages, k, text):
+    """Where message k, without its header, stands in `text`, the rendering of all messages -> (start, end,
+    whether the generation prompt precedes it). None if the template renders it, or what precedes it,
+    differently once more messages follow."""
+    head = render(tokenizer, messages[:k], add_generation_prompt=True)
+    upto = text if k == len(messages) - 1 else render(tokenizer, messages[:k + 1])
+    start = len(head)
+    if not text.startswith(head):  # the header opens a thinking block that this answer lacks
+        before = render(tokenizer, messages[:k])
+        start = len(os.path.commonprefix([text, head]))
+        at = text.rfind(messages[k]["content"].strip(), len(before), len(upto))
+        start = min(start, at) if at >= 0 else start  # both may begin with "<"
+        if not text.startswith(before):
+            return None
+    return (start, len(upto), text.startswith(head)) if text.startswith(upto) else None
+
+
+def encode_conversation(tokenizer, messages, completion_only_loss=True):
+    """messages -> [{"input_ids": [...], "mask": [...], "start": the place of the first trained answer (of
+    the last, if all counts), "notes": Counter}], usually one. ValueError. An answer is what the final
+    rendering has from the end of the generation prompt to the first stop token, which is included:
+    nothing after it is ever sampled. A template that rewrites earlier turns (thinking models), or ends
+    none but the last, gives a row for each trained turn. `notes` is for the printed report. A token that
+    belongs half to an answer and half to what surrounds it is not trained."""
+    text = render(tokenizer, messages)
+    trained = [k for k, message in enumerate(messages) if message["train"]]
+    if not completion_only_loss:
+        trained = trained[-1:]  # everything counts; only the end is to be found
+
+    def a_row_a_turn():
+        parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
+        return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
+    spans = [find_answer(tokenizer, messages, k, text) for k in trained]
+    if None in spans:
+        require(trained != [len(messages) - 1],
+                "the chat template changes the prompt when the answer follows it")
+        return a_row_a_turn()
+    check_whole(text, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ends = [end for _, end in offsets]
+    # some tokenizers leave a token's leading space out of its offsets
+    starts = [min(start, before) for (start, _), before in zip(offsets, [0, *ends])]
+    mask = [0 if completion_only_loss else 1] * len(ids)
+    stops, notes = set(stop_token_ids(tokenizer)), Counter()
+    answer_start = bisect_left(starts, spans[0][0])
+    for start, end, asked in spans:  # places in the text; first, last and stop are those of tokens
+        first, last = bisect_left(starts, start), bisect_right(ends, end)
+        moved = (first > 0 and ends[first - 1] > start) or (last < len(ids) and starts[last] < end)
+        notes |= Counter({SHIFTED: moved, UNASKED: not asked})
+        # the token after the span may be the next role's, with which some templates end an answer
+        stop = next((i + 1 for i, token in enumerate(ids[first:last + 1], first) if token in stops), None)
+        if stop is None and completion_only_loss and end < len(text):
+            return a_row_a_turn()  # so that each answer has an end
+        if stop is None:  # trailing white space belongs to the template
+            backwards = range(last, first, -1)
+            stop = next((i for i in backwards if text[starts[i - 1]:ends[i - 1]].strip()), first)
+            if end == len(text):  # and EOS takes its place
+                ids = ids[:stop] + [tokenizer.eos_token_id]
+                mask = mask[:stop] + [1]
+        mask[first:stop] = [1] * (stop - first)
+    require(any(mask), "no trained token is left after tokenizing")
+    return [{"input_ids": ids, "mask": mask, "start": answer_start, "notes": notes}]
+
+
 # ---- from messages to training rows ------------------------------------------------------------------------
 
 def prompt_key(messages):
@@ -1682,6 +1267,97 @@ def load_prompts(args, tokenizer):
     say_split(args, train, held, "prompt", counts)
     show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
     return train, held
+
+
+# ---- rows and micro-batches --------------------------------------------------------------------------------
+
+def pad(rows, value, side="right", dtype=torch.long):
+    """N sequences of lengths L_i -> (N, max L) filled with `value` on `side`."""
+    rows = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def pad_rows(rows, fields, device):
+    """B rows (dicts) -> a namespace of tensors on the device, right-padded to the longest row's T: input_ids
+    (B, T) and mask (B, T) fp32; each of `fields` in fp32: (B, T) where rows have a number a token, 0 where
+    the mask is 0, and (B, 1) where they have one number. A row that lacks a field has 0."""
+    mask = pad([r["mask"] for r in rows], 0, dtype=torch.float32)
+    out = {"input_ids": pad([r["input_ids"] for r in rows], 0), "mask": mask}
+    for name in fields:
+        values = [torch.as_tensor(r.get(name, 0.0), dtype=torch.float32) for r in rows]
+        if any(v.ndim for v in values):
+            whole_rows = [v if v.ndim else v.expand(len(r["mask"])) for v, r in zip(values, rows)]
+            out[name] = torch.where(mask.bool(), pad(whole_rows, 0.0, dtype=torch.float32), 0.0)
+        else:
+            out[name] = torch.stack(values)[:, None]
+    if torch.device(device).type == "cuda":  # pinned: the copies wait for nothing
+        out = {name: x.pin_memory() for name, x in out.items()}
+    return SimpleNamespace(**{name: x.to(device, non_blocking=True) for name, x in out.items()})
+
+
+def cut(lengths, micro_batch_tokens, process_index=0, num_processes=1):
+    """The rows of one step, longest first, dealt to the processes and cut -> this process's lists of places.
+    Each list holds at most micro_batch_tokens padded tokens (or one row). Every process gets equally many,
+    because under FSDP processes wait for one another; the missing ones are empty."""
+    order, shares = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for first in range(num_processes):
+        share = [[]]
+        for i in order[first::num_processes]:
+            if share[-1] and (len(share[-1]) + 1) * lengths[share[-1][0]] > micro_batch_tokens:
+                share.append([])
+            share[-1].append(i)
+        shares.append(share)
+    missing = max(map(len, shares)) - len(shares[process_index])
+    return shares[process_index] + [[]] * missing
+
+
+def shuffled(rows, number, size, seed, name="order"):
+    """Batch number 0, 1, ... of `size` rows: a new permutation each epoch, whose last batch may be short."""
+    epoch, at = divmod(number, math.ceil(len(rows) / size))
+    order = torch.randperm(len(rows), generator=stream(seed, name, epoch)).tolist()
+    return [rows[i] for i in order[at * size:(at + 1) * size]]
+
+
+def steps_of(rows, args, updates=1):
+    """How many batches an epoch of these rows has, and how many the run makes, with so many updates each."""
+    an_epoch = math.ceil(len(rows) / args.batch_size)
+    if args.max_steps > 0:
+        return an_epoch, math.ceil(args.max_steps / updates)
+    return an_epoch, math.ceil(round(an_epoch * args.num_train_epochs, 6))  # 50 * 1.1 is 55.00000000000001
+
+
+def stream(*key):
+    """A random generator that depends on nothing but its key, such as (seed, "order", epoch)."""
+    return torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+
+
+# ---- showing things to a person ----------------------------------------------------------------------------
+
+def show_example(tokenizer, ids, mask, title="first example", what="trained"):
+    """One row, `what` the mask holds marked: green on a terminal, [[ ]] elsewhere. Long turns are cut."""
+    terminal = ("green", "\033[32m", "\033[0m")
+    marks, opening, closing = terminal if sys.stdout.isatty() else ("[[ ]]", "[[", "]]")
+    text, trained = "", sum(map(int, mask))
+    for marked, part in groupby(zip(map(int, ids), map(int, mask)), key=itemgetter(1)):
+        piece = tokenizer.decode([token for token, _ in part], clean_up_tokenization_spaces=False)
+        if len(piece) > 600:
+            piece = piece[:300] + " ... " + piece[-300:]
+        text += opening + piece + closing if marked else piece
+    say(f"{title}: {len(ids)} tokens" + (f", {trained} {what}, in {marks}" if trained else ""))
+    say("  " + text.replace("\n", "\n  "))
+
+
+def show_table(rows):
+    """[{column: value}] as a table; long texts are cut."""
+    def short(value):
+        if isinstance(value, list):  # messages: the last one is the user's
+            value = value[-1]["content"]
+        text = " ".join(value.split()) if isinstance(value, str) else ""
+        return text[:27] + " ... " + text[-27:] if len(text) > 60 else text or value
+    if rows:
+        table = pandas.DataFrame(rows).map(short).to_string(index=False, max_colwidth=60)
+        say("  " + table.replace("\n", "\n  "))
 
 
 # ---- rewards -----------------------------------------------------------------------------------------------
@@ -1985,31 +1661,6 @@ def load_rewards(args, device="cpu"):
         require(label not in rewards, f"two rewards are called '{label}'")
         rewards[label] = reward
     return rewards
-
-
-def value_start(args, rewards, tokenizer):
-    """The reward model that ppo's value starts from, as a Reward: --value_model, else the first that it can
-    start from; None if there is none, or with --share_trunk. UserError if --value_model cannot be one."""
-    given, options = args.value_model, {"trust_remote_code": args.trust_remote_code}
-    models = [reward for reward in rewards.values() if reward.score is not None]
-    for reward in [] if args.share_trunk else [Reward(None, 1.0, given)] if given else models:
-        base, adapter = base_and_adapter(reward.path)
-        with explain(f"cannot read {reward.path}"):
-            theirs = AutoTokenizer.from_pretrained(reward.path, **options)
-            kind = adapter and PeftConfig.from_pretrained(adapter).task_type
-            config = AutoConfig.from_pretrained(base if kind == "CAUSAL_LM" else reward.path, **options)
-            kind = kind or str(config.architectures)
-        reason = ""
-        if theirs.get_vocab() != tokenizer.get_vocab():
-            reason = "has another tokenizer"
-        elif not re.search("SEQ_CLS|ForSequenceClassification", kind) or not scorer_outline(config, options):
-            reason = "is no causal model with a score head"
-        elif given and config.num_labels > 1:
-            reason = f"has several scores ({', '.join(config.id2label.values())})"
-        require(not (given and reason), f"--value_model {given} {reason}: the value cannot start from it")
-        if not reason:
-            return reward._replace(score=reward.score or config.id2label[0])
-        say(f"value    {reward.path} {reason}: the value cannot start from it")
 
 
 GRACE = 5.0  # seconds that a reward may go on after its TimeoutError before the run is ended
@@ -2666,6 +2317,31 @@ def say_memory(module, args, device):
             f"{args.micro_batch_tokens:,} tokens (less: --micro_batch_tokens){said}")
 
 
+def value_start(args, rewards, tokenizer):
+    """The reward model that ppo's value starts from, as a Reward: --value_model, else the first that it can
+    start from; None if there is none, or with --share_trunk. UserError if --value_model cannot be one."""
+    given, options = args.value_model, {"trust_remote_code": args.trust_remote_code}
+    models = [reward for reward in rewards.values() if reward.score is not None]
+    for reward in [] if args.share_trunk else [Reward(None, 1.0, given)] if given else models:
+        base, adapter = base_and_adapter(reward.path)
+        with explain(f"cannot read {reward.path}"):
+            theirs = AutoTokenizer.from_pretrained(reward.path, **options)
+            kind = adapter and PeftConfig.from_pretrained(adapter).task_type
+            config = AutoConfig.from_pretrained(base if kind == "CAUSAL_LM" else reward.path, **options)
+            kind = kind or str(config.architectures)
+        reason = ""
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            reason = "has another tokenizer"
+        elif not re.search("SEQ_CLS|ForSequenceClassification", kind) or not scorer_outline(config, options):
+            reason = "is no causal model with a score head"
+        elif given and config.num_labels > 1:
+            reason = f"has several scores ({', '.join(config.id2label.values())})"
+        require(not (given and reason), f"--value_model {given} {reason}: the value cannot start from it")
+        if not reason:
+            return reward._replace(score=reward.score or config.id2label[0])
+        say(f"value    {reward.path} {reason}: the value cannot start from it")
+
+
 def load_value(reward, args, model, run):
     """What value_start found, ready to train as the policy is: in full, or with a new adapter of its rank; an
     adapter goes on -> (the reward model, the weights (1, d) of the reward's score)."""
@@ -3150,6 +2826,316 @@ def fingerprint(rows):
     for row in rows:
         digest.update(json.dumps({**row, "place": None}, default=plain, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------
+
+def inverse_cdf(probs, u):
+    """probs (rows, V) fp32, u (rows,) fp64 in [0, 1) -> (rows,) the first places at which the running sum is
+    more than u of the whole. In two levels, blocks and the block that it falls in: fp64 sums over a whole
+    vocabulary would move more bytes than a small model has."""
+    blocks = F.pad(probs, (0, -probs.shape[-1] % 128)).unflatten(-1, (-1, 128))  # (rows, blocks, 128)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, rest = passing(sums, u[:, None] * sums.sum(-1, keepdim=True))
+    place, _ = passing(blocks.take_along_dim(block[..., None], 1).squeeze(1).double(), rest)
+    return (block * 128 + place).squeeze(-1).clamp(max=probs.shape[-1] - 1)  # of NaN: the last
+
+
+def passing(weights, target):
+    """weights (rows, n) fp64, target (rows, 1) -> (rows, 1) the first places at which their running sum is
+    more than the target, and what of the target is left there."""
+    ends = weights.cumsum(-1)
+    target = target.clamp(min=0).minimum(ends[:, -1:] * (1 - 2**-40))  # sums in another order differ
+    place = torch.searchsorted(ends, target, right=True).clamp(max=weights.shape[-1] - 1)  # NaN has no place
+    return place, target - (ends - weights).gather(-1, place)
+
+
+class Decoder:
+    """The key-value cache behind next-token logits. Each prompt is read once, for all its completions."""
+
+    def __init__(self, model, prompts, num_generations, max_completion_length):
+        """Reads N prompts, lists of ids. .logits (rows, V) are of the next token, .rows (rows,) say which of
+        the N * num_generations completions are in the batch, .lengths (all,) how many tokens each has."""
+        self.model, self.G, self.C, self.steps = model, num_generations, max_completion_length, 0
+        device = next(model.parameters()).device
+        prompt_ids = pad(prompts, 0, side="left").to(device)
+        mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
+        position = (mask.cumsum(-1) - 1).clamp(min=0)  # left padding shifts positions
+        self.cache, self.read = DynamicCache(config=model.config), mask.shape[1]
+        logits = model(input_ids=prompt_ids, attention_mask=mask, position_ids=position,
+                       past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.logits, self.mask, self.position = (
+            x.repeat_interleave(num_generations, 0) for x in (logits, mask, position[:, -1:]))
+        self.rows = torch.arange(len(self.logits), device=device)
+        self.lengths, self.going = torch.zeros_like(self.rows), torch.ones_like(self.rows, dtype=torch.bool)
+        self.spread()
+
+    @staticmethod
+    def start(*args):
+        """A decoder of the kind that suits device and model."""
+        return ReplayingDecoder.if_suited(*args) or Decoder(*args)
+
+    def spread(self):
+        """The cache of N prompts becomes that of all rows."""
+        self.cache.batch_repeat_interleave(self.G)
+
+    def count(self, tokens, ends):
+        """Counts tokens (rows,) that have been chosen; `ends` (rows,): whether one ends its completion."""
+        self.steps += 1
+        self.lengths[self.rows] += self.going[self.rows]
+        self.going[self.rows] &= ~ends
+        still(f"sampling: {len(tokens)} completions have {self.steps} tokens")
+
+    def step(self, tokens, ends):
+        """Appends tokens (rows,) and drops the rows where `ends` (rows,) is true -> whether any is left to go
+        on with; then .logits and .rows are new."""
+        self.count(tokens, ends)
+        kept = (~ends).nonzero().squeeze(-1)
+        if self.steps == self.C or len(kept) == 0:
+            return False
+        if len(kept) < len(tokens):
+            self.cache.batch_select_indices(kept)
+            tokens, self.rows, self.mask, self.position = (
+                x[kept] for x in (tokens, self.rows, self.mask, self.position))
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], -1)
+        self.position = self.position + 1
+        self.logits = self.model(input_ids=tokens[:, None], attention_mask=self.mask,
+                                 position_ids=self.position, past_key_values=self.cache,
+                                 use_cache=True).logits[:, -1]
+        return True
+
+
+class ReplayingDecoder(Decoder):
+    """For GPUs, which run the thousand small kernels of a step in less time than it takes to launch them: the
+    launches are recorded (a CUDA graph, one for a number of rows and a width) and replayed. So tensors stay
+    where they are, a step asks the GPU for no value, and rows that have ended are dropped every LOOK tokens,
+    down to a power of two. The cache is as large from the start as it would be in the end."""
+    DEVICES, LOOK, WIDTH, LEAST = ("cuda",), 16, 256, 16
+    known = WeakKeyDictionary()  # model -> "replay", "launch" where nothing can be recorded, or "unsuited"
+
+    @staticmethod
+    def if_suited(model, *args):
+        """One, or None: not on this device, not with so many rows, or, which is said once, not this model."""
+        kind = next(model.parameters()).device.type
+        if kind in ReplayingDecoder.DEVICES and ReplayingDecoder.known.get(model) != "unsuited":
+            try:
+                return ReplayingDecoder(model, *args)
+            except torch.OutOfMemoryError:
+                reason = "no memory for all rows at full length (a lower --rollout_batch_size needs less)"
+            except Exception as error:
+                reason, ReplayingDecoder.known[model] = reason_of(error), "unsuited"
+            say(f"sampling without replaying kernels, which is slower: {reason}")
+
+    def spread(self):
+        """Takes over what was read. ValueError, or the model's own error, where it cannot."""
+        layers, self.config = self.cache.layers, self.model.config.get_text_config()
+        kind, names = self.config._attn_implementation, set(getattr(self.config, "layer_types", None) or ())
+        require({type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+                and names <= {"full_attention", "sliding_attention"},
+                "the model has layers other than of full and of sliding attention")
+        require(kind == "sdpa" or "flash" in kind, f"the attention is {kind}")
+        self.most = -(-(self.read + self.C) // 128) * 128  # columns; kernels like round numbers
+        self.windows = {"sliding_attention" if layer.is_sliding else "full_attention":
+                        layer.sliding_window if layer.is_sliding else self.most for layer in layers}
+        self.columns = torch.arange(self.most, device=self.rows.device)
+        # the last token's column in all rows, and how many columns a step reads: what the layers share
+        self.at = SimpleNamespace(place=self.columns[self.read - 1:self.read].clone(), width=0)
+        prompts, self.cache = self.cache, Cache(layers=[
+            Buffers(layer, self.at, self.G, self.read, self.most) for layer in layers])
+        self.seen = F.pad(self.mask.bool(), (0, self.most - self.read))
+        self.tokens, self.graphs, self.pool = torch.zeros_like(self.position), {}, None
+        if self.model not in self.known:
+            self.check(prompts)
+
+    def check(self, prompts):
+        """ValueError unless the token after the likeliest one has the probabilities that it has without all
+        this, for up to four prompts. Changes nothing: the next step writes where this one has written."""
+        few = slice(0, 4 * self.G, self.G)
+        tokens, mask = self.logits.argmax(-1), F.pad(self.mask[few], (0, 1), value=1)
+        prompts.batch_select_indices(torch.arange(len(mask), device=mask.device))
+        want = self.model(input_ids=tokens[few, None], attention_mask=mask, past_key_values=prompts,
+                          position_ids=self.position[few] + 1, use_cache=True).logits[:, -1]
+        self.put(tokens)
+        got = self.forward(len(tokens))[few]
+        waits = self.look_for_waits()
+        self.at.place -= 1
+        self.position -= 1
+        apart = (got.float().softmax(-1) - want.float().softmax(-1)).abs().sum(-1).max() / 2
+        require(apart < 0.1, f"its probabilities would be off by {apart:.2f}")
+        self.known[self.model] = "replay"
+        if waits:
+            self.launch_from_now_on(waits)
+
+    def look_for_waits(self):
+        """Repeats a step -> its error where it asks the GPU for a value: recording it would break CUDA."""
+        mode = torch.cuda.set_sync_debug_mode if self.rows.is_cuda else str
+        mode("error")
+        try:
+            self.forward(len(self.rows))
+        except RuntimeError as error:
+            return error
+        finally:
+            mode("default")
+
+    def launch_from_now_on(self, error):
+        self.known[self.model] = "launch"
+        say(f"sampling each step launches its kernels, which is slower: {reason_of(error)}")
+
+    def put(self, tokens):
+        """Puts tokens (rows,) where `forward` reads them."""
+        self.tokens[:len(tokens), 0] = tokens
+        self.at.place += 1
+        self.position += 1
+        self.seen.index_fill_(1, self.at.place, True)
+        self.at.width = min(self.most, -(-(self.read + self.steps + 1) // self.WIDTH) * self.WIDTH)
+
+    def forward(self, rows):
+        """-> logits (rows, V): the same kernels on the same memory, for as many rows and the same width."""
+        masks, dtype, width = {}, self.cache.layers[0].keys.dtype, self.at.width
+        for name, window in self.windows.items():
+            near = self.seen[:rows, :width] & (self.columns[:width] > self.at.place - window)
+            far = torch.full(near.shape, torch.finfo(dtype).min, dtype=dtype, device=near.device)
+            masks[name] = far.masked_fill(near, 0)[:, None, None]
+        kind, self.config._attn_implementation = self.config._attn_implementation, "in groups"
+        try:
+            return self.model(input_ids=self.tokens[:rows], position_ids=self.position[:rows],
+                              attention_mask=masks if len(masks) > 1 else masks[name],
+                              past_key_values=self.cache, use_cache=True).logits[:, -1]
+        finally:
+            self.config._attn_implementation = kind
+
+    def step(self, tokens, ends):
+        """As Decoder.step, but it looks every LOOK tokens, and rows that have ended may stay."""
+        self.count(tokens, ends)
+        if self.steps == self.C:
+            return False
+        if self.steps % self.LOOK == 0:
+            going = self.going[self.rows]
+            left = int(going.sum())
+            if left == 0:
+                return False
+            rows = max(self.LEAST, 1 << (left - 1).bit_length())
+            if rows < len(tokens):
+                kept = going.int().argsort(descending=True, stable=True)[:rows]
+                tokens, self.rows = tokens[kept], self.rows[kept]
+                of_layers = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
+                for x in (*of_layers, self.position, self.seen):
+                    x[:rows] = x[kept]
+        self.put(tokens)
+        key = len(tokens), self.at.width
+        if key in self.graphs:
+            graph, self.logits = self.graphs[key]
+            graph.replay()
+        else:
+            self.logits = self.forward(len(tokens))
+            if self.logits.is_cuda and self.known[self.model] == "replay":
+                self.record(key)
+        return True
+
+    def record(self, key):
+        """Records the launches of the steps that will come. Where that fails, each of them launches."""
+        stream = torch.cuda.current_stream()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                logits = self.forward(key[0])
+            self.graphs, self.pool = {key: (graph, logits)}, graph.pool()  # no earlier key comes again
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)
+            self.launch_from_now_on(error)
+
+
+class Buffers(DynamicLayer):
+    """A layer's keys and values, (rows, heads, columns, size), in memory that stays where it is."""
+
+    def __init__(self, layer, at, num_generations, read, most):
+        super().__init__()
+        self.is_initialized, self.at = True, at
+        for name in ("keys", "values"):
+            x = getattr(layer, name)  # of a sliding window the last columns alone
+            kind = x.device.type  # attention would round all columns to autocast's type, for every token
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            buffer = x.new_zeros(len(x) * num_generations, x.shape[1], most, x.shape[3], dtype=dtype)
+            buffer[:, :, read - x.shape[2]:read] = x.repeat_interleave(num_generations, 0)
+            setattr(self, name, buffer)
+
+    def update(self, keys, values, *args, **kwargs):
+        """Writes a column of the first rows -> (rows, heads, width, size) of keys and of values."""
+        found = []
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer = buffer[:len(new)]
+            buffer.index_copy_(2, self.at.place, new.to(buffer.dtype))
+            found.append(buffer[:, :, :self.at.width])
+        return found
+
+
+def attend_in_groups(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention of one token a row, for transformers. The heads that share a key are its queries: keys and
+    values are read once and repeated nowhere. ValueError if a model asks for more."""
+    more = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    require(not more and query.shape[2] == 1, f"attention with {', '.join(more) or 'several queries'}")
+    query = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    out = F.scaled_dot_product_attention(query.to(key.dtype), key, value, attention_mask, scale=scaling)
+    return out.reshape(len(query), 1, -1, value.shape[-1]), None
+
+
+AttentionInterface.register("in groups", attend_in_groups)
+
+
+@torch.no_grad()
+def complete_greedily(model, prompts, stop_ids, max_completion_length):
+    """N prompts, lists of ids -> N lists of the most likely ids, with the stop token that ends one. Where
+    nothing is replayed, by generate(), which knows the caches of all models; nothing is inherited from their
+    generation configs."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    device, room = next(model.parameters()).device, max_positions(model) - max(map(len, prompts))
+    limit = max(1, min(max_completion_length, room))
+    decoder = ReplayingDecoder.if_suited(model, prompts, 1, limit)
+    if decoder:
+        stops = torch.tensor(stop_ids, device=device)
+        out = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+        for t in range(limit):
+            rows, tokens = decoder.rows, decoder.logits.argmax(-1)
+            out[rows, t] = tokens
+            if not decoder.step(tokens, torch.isin(tokens, stops)):
+                break
+        return [row[:n] for row, n in zip(out.tolist(), decoder.lengths.tolist())]
+    ids = pad(prompts, 0, side="left").to(device)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
+    shipped, causal.generation_config = causal.generation_config, transformers.GenerationConfig()
+
+    def beat(out, _):
+        still(f"answering {len(ids)} prompts, at token {out.shape[1] - ids.shape[1]}")
+        return torch.zeros(len(out), dtype=torch.bool, device=out.device)
+    try:
+        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
+                             max_new_tokens=limit, eos_token_id=stop_ids, pad_token_id=0,
+                             stopping_criteria=[beat], synced_gpus=False)  # processes differ in length
+    finally:
+        causal.generation_config = shipped
+    completions = out[:, ids.shape[1]:].tolist()
+    ends = [next((t + 1 for t, i in enumerate(c) if i in stop_ids), len(c)) for c in completions]
+    return [completion[:end] for completion, end in zip(completions, ends)]
+
+
+def answer_greedily(run, model, rows):
+    """Greedy answers to the rows' prompt_ids against their answers -> (share that is right, table rows); the
+    share is None without rows, and over all processes."""
+    args, tokenizer, table = run.args, run.tokenizer, []
+    stop_ids = stop_token_ids(tokenizer, model.generation_config)
+    lengths, right = [len(r["prompt_ids"]) + args.max_completion_length for r in rows], 0
+    for places in cut(lengths, args.micro_batch_tokens, *run.place):
+        prompts = [rows[i]["prompt_ids"] for i in places]
+        with run.accelerator.autocast():
+            completions = prompts and complete_greedily(model, prompts, stop_ids, args.max_completion_length)
+        for i, completion in zip(places, completions):
+            text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
+            hit = is_right(text, completion[-1] not in stop_ids, answer)
+            right += hit
+            table.append({"prompt": rows[i]["prompt"], "completion": text, "answer": answer,
+                          "right": str(hit)})
+    right = run.accelerator.reduce(torch.tensor(float(right), device=run.device), "sum").item()
+    return right / len(rows) if rows else None, table[:3]
 
 
 # ---- sampling beside training ------------------------------------------------------------------------------
@@ -3860,6 +3846,20 @@ addEventListener('keydown', e => {
 """)
 
 
+def token_texts(tokenizer, ids):
+    """Each token's own text; joined they are the whole. A character whose bytes are spread over several
+    tokens belongs to the last of them; the others are empty."""
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    texts, before, start = [], 0, 0  # decoded with what comes before: alone, a token may lose its space
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[before:end])[len(decode(ids[before:start])):]
+        half = text.endswith("\ufffd") and end - start < 4 and end < len(ids)
+        texts.append("" if half else text)
+        if not half:
+            before, start = start, end
+    return texts
+
+
 def page_rows(mb, share, mask, columns, constants=None):
     """What the page needs of a micro-batch's rows -> [(number, note, ids, constant, {heading: (T,)})], with
     share (B, T): what a token adds to the step's loss; columns {name: (B, T) or (B, 1)}, of which tensors of
@@ -3946,4 +3946,4 @@ def write_page(run, rows, loss, about):
               open(args.audit, "w", encoding="utf-8", newline="\n") as file):
             file.write(page)
     say(f"audit    wrote {args.audit}: {len(rows)} rows of step {run.audit_step}, loss {loss:.6g}; "
-        "nothing was trained or saved")
+        "nothing was saved")
