@@ -320,10 +320,9 @@ class Args:
         script = os.path.basename(sys.modules[type(self).__module__].__file__)
         if self.output_dir is None:
             self.output_dir = os.path.join("out", script.removesuffix(".py"))
-        for flag in fields(self):
-            value = getattr(self, flag.name)
-            if isinstance(value, str) and flag.name != "system_prompt":
-                setattr(self, flag.name, os.path.expanduser(value))
+        for name, value in vars(self).items():
+            if isinstance(value, str) and name != "system_prompt":  # names and folders, no text
+                setattr(self, name, os.path.expanduser(value))
 
     @property
     def adapter(self):

@@ -1039,6 +1039,14 @@ def test_flags_go_on_top_of_the_file(tmp_path):
                         checkpointing=False, modules=["c", "d"])
 
 
+def test_a_home_folder_is_found_in_every_flag():
+    import ppo
+    given = {"chat_template_path": "~/c", "value_model": "~/v", "output_dir": "~/o", "resume_from_checkpoint": "~/r", "system_prompt": "~/s"}
+    args = ppo.Args(dataset_name="~/d", model_name_or_path="~/m", reward_funcs=["accuracy"], **given)
+    assert {name: getattr(args, name) for name in given} == {
+        name: value if name == "system_prompt" else os.path.expanduser(value) for name, value in given.items()}
+
+
 @pytest.mark.parametrize("values, argv, sentence", [
     ({}, ["--learning_rat", "1"], r"unknown argument --learning_rat; did you mean --learning_rate\?"),
     ({}, ["--learning_rat=1"], "did you mean --learning_rate"),

@@ -57,6 +57,8 @@ def test_a_tie_is_half_right():
     chosen = tensor([-3.0, -3.0 + 1e-5, -3.0, -2.0])
     seen = figures(chosen, tensor([-7.0, -7.0, -7.0 + 1e-5, -7.0]), tensor([-3.0] * 4), tensor([-7.0] * 4), beta=0.1)
     assert seen["rewards/accuracies"].tolist() == [0.5, 0.5, 0.5, 1.0]
+    small = figures(tensor([-3.0, -3.1]), tensor([-7.0] * 2), tensor([-3.0, -3.11]), tensor([-7.0] * 2), beta=1e-3)
+    assert small["rewards/accuracies"].tolist() == [0.5, 1.0]  # a small --beta makes no tie of what is none
 
 
 def test_the_reference_is_asked_only_for_pairs_that_are_used(tmp_path, monkeypatch):

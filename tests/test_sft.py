@@ -129,6 +129,10 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(tmp_path):
     model.lm_head.forward = lambda x: head(x).sin()
     with pytest.raises(common.UserError, match="llama do more to their logits than to scale and to cap them"):
         sft.check_head(sft.Policy(model), model, {"input_ids": torch.arange(20)}, new_run(tmp_path))
+    with pytest.raises(common.UserError, match="llama do more to their logits"):  # a prompt of one token is enough
+        sft.check_head(sft.Policy(model), model, {"input_ids": torch.tensor([7])}, new_run(tmp_path))
+    model.lm_head.forward = head
+    sft.check_head(sft.Policy(model), model, {"input_ids": torch.tensor([7])}, new_run(tmp_path))
 
 
 # ---- perturbed embeddings ----------------------------------------------------------------------------------------------
@@ -502,6 +506,15 @@ def test_the_best_weights_are_kept(tmp_path):
     assert losses[0] == min(losses) and losses[-1] > 1
     start, kept = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (os.path.join(TINY, "sft"), tmp_path / "a" / "model"))
     assert all(torch.equal(start[k], kept[k]) for k in start)
+
+
+def test_the_best_weights_of_another_folder_are_not_silently_forgotten(tmp_path, capsys, thirty_rows):
+    flags = ["--model_name_or_path", os.path.join(TINY, "sft"), "--dataset_name", thirty_rows, "--eval_fraction", 0.1, "--eval_steps", 1,
+             "--save_steps", 1, "--batch_size", 2, "--keep_best", "--max_steps"]
+    run(sft, tmp_path / "a", *flags, 2)
+    for folder, said in (("a", False), ("b", True)):
+        run(sft, tmp_path / folder, *flags, 2, "--resume_from_checkpoint", tmp_path / "a" / "checkpoints" / "step-00000001")
+        assert ("--keep_best begins anew" in capsys.readouterr().out) == said
 
 
 def test_the_lowest_blocks_stay_as_they_were(tmp_path, capsys, thirty_rows):

@@ -73,6 +73,16 @@ def test_the_optimizer_is_adamw_by_its_formula(script, optim):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_a_step_that_is_not_finite_names_its_rows(script, few, tmp_path, monkeypatch):
+    """By file and line, at most eight of them, each once."""
+    check = common.Run.check_finite
+    monkeypatch.setattr(common.Run, "check_finite", lambda self, loss, *rest: check(self, float("nan"), *rest))
+    for batch, places in ((2, r"\S+\.jsonl:\d+, \S+\.jsonl:\d+; this update"), (9, r"(\S+\.jsonl:\d+, ){8}\.\.\.; this update")):
+        with pytest.raises(common.UserError, match=rf"the loss is nan and its gradient's norm [\d.]+, on {places} was not made"):
+            run(script, tmp_path / str(batch), *FIRST, *few, "--batch_size", batch)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_the_seed_decides_the_order_of_the_rows(script, few, tmp_path, monkeypatch):
     """Each order is seen where a script draws its batch, from all rows."""
     drawn, shuffled = [], script.common.shuffled
