@@ -155,7 +155,7 @@ def test_sft_distill_trains_on_the_students_samples(changed):
     module, tokenizer, (model,) = changed("sft-distill"), AutoTokenizer.from_pretrained(TINY + "/sft"), models("sft")
     model.generation_config.eos_token_id = [tokenizer.eos_token_id]
     prompts = [tokenizer.encode(f"<|user|>{a}<|end|><|assistant|>") for a in ("1+2", "345+27", "8+9")]
-    rows = [common.make_row(prompt + [65, 66], [0] * len(prompt) + [1, 1]) for prompt in prompts]
+    rows = [common.make_row(prompt + [65, 66], [0] * len(prompt) + [1, 1], place="here") for prompt in prompts]
     head = model.lm_head.weight.detach()
     model.lm_head.weight = torch.nn.Parameter(0.2 * head)  # not the embedding's, which it was tied to
     first = sampled(module, model, rows[:1] * 4000, 1)

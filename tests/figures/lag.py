@@ -4,8 +4,8 @@
     python tests/figures/lag.py args.json [--seconds]                                another run of grpo.py
 
 Seconds are medians between two lines of the run's own output, over seven rollouts after the first. Then three
-seeds of the same run (of the example ten rollouts), with a lag and without; not with --seconds. The runs are made one after the
-other, and nothing else should run.
+seeds of the same run (of the example ten rollouts), with a lag and without; not with --seconds. The runs are
+made one after the other, and nothing else should run.
 """
 
 import os

@@ -133,7 +133,7 @@ def extraction(questions, small):
 
 def make_data(args):
     """The files of the runs. The first quarter of the questions, and of the pairs' prompts, is held out."""
-    questions, pairs, few = read(args.gsm8k), read(args.pairs), 6 if args.quick else 96
+    questions, pairs, few = read(args.gsm8k), read(args.pairs), 4 if args.quick else 96
     cut, prompts = len(questions) // 4, list(dict.fromkeys(pair["prompt"] for pair in pairs))
     asked = [row["question"] for row in questions]
     small = set(re.findall(r"\b[a-z]+\b", " ".join(asked)))
@@ -153,7 +153,7 @@ def sample_pairs(model, tokenizer, args, start):
     """A model's own pairs: of four samples of a prompt the best and the worst by the check."""
     torch.manual_seed(0)
     for part in ("", "-held"):
-        rows, pairs = read(f"{args.out}/extraction{part}.jsonl")[:16 if args.quick else 256], []
+        rows, pairs = read(f"{args.out}/extraction{part}.jsonl")[:8 if args.quick else 256], []
         texts = complete(model, tokenizer, [row["prompt"] for row in rows for _ in range(4)], 48,
                          do_sample=True, temperature=0.7, top_k=0)
         for at, row in enumerate(rows):
