@@ -209,6 +209,22 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "    use_scoring_pad_token(tokenizer)\n    config.update", "    config.update"),
     ("common", "owner.base_model if trunk is None else trunk)", "owner.base_model)"),
     ("common", 'getattr(self.args, "value_model", None),', "None,"),
+    ("common", "kept = kept_part(len(whole), start, max_length)",
+     "kept = kept_part(len(whole), mask.index(1), max_length)"),
+    ("common", 'messages[0]["train"] = False\n    messages = with_system(messages, row, system_prompt)',
+     'messages = with_system(messages, row, system_prompt)\n    messages[0]["train"] = False'),
+    ("common", "self.stop |= self.signal > 0 and self.step < self.total_steps", "pass"),
+    ("common", "require(not steps_in(folder) or args.overwrite_output_dir, ", "require(True, "),
+    ("common", "shutil.rmtree(later)", "pass"),
+    ("common", "len(os.sched_getaffinity(0)), int", "os.cpu_count(), int"),
+    ("common", "math.ceil(round(an_epoch * args.num_train_epochs, 6))",
+     "math.ceil(an_epoch * args.num_train_epochs)"),
+    ("*", 'stream(args.seed, "rewards", step, first, process)', 'stream(args.seed, "rewards", step, process)'),
+    ("ppo", '{"entropy": entropy}, mb.mask * mb.sampled)', '{"entropy": entropy}, mb.mask)'),
+    ("grpo", "[], [], [], min(args.batch_size, len(train))", "[], [], [], args.batch_size"),
+    ("grpo", "logged.append(figures)", "logged = [figures]"),
+    ("dpo", "< 1e-4 * args.beta", "< 1e-4"),
+    ("sft", '1 if args.adversarial == "fgm" and', "1 if args.adversarial and"),
 ]
 
 
