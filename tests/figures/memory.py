@@ -23,7 +23,7 @@ rollout      2 k e numbers a layer and token for the cache, and 36 bytes x V a c
 reference    4 P more in full fine-tuning with --kl_coef, nothing with LoRA
 
 Not in it: what the allocator wastes, other models (a reward model: 4 bytes a weight), the value of ppo.py
-without --share_trunk.
+without --share_trunk, which the line that a run prints does count.
 """
 
 import argparse
