@@ -2157,7 +2157,7 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
             options["ignore_mismatched_sizes"] = True
         model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
                                              **options)
-        mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]  # str: 4.57
+        mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]  # v4: str
         missing = [*loaded["missing_keys"], *mismatched]
         missing = [name for name in missing if not (scores and name.startswith("score."))]
         require(not missing, f"it holds no weights for {', '.join(sorted(missing)[:3])}: "
