@@ -341,7 +341,14 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
     "max_seq_length": "use --max_length", "use_peft": "use --lora_r 16", "lr": "use --learning_rate",
     "fp16": "bf16 autocast or fp32 only: --bf16", "per_device_eval_batch_size": "use --micro_batch_tokens",
-    "tools": "tool calls are not supported"}
+    "dtype": "trained weights are fp32; --bf16 computes in bf16", "peft_config": "use --lora_r 16",
+    "torch_dtype": "trained weights are fp32; --bf16 computes in bf16", "rpo_alpha": "use --sft_coef",
+    "lora_dropout": "there is none, so that sampler, trainer and reference agree",
+    "max_prompt_length": "--max_length holds prompt and answer", "cliprange": "use --epsilon",
+    "cliprange_value": "use --value_clip", "lam": "use --gae_lambda", "num_ppo_epochs": "use --num_iterations",
+    "num_mini_batches": "use --num_minibatches", "steps_per_generation": "use --num_minibatches",
+    "top_p": "the whole softmax is sampled; tests/edits/grpo-top-p.diff cuts it",
+    "tools": "tool calls are not supported; tests/edits/grpo-environment.diff has turns with a tool"}
 
 
 class Parser(HfArgumentParser):
@@ -357,6 +364,9 @@ class Parser(HfArgumentParser):
         ours = "limits", "needs"  # of which argparse knows nothing
         flag.metadata = {name: value for name, value in flag.metadata.items() if name not in ours}
         HfArgumentParser._parse_dataclass_field(parser, flag)
+        if "bool" in str(flag.type):  # alone it is True, also where the default is None
+            action = parser._option_string_actions[f"--{flag.name}"]
+            action.nargs, action.const = "?", True
 
     def error(self, message):
         raise UserError(message)
@@ -399,7 +409,7 @@ class Parser(HfArgumentParser):
     def unknown(self, word):
         """The sentence about a flag, or a file's argument, that there is not."""
         name = word.split("=")[0].lstrip("-").replace("-", "_")
-        close = difflib.get_close_matches(name, self.names, n=1)
+        close = difflib.get_close_matches(name, self.names, n=1, cutoff=0.75)
         close = close or [n for n in self.names if {*name.split("_")} <= {*n.split("_")}]
         dashes = "--" if word.startswith("--") else ""
         hint = f"; did you mean {dashes}{close[0]}?" if close else "; --help lists the flags"
@@ -2477,7 +2487,7 @@ $data
 # $kind, trained by $script
 
 `$script` made it from `$base` on `$dataset`$held. The arguments that decide the result, where they
-are not the defaults:
+are not the plain defaults:
 
 ```json
 $arguments
@@ -2665,7 +2675,8 @@ def open_run(args):
     for name, value in sorted(asdict(args).items()):
         require(name in MAY_CHANGE or then.get(name) == value,
                 f"{path} was written with --{name} {then.get(name)} and this run has {value}: "
-                "that would change the result; give the old value, or start a new --output_dir")
+                "that would change the result; give the old value, or start a new --output_dir (to train "
+                "on, with --model_name_or_path of this run's model/)")
     say(f"resume   from {path}, step {checkpoint['step']}")
     return checkpoint
 
@@ -3273,6 +3284,7 @@ def serve_rollouts(prepare, args, device, threads, total_steps, weights, pipe):
     parent = torch.multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves behind
     device, warnings = torch.device(device), []
     run = SimpleNamespace(  # what a rollout asks of a Run
         args=args, device=device, place=(0, 1), total_steps=total_steps, state={}, together=lambda f: [f()],
@@ -3451,7 +3463,7 @@ class Run:
                     shutil.rmtree(os.path.join(folder, "base"), ignore_errors=True)
                     os.rename(os.path.join(folder, ".base"), os.path.join(folder, "base"))
                 with open(os.path.join(folder, "args.json"), "w", encoding="utf-8") as file:
-                    json.dump({**asdict(args), "resume_from_checkpoint": None}, file, indent=1)
+                    json.dump(asdict(args) | dict.fromkeys(OWN - {"output_dir"}), file, indent=1)
         if self.track:
             with explain(f"--log_with {args.log_with}"):
                 self.accelerator.init_trackers(os.path.basename(os.path.normpath(folder)))
@@ -3612,7 +3624,7 @@ class Run:
         named = ", ".join(places[:8]) + ", ..." * (len(places) > 8)
         require(math.isfinite(loss) and math.isfinite(grad_norm),
                 f"step {self.step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on {named}; "
-                f"this update was not made, and the checkpoints are whole. {remedy}")
+                f"this update was not made, and checkpoints, if any, are whole. {remedy}")
 
     def check_first_update(self, metrics):
         """What must hold before a rollout's first update. UserError where the policy does not start at its

@@ -97,7 +97,7 @@ class Args(common.Args):
     temperature: float = arg(1.0, "sampling temperature; log-probs are taken at the same one", above=0)
     rollout_batch_size: int = arg(256, "completions that a process samples at once", above=0)
     rollout_lag: int = arg(0, "1: a rollout is sampled by the policy of one rollout ago, in a process of its "
-                           "own while this one updates", least=0, most=1)
+                           "own while this one updates; for a second GPU", least=0, most=1)
     sampler_device: str | None = arg(None, "where that process samples; default: the next GPU, else the CPU; "
                                      "none: in this process, before the update", "rollout_lag>0")
     drop_flat_groups: bool = arg(False, "draw, up to 10 times, until batch_size groups vary in their scores "
