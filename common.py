@@ -345,8 +345,9 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
     "torch_dtype": "trained weights are fp32; --bf16 computes in bf16", "rpo_alpha": "use --sft_coef",
     "lora_dropout": "there is none, so that sampler, trainer and reference agree",
     "max_prompt_length": "--max_length holds prompt and answer", "cliprange": "use --epsilon",
-    "cliprange_value": "use --value_clip", "lam": "use --gae_lambda", "num_ppo_epochs": "use --num_iterations",
-    "num_mini_batches": "use --num_minibatches", "steps_per_generation": "use --num_minibatches",
+    "cliprange_value": "use --value_clip", "lam": "use --gae_lambda",
+    "num_ppo_epochs": "use --num_iterations", "num_mini_batches": "use --num_minibatches",
+    "steps_per_generation": "use --num_minibatches",
     "top_p": "the whole softmax is sampled; tests/edits/grpo-top-p.diff cuts it",
     "tools": "tool calls are not supported; tests/edits/grpo-environment.diff has turns with a tool"}
 

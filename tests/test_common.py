@@ -1039,6 +1039,14 @@ def test_flags_go_on_top_of_the_file(tmp_path):
                         checkpointing=False, modules=["c", "d"])
 
 
+def test_a_switch_alone_is_on_whatever_its_default():
+    import dpo
+    for flag in ("precompute_ref_log_probs", "bf16", "merge", "eval_on_start"):
+        given = [["--" + flag], [f"--{flag}", "False"], [f"--{flag}=True"], [f"--{flag}", "--seed", "3"]]
+        parser = common.Parser(dpo.Args)
+        assert [parser.values(words)[flag] for words in given] == [True, False, True, True], flag
+
+
 def test_a_home_folder_is_found_in_every_flag():
     import ppo
     given = {"chat_template_path": "~/c", "value_model": "~/v", "output_dir": "~/o", "resume_from_checkpoint": "~/r", "system_prompt": "~/s"}

@@ -45,6 +45,12 @@ FILES = {
 CASES = [  # (script, flags on top of its small example, what the sentence must say)
     (sft, ["--model", "x"], "unknown argument --model; did you mean --model_name_or_path?"), (sft, ["--x", "1"], "unknown argument --x; --help lists the flags"),
     (sft, ["--lr", "1"], "unknown argument --lr: use --learning_rate"),
+    (dpo, ["--rpo_alpha", "1"], "unknown argument --rpo_alpha: use --sft_coef"), (dpo, ["--peft_config", "x"], "use --lora_r 16"),
+    (grpo, ["--steps_per_generation", "4"], "--steps_per_generation: use --num_minibatches"), (ppo, ["--cliprange", "1"], "--cliprange: use --epsilon"),
+    (ppo, ["--num_ppo_epochs", "4"], "--num_ppo_epochs: use --num_iterations"), (ppo, ["--lam", "1"], "--lam: use --gae_lambda"),
+    (ppo, ["--cliprange_value", "1"], "use --value_clip"), (dpo, ["--max_prompt_length", "9"], "--max_length holds prompt and answer"),
+    (dpo, ["--lora_dropout", "0.1"], "there is none, so that"), (grpo, ["--top_p", "0.9"], "tests/edits/grpo-top-p.diff cuts it"),
+    (dpo, ["--torch_dtype", "bfloat16"], "--bf16 computes in bf16"), (ppo, ["--sft_fraction", "1"], "unknown argument --sft_fraction; --help lists"),
     (sft, ["--learning_rat", "1"], "unknown argument --learning_rat; did you mean --learning_rate?"),
     (grpo, ["--use_vllm"], "unknown argument --use_vllm: rollouts are sampled in the script itself"),
     (sft, ["--packing", "True"], "sorted by length"),

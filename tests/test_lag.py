@@ -169,6 +169,15 @@ def test_ctrl_c_while_the_process_begins_saves_a_checkpoint(seconds, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate()[0]
     assert process.returncode == 130 and "stopped at step 1" in said and "Traceback" not in said and gone(sampler)
+    assert "leaked" not in said
+
+
+@pytest.mark.long
+def test_the_end_of_a_run_leaves_nothing_behind(tmp_path):
+    """Nor a warning of Python's own about semaphores, which comes after the last line."""
+    process = start(tmp_path / "out")
+    said = process.communicate()[0]
+    assert process.returncode == 0 and said.rstrip().splitlines()[-1].startswith("saved"), said[-500:]
 
 
 def test_a_signal_while_the_next_rollout_is_waited_for_stops_the_run_there(tmp_path, monkeypatch):

@@ -255,6 +255,21 @@ def test_checkpoints_that_cannot_be_read_are_not_replaced(data, whole, tmp_path)
     assert_equal(outcome(out), whole["sft"][0])
 
 
+def test_a_runs_own_arguments_do_not_replace_it(data, tmp_path):
+    """--overwrite_output_dir was for the run before it."""
+    out = tmp_path / "out"
+    assert in_child(start("sft", data, out, "--overwrite_output_dir", "--max_steps", 2)) == 0
+    before = outcome(out)
+
+    def again():
+        with pytest.raises(common.UserError, match="already holds a run"):
+            sft.main(common.parse_args(sft.Args, [str(out / "args.json")]))
+    args = json.loads((out / "args.json").read_text())
+    assert args["overwrite_output_dir"] is None and args["resume_from_checkpoint"] is None
+    assert in_child(again) == 0
+    assert_equal(outcome(out), before)
+
+
 def test_going_on_from_an_earlier_checkpoint_makes_the_later_ones_again(data, whole, tmp_path):
     out = tmp_path / "out"
     assert in_child(start("sft", data, out, "--save_steps", 1, "--save_total_limit", 10)) == 0
