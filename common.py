@@ -1621,8 +1621,8 @@ def try_rewards(rewards, train, held, args):
         if unread:
             say(f"warning  accuracy does not apply to {len(unread):,} of {len(train):,} prompts: it reads no "
                 f"number in their answers, such as {unread[0]}")
-    n, trial = max(2, args.num_generations), {"text": "made up, to try the rewards", "truncated": False,
-                                                "completion_ids": [0]}
+    n = max(2, args.num_generations)
+    trial = {"text": "made up, to try the rewards", "truncated": False, "completion_ids": [0]}
     score(rewards, train[:1] * n, [trial] * n, 0, 0, args.reward_timeout)
 
 

@@ -574,7 +574,7 @@ def evaluate(model, held, rewards, args, run):
 def learning_rate_at(step, total_steps, args):
     """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine or
     linear decay to 0, or none."""
-    warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
+    warmup = round(args.warmup_steps * (total_steps if args.warmup_steps < 1 else 1), 6)  # 0.07 * 100 > 7
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
     done = (step - warmup) / max(total_steps - warmup, 1)

@@ -255,7 +255,7 @@ def evaluate(scorer, model, held, names, args, run):
 def learning_rate_at(step, total_steps, args):
     """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine or
     linear decay to 0, or none."""
-    warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
+    warmup = round(args.warmup_steps * (total_steps if args.warmup_steps < 1 else 1), 6)  # 0.07 * 100 > 7
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
     done = (step - warmup) / max(total_steps - warmup, 1)
@@ -340,7 +340,7 @@ def main(args):
 
         # 5. The update.
         norm = run.accelerator.clip_grad_norm_(scorer.parameters(), args.max_grad_norm or math.inf).item()
-        run.check_finite(metrics["loss"], norm, [group[0] for group in groups])
+        run.check_finite(metrics["loss"], norm, common.flat(groups))
         if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
             return
         for param_group in optimizer.param_groups:

@@ -342,7 +342,7 @@ def evaluate(policy, model, held, args, run):
 def learning_rate_at(step, total_steps, args):
     """The learning rate of update `step` (0, 1, ...), a plain function: linear warm-up, then cosine or
     linear decay to 0, or none."""
-    warmup = args.warmup_steps * total_steps if args.warmup_steps < 1 else args.warmup_steps
+    warmup = round(args.warmup_steps * (total_steps if args.warmup_steps < 1 else 1), 6)  # 0.07 * 100 > 7
     if step < warmup:
         return args.learning_rate * (step + 1) / (math.ceil(warmup) + 1)
     done = (step - warmup) / max(total_steps - warmup, 1)
@@ -369,7 +369,8 @@ def freeze_lowest(model, share):
     lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))
     blocks = next((m for m in lists if len(m) == depth), None)
     require(blocks, f"--freeze_layers: no list of blocks was found in a {model.config.model_type} model")
-    frozen, embedding = list(blocks[:max(1, int(share * len(blocks)))]), model.get_input_embeddings()
+    count = max(1, int(round(share * len(blocks), 6)))  # 0.7 * 90 < 63
+    frozen, embedding = list(blocks[:count]), model.get_input_embeddings()
     tied = embedding.weight is model.get_output_embeddings().weight
     for module in frozen + [embedding] * (not tied):
         module.requires_grad_(False)

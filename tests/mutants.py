@@ -81,7 +81,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("sft", '"neftune", key, place)', '"neftune", key)'),
     ("sft", "common.encode_sft(tokenizer, conversation, args.completion_only_loss)",
      "common.encode_sft(tokenizer, conversation)"),
-    ("sft", "max(1, int(share * len(blocks)))", "max(1, round(share * len(blocks)))"),
+    ("sft", "int(round(share * len(blocks), 6))", "round(share * len(blocks))"),
     ("sft", 'metrics["eval/loss"] < run.state["best_loss"]', 'metrics["eval/loss"] < math.inf'),
     ("sft", 'args, "eval")', "args, run.step)"),
     ("sft", "run.step, args.batch_size, args.seed)", "run.step, args.batch_size, 0)"),
@@ -225,6 +225,8 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("grpo", "logged.append(figures)", "logged = [figures]"),
     ("dpo", "< 1e-4 * args.beta", "< 1e-4"),
     ("sft", '1 if args.adversarial == "fgm" and', "1 if args.adversarial and"),
+    ("sft", "if args.warmup_steps < 1 else 1), 6)", "if args.warmup_steps < 1 else 1), 20)"),
+    ("sft", "int(round(share * len(blocks), 6))", "int(share * len(blocks))"),
 ]
 
 

@@ -355,6 +355,8 @@ def test_learning_rate_is_a_plain_function_of_the_step():
     assert at() == [1.0, 0.933, 0.75, 0.5, 0.25, 0.067]  # (1 + cos of 0, 30, 60 ... degrees) / 2
     args.warmup_steps = 0.25  # a share: 1.5 of 6 steps, then 4.5 of decay
     assert at() == [0.3333, 0.6667, 0.9698, 0.75, 0.4132, 0.117]  # at 1/9, 3/9, 5/9 and 7/9 of it
+    args.warmup_steps = 0.07  # 7 of 100 steps, though 0.07 * 100 is 7.000000000000001
+    assert [sft.learning_rate_at(step, 100, args) for step in (0, 6, 7)] == [1 / 8, 7 / 8, 1.0]
 
 
 def test_trained_weights_are_fp32_whatever_the_checkpoint_is_in(tmp_path):
@@ -532,6 +534,14 @@ def test_an_embedding_is_frozen_with_them_unless_it_is_the_head(kind, names, sha
     model = tiny_model(kind)
     sft.freeze_lowest(model, share)
     assert all(p.requires_grad != any(n in name for n in names) for name, p in model.named_parameters())
+
+
+def test_a_share_of_the_blocks_is_not_rounded_twice():
+    """0.7 of 90 blocks are 63, though 0.7 * 90 is below it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=90, num_attention_heads=1))
+    sft.freeze_lowest(model, 0.7)
+    assert sum(not any(p.requires_grad for p in block.parameters()) for block in model.model.layers) == 63
 
 
 def test_a_warning_when_the_evaluation_loss_has_risen_three_times_in_a_row(tmp_path, monkeypatch, capsys, thirty_rows):
