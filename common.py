@@ -337,7 +337,7 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
     "gradient_accumulation_steps": "--batch_size is the whole step (ppo, grpo: the whole rollout); "
                                    "--micro_batch_tokens cuts it to fit the memory",
     "packing": "rows are not packed but sorted by length inside a step, which leaves little padding",
-    "use_vllm": "rollouts are sampled in the script itself; vLLM is not used",
+    "use_vllm": "rollouts are sampled in the script itself; vLLM is not used (grpo: see rollout_lag)",
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
     "max_seq_length": "use --max_length", "use_peft": "use --lora_r 16", "lr": "use --learning_rate",
     "fp16": "bf16 autocast or fp32 only: --bf16", "per_device_eval_batch_size": "use --micro_batch_tokens",

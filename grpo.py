@@ -129,6 +129,7 @@ class Args(common.Args):
     # evaluation
     eval_steps: int = arg(50, "steps between evaluations, rounded up to whole rollouts", EVAL, above=0)
     eval_samples: int = arg(0, "samples a prompt: pass@k, votes, a reward model's best", EVAL, least=0)
+    # output
     save_steps: int = arg(50, "steps between checkpoints, rounded up to whole rollouts", above=0)
     logging_steps: int = arg(1, "steps between printed lines; metrics.jsonl has every step", above=0)
 
@@ -182,10 +183,8 @@ def best_of_groups(scores, fraction):
     """
     lowest, known = scores.nan_to_num(math.inf).amin(1, keepdim=True), scores.nan_to_num(-math.inf)
     count = math.ceil(round(fraction * scores.shape[1], 9))  # 0.07 * 100 is 7.000000000000001
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = known.topk(count, 1).values[:, -1:]  # (N, 1), the lowest score that is among the best
-    return (known >= threshold) & (known > lowest)
+    threshold = known.topk(max(count, 1), 1).values[:, -1:]  # (N, 1), the lowest score among the best
+    return (known >= threshold) & (known > lowest) & (count > 0)
 
 
 def overlong_penalty(length, max_completion_length, buffer):

@@ -116,6 +116,7 @@ class Args(common.Args):
     num_train_epochs: float = arg(1.0, "passes over the prompts", least=0)
     # evaluation
     eval_steps: int = arg(50, "steps between evaluations, rounded up to whole rollouts", EVAL, above=0)
+    # output
     save_steps: int = arg(50, "steps between checkpoints, rounded up to whole rollouts", above=0)
     logging_steps: int = arg(1, "steps between printed lines; metrics.jsonl has every step", above=0)
 
