@@ -62,7 +62,6 @@ from unittest.mock import MagicMock, patch
 from weakref import WeakKeyDictionary
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its import names what it lacks
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # says every retry; the error comes at the end
 
 import pandas
 import psutil
@@ -168,6 +167,12 @@ def still(doing):
     """Says what is going on, where nothing has been said for a while."""
     if silent():
         say(f"...      {doing}")
+
+
+def say_fetch(name):
+    """Says that a name which is no folder here comes from the Hub, because downloads show no progress."""
+    if not os.path.isdir(name):
+        say(f"hub      fetching {name}, where the cache lacks it")
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
@@ -573,6 +578,7 @@ def read_dataset(name):
         import datasets
     datasets.disable_progress_bars()
     path, *config, split = name.split(":") if ":" in name else (name, "train")
+    say_fetch(path)
     with explain(f"'{name}' is neither a file here nor a dataset that could be loaded"):
         if any(os.path.exists(os.path.join(path, f"dataset_{kind}.json")) for kind in ("info", "dict")):
             data = datasets.load_from_disk(path)
@@ -976,6 +982,7 @@ def load_tokenizer(args):
     names = os.listdir(source) if os.path.isdir(source) else ["tokenizer.json"]
     require(any("token" in name or name.startswith("vocab") for name in names),
             f"the folder {source} holds no tokenizer (no tokenizer.json or the like)")
+    say_fetch(source)
     with explain(f"cannot load a tokenizer from '{source}'"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, "
@@ -2142,6 +2149,7 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
     options = {"trust_remote_code": args.trust_remote_code}
     if args.attn_implementation:
         options["attn_implementation"] = args.attn_implementation
+    say_fetch(base)
     with explain(f"cannot load a model from '{base}'"):
         config = AutoConfig.from_pretrained(base, **options, **(scores or {}))
         require(not hasattr(config, "vision_config"),

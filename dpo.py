@@ -308,7 +308,7 @@ def pair_shares(mb, args):
 
 
 @torch.no_grad()
-def evaluate(model, policy, pairs, add_reference, run):
+def evaluate(policy, model, pairs, add_reference, run):
     """-> (the figures of held-out pairs and, where they have answers, greedy eval/accuracy; its table)."""
     model.eval()
     sums = common.Sums(run)
@@ -397,7 +397,7 @@ def main(args):
     def report():
         if held and not args.audit:
             with common.unsharded(policy):
-                metrics = run.report(lambda: evaluate(model, policy, held, add_reference, run))
+                metrics = run.report(lambda: evaluate(policy, model, held, add_reference, run))
             run.watch_loss(metrics["eval/loss"])
             moved = metrics["eval/rewards/chosen"] / args.beta  # nats a completion, against the reference
             run.warn("chosen", moved < min(-1.0, 0.2 * (metrics["eval/logps/chosen"] - moved)),
@@ -423,9 +423,8 @@ def main(args):
         metrics = sums.reduce()  # means over the pairs, of all processes
 
         # 5. The update.
-        most = args.max_grad_norm or math.inf
-        grad_norm = run.accelerator.clip_grad_norm_(policy.parameters(), most).item()
-        run.check_finite(metrics["loss"], grad_norm, pairs)
+        norm = run.accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
+        run.check_finite(metrics["loss"], norm, pairs)
         if sums.write_page(metrics["loss"], PAGE):  # --audit: nothing is learned
             return
         learning_rate = learning_rate_at(step, total_steps, args)
@@ -437,7 +436,7 @@ def main(args):
             say(f"check    first update: dpo_loss {metrics['dpo_loss']:.4f}"
                 + (" (ln 2 at the reference)" if args.loss_type == "sigmoid" else "")
                 + f", rewards {metrics['rewards/chosen']:.1g} and {metrics['rewards/rejected']:.1g}")
-        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "trained_pairs": len(groups)}
+        metrics |= {"grad_norm": norm, "learning_rate": learning_rate, "trained_pairs": len(groups)}
         run.done(metrics, sum(len(row["input_ids"]) for group in groups for row in group),
                  shown=("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"))
 

@@ -115,7 +115,7 @@ def score_and_loss(scorer, mb, names, args):
     N is 0 where a process has no rows left: then the gradient is 0."""
     scores = scorer(mb.input_ids, mb.mask)  # (B, K)
     if names:
-        return pointwise_loss(scores, given_scores(mb.rows, names).to(scores.device)), scores
+        return pointwise_loss(scores, targets_of(mb.rows, names).to(scores.device)), scores
     chosen_scores, rejected_scores = scores.view(2, -1)  # all chosen rows come first: (N,) each
     margin = scores.new_tensor([row["margin"] for row in mb.rows]).view(2, -1)[0]  # the same for both sides
     losses = pairwise_loss(chosen_scores, rejected_scores, margin, args.center_rewards_coefficient)
@@ -206,7 +206,7 @@ def scored_at_end(row, **fields):
     return {"input_ids": row["input_ids"], "mask": mask, **fields}
 
 
-def given_scores(rows, names):
+def targets_of(rows, names):
     """The rows' targets (N, K), also of no rows."""
     return torch.tensor([row["targets"] for row in rows]).view(len(rows), len(names))
 
@@ -242,7 +242,7 @@ def evaluate(scorer, model, held, names, args, run):
         metrics |= {"accuracy": (difference > 0).float().mean().item(), "margin": difference.mean().item(),
                     "calibration_error": calibration_error(difference)}
     elif len(held) > 1:
-        targets = given_scores([row for [row] in held], names)
+        targets = targets_of([row for [row] in held], names)
         for name, predicted, given in zip(names, scores.T, targets.T):
             r = torch.corrcoef(torch.stack([predicted, given]))[0, 1]
             metrics[f"correlation/{name}"] = r.nan_to_num(0.0).item()  # 0 where one of them is constant
@@ -280,7 +280,7 @@ def page_columns(mb, scores, names):
     if not names:
         return {"score": at_last_token(scores.T.flatten(), mb.mask)}
     columns = {}
-    for name, predicted, given in zip(names, scores.T, given_scores(mb.rows, names).T.to(scores.device)):
+    for name, predicted, given in zip(names, scores.T, targets_of(mb.rows, names).T.to(scores.device)):
         columns[f"score {name}"] = at_last_token(predicted, mb.mask)
         columns[f"given {name}"] = at_last_token(given, mb.mask)
     return columns

@@ -444,9 +444,8 @@ def main(args):
         metrics = sums.reduce()  # the losses, and means over the trained tokens, of all processes
 
         # 5. The update.
-        limit = args.max_grad_norm or math.inf
-        grad_norm = run.accelerator.clip_grad_norm_(policy.parameters(), limit).item()
-        run.check_finite(metrics["loss"], grad_norm, rows)
+        norm = run.accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm or math.inf).item()
+        run.check_finite(metrics["loss"], norm, rows)
         if sums.write_page(metrics["loss"], "A token's share is its - log p, divided by the step's "
                            f"{trained_tokens} trained tokens{PAGE[args.adversarial]}"):
             return  # --audit: nothing is learned
@@ -455,7 +454,7 @@ def main(args):
             param_group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
-        run.done(metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate},
+        run.done(metrics | {"grad_norm": norm, "learning_rate": learning_rate},
                  sum(len(row["input_ids"]) for row in rows), shown=("loss", "token_accuracy"))
 
         # 6. Evaluate, save, or stop after Ctrl-C.

@@ -66,7 +66,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", 'attention_mask=mask, past_key_values=prompts,', 'attention_mask=None, past_key_values=prompts,'),
     ("common", "(kind.forward if cached else fast)(self,", "(kind.forward if cached else fast)(layer,"),
     # sft
-    ("sft", "limit = args.max_grad_norm or math.inf", "limit = math.inf"),
+    ("sft", "args.max_grad_norm or math.inf", "math.inf"),
     ("sft", "share = mb.loss / trained_tokens", "share = mb.loss / mb.mask.sum()"),
     ("sft", "run.accelerator.backward(share.sum() * processes)", "run.accelerator.backward(share.sum())"),
     ("sft", "learning_rate_at(run.step, total_steps, args)",
@@ -86,7 +86,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("sft", 'args, "eval")', "args, run.step)"),
     ("sft", "run.step, args.batch_size, args.seed)", "run.step, args.batch_size, 0)"),
     # dpo
-    ("dpo", "most = args.max_grad_norm or math.inf", "most = math.inf"),
+    ("dpo", "args.max_grad_norm or math.inf", "math.inf"),
     ("dpo", 'scale = lengths if args.loss_type == "ipo" else 1', "scale = 1"),
     ("dpo", "args.beta, args.loss_type, args.label_smoothing)\n    nll",
      "args.beta, args.loss_type)\n    nll"),

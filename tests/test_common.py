@@ -739,6 +739,19 @@ def test_parquet_and_saved_datasets_with_their_splits(tmp_path):
             common.read_rows(str(tmp_path / name))
 
 
+def test_what_comes_from_the_hub_is_said_before_it_is_fetched(tmp_path, capsys):
+    """Downloads show no progress: without the line a person would see nothing for minutes."""
+    args = sft.Args(model_name_or_path="org/model", dataset_name="org/data:test", output_dir=str(tmp_path))
+    for load, name in ((lambda: common.load_tokenizer(args), "org/model"),
+                       (lambda: common.load_base("org/model", args), "org/model"),
+                       (lambda: common.read_dataset("org/data:test"), "org/data")):
+        with pytest.raises(common.UserError, match=name):
+            load()
+        assert capsys.readouterr().out == f"hub      fetching {name}, where the cache lacks it\n"
+    common.say_fetch(str(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
 GOOD = b'{"question": "q", "answer": "a"}\n'
 
 

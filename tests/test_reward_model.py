@@ -294,4 +294,4 @@ def test_scores_of_a_row_are_taken_by_their_names(tokenizer):
     items = [(common.to_scored({"prompt": "1+1", "completion": "2", "score": scores}, "prompt_completion_score"), {}, "here")
              for scores in ({"b": 1, "a": 2}, {"a": 2, "b": 1})]
     groups = reward_model.encode_scored_rows(items, tokenizer, args, common.Counter(), ["a", "b"])
-    assert reward_model.given_scores([row for row, in groups], ["a", "b"]).tolist() == [[2, 1], [2, 1]]
+    assert reward_model.targets_of([row for row, in groups], ["a", "b"]).tolist() == [[2, 1], [2, 1]]
