@@ -3553,11 +3553,7 @@ class Run:
     def load_best(self):
         """checkpoints/best, as from_first gives it."""
         folder = os.path.join(self.args.output_dir, "checkpoints", "best")
-
-        def read():
-            with explain(f"{folder} cannot be read"):
-                return load_checkpoint(folder)
-        return self.from_first(read)
+        return self.from_first(lambda: explain(f"{folder} cannot be read")(load_checkpoint)(folder))
 
     def annotate(self, rows, module, names, temperature):
         """Gives rows what module(input_ids, mask, temperature) returns, cut to (T,), under these names."""
