@@ -677,8 +677,8 @@ def test_evaluation_alone_leaves_no_model(tmp_path):
 # ---- learning ----------------------------------------------------------------------------------------------------------
 
 def test_the_example_goes_past_its_demonstrations(tmp_path):
-    """The README's story on 15 of its steps: from the mistake of the demonstrations to at least 85 % right."""
-    metrics = run(grpo, tmp_path / "out", "--max_steps", 15, "--eval_steps", 15)
+    """The README's story in 8 steps: from the mistake of the demonstrations to at least 85 % right."""
+    metrics = run(grpo, tmp_path / "out", "--max_steps", 8, "--eval_steps", 8)
     first, last = (m["eval/accuracy"] for m in metrics if "eval/accuracy" in m)
     assert first < 0.6 and last > 0.85
     names = sorted(os.listdir(tmp_path / "out"))
