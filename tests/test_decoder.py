@@ -283,7 +283,8 @@ def test_a_micro_batch_waits_once(script, tmp_path, monkeypatch):
             counted.append(dict(waits.seen))
     monkeypatch.setattr(common.Run, "micro_batches", watched)
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)  # transformers' own look, one a pass
-    run(importlib.import_module(script), tmp_path, "--max_steps", {"ppo": 8}.get(script, 2), "--eval_fraction", "0")
+    small = {"ppo": ("--max_steps", 8, "--batch_size", 16), "grpo": ("--batch_size", 2)}.get(script, ())
+    run(importlib.import_module(script), tmp_path, "--max_steps", 2, "--eval_fraction", "0", *small)
     assert counted and all(each == {"nonzero": 1} for each in counted), counted
 
 
