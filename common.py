@@ -232,17 +232,11 @@ def check_number(name, value, limits):
     """UserError unless a flag's value (None: not given) is finite and lies within its limits."""
     for number in value if isinstance(value, list) else [value]:
         require(not isinstance(number, float) or math.isfinite(number), f"--{name} is {number}")
-    low, high = limits.get("least", limits.get("above")), limits.get("most", limits.get("below"))
-    if high is not None:
-        top = "2**32" if high == 2**32 else high
-        must = f"lie in {'[' if 'least' in limits else '('}{low}, {top}{']' if 'most' in limits else ')'}"
-    elif low == 0:
-        must = "not be negative" if "least" in limits else "be positive"
-    else:
-        must = f"be at least {low}"
     holds = {"above": gt, "least": ge, "below": lt, "most": le}
     inside = value is None or all(holds[limit](value, bound) for limit, bound in limits.items())
-    require(inside, f"--{name} must {must}, not {value}")
+    must = " and ".join(f"{limit} {bound}" for limit, bound in limits.items())
+    must = must.replace("least", "at least").replace("most", "at most")
+    require(inside, f"--{name} must be {must}, not {value}")
 
 
 NEW = "no adapter, lora_r"  # needs of the flags that describe a new adapter: one that goes on has its own
@@ -314,6 +308,8 @@ class Args:
             require(getattr(self, name) < 10**9, f"--{name} {getattr(self, name)} would never end")
         require(self.max_steps > 0 or self.num_train_epochs > 0 or self.ZERO_EPOCHS,
                 "nothing to do: give --max_steps or --num_train_epochs")
+        require(self.max_steps == -1 or self.max_steps > 0,
+                f"--max_steps must be above 0, or -1 for no limit, not {self.max_steps}")
         require(self.dataset_name,
                 "--dataset_name is missing: a .json, .jsonl, .csv or .parquet file, or a dataset name")
         with explain(f"--date {self.date}: expected a day such as 2026-03-01", ValueError):
@@ -352,7 +348,10 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
     "max_prompt_length": "--max_length holds prompt and answer", "cliprange": "use --epsilon",
     "cliprange_value": "use --value_clip", "lam": "use --gae_lambda",
     "num_ppo_epochs": "use --num_iterations", "num_mini_batches": "use --num_minibatches",
-    "steps_per_generation": "use --num_minibatches",
+    "steps_per_generation": "use --num_minibatches", "save_strategy": "use --save_steps",
+    "generation_batch_size": "use --batch_size, which counts prompts", "eval_strategy": "use --eval_steps",
+    "log_completions": "samples.jsonl has the first of every rollout",
+    "top_k": "the whole softmax is sampled, as tests/edits/grpo-top-p.diff would change",
     "top_p": "the whole softmax is sampled; tests/edits/grpo-top-p.diff cuts it",
     "tools": "tool calls are not supported; tests/edits/grpo-environment.diff has turns with a tool"}
 
@@ -419,7 +418,7 @@ class Parser(HfArgumentParser):
         close = close or [n for n in self.names if {*name.split("_")} <= {*n.split("_")}]
         dashes = "--" if word.startswith("--") else ""
         hint = f"; did you mean {dashes}{close[0]}?" if close else "; --help lists the flags"
-        instead = INSTEAD.get(name, "")
+        instead = INSTEAD.get("use_vllm" if name.startswith("vllm_") else name, "")
         named = re.findall(r"--(\w+)", instead)
         fits = instead and (not named or named[0] in self.names)
         return f"unknown argument {word}" + (f": {instead}" if fits else hint)
@@ -433,7 +432,8 @@ class Parser(HfArgumentParser):
         """["--flag", "value", ...] -> {name: value}, with what `start` has, else defaults, filled in."""
         known, rest = self.parse_known_args(words, start)
         if rest:
-            require(not rest[0].startswith("-"), self.unknown(rest[0]))
+            wrong = [word for word in rest if word.startswith("--")] or rest[:1]
+            require(not wrong[0].startswith("-"), "\n  ".join(map(self.unknown, wrong)))
             flags = [word.split("=")[0] for word in words[:words.index(rest[0])] if word.startswith("--")]
             raise UserError(f"one value too many{' for ' + flags[-1] if flags else ''}: {rest[0]}")
         return vars(known)
@@ -447,8 +447,9 @@ class Parser(HfArgumentParser):
             given = json.load(file)
         require(isinstance(given, dict), f"{path} must hold one JSON object of arguments")
         here, words = os.path.relpath(os.path.dirname(path) or "."), []
+        wrong = [name for name in given if name not in self.names]
+        require(not wrong, f"{path}: " + "\n  ".join(map(self.unknown, wrong)))
         for name, value in given.items():
-            require(name in self.names, f"{path}: {self.unknown(name)}")
             if value is None or value == []:
                 continue
             value = json.dumps(value) if isinstance(value, dict) else value
@@ -615,7 +616,8 @@ def find_format(rows, formats, chosen=None):
     fitting = [name for name, needed in formats.items() if set(needed) <= set(row)]
     known = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in formats.items())
     columns = ", ".join(sorted(map(str, row)))
-    require(chosen or fitting, f"{place}: no known format has the columns {columns}. Known are: {known}")
+    require(chosen or fitting, f"{place}: no known format has the columns {columns}"
+            f"{' (a first line with their names?)' * ('.csv:' in place)}. Known are: {known}")
     return chosen or fitting[0]
 
 
@@ -726,7 +728,9 @@ def counted(counts):
 def say_split(args, train, held, noun, counts):
     """Says how many there are and what `counts` counted; UserError if none is left to train on."""
     say(f"data     {len(train):,} {noun}s to train on, {len(held):,} to evaluate{counted(counts)}")
-    require(train, f"{args.dataset_name}: no {noun} to train on is left")
+    require(train, f"{args.dataset_name}: no {noun} to train on is left{counted(counts)}")
+    require(held or not args.eval_dataset_name,
+            f"{args.eval_dataset_name}: no {noun} to evaluate is left{counted(counts)}")
 
 
 # ---- from columns to messages ------------------------------------------------------------------------------
@@ -981,7 +985,7 @@ def load_tokenizer(args):
         source = adapter
     names = os.listdir(source) if os.path.isdir(source) else ["tokenizer.json"]
     require(any("token" in name or name.startswith("vocab") for name in names),
-            f"the folder {source} holds no tokenizer (no tokenizer.json or the like)")
+            f"the folder {source} holds no tokenizer (tokenizer.json or the like): copy that of its base")
     say_fetch(source)
     with explain(f"cannot load a tokenizer from '{source}'"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
@@ -1605,32 +1609,35 @@ NEEDS = {"accuracy": ("answer", "solution"), "edit_distance": ("answer", "soluti
 
 def try_rewards(rewards, train, held, args):
     """UserError, before a model is loaded, if a row's columns are not what the built-in rewards read, or if a
-    reward fails when it is called once."""
+    reward fails when it is called once, on a prompt of each file."""
     used = [name for name, reward in rewards.items() if reward.path is None]
-    for prompt in train + held:
-        columns = prompt["columns"]
-        with explain(prompt["place"], (ValueError, SyntaxError)):
-            if "json" in used:
-                strings_of("schema", columns.get("schema"))
-            if "code" in used:
-                for test in strings_of("tests", columns.get("tests")):
-                    compile(test, "the column 'tests'", "exec")  # or no completion of this row could pass
-    for name in filter(NEEDS.get, used):
-        missing = all(prompt["columns"].get(column) is None for prompt in train for column in NEEDS[name])
-        require(not missing, f"--reward_funcs {name} needs a column "
-                f"{' or '.join(map(repr, NEEDS[name]))}; {args.dataset_name} has "
-                f"{', '.join(train[0]['columns']) or 'no other column than the prompt'}")
-    if "accuracy" in used:
-        known = [(prompt, text) for prompt, text in zip(train, references_of(train)) if text is not None]
-        unread = [f"{text[-80:]!r} of {prompt['place']}" for prompt, text in known if not readable(text)]
-        require(len(unread) < len(known), "--reward_funcs accuracy reads a number in no answer, such as "
-                f"{''.join(unread[:1])}: give numbers, <answer>words</answer> or another reward")
-        if unread:
-            say(f"warning  accuracy does not apply to {len(unread):,} of {len(train):,} prompts: it reads no "
-                f"number in their answers, such as {unread[0]}")
-    n = max(2, args.num_generations)
     trial = {"text": "made up, to try the rewards", "truncated": False, "completion_ids": [0]}
-    score(rewards, train[:1] * n, [trial] * n, 0, 0, args.reward_timeout)
+    for prompts, file in ((train, args.dataset_name), (held, args.eval_dataset_name)):
+        for prompt in prompts:
+            columns = prompt["columns"]
+            with explain(prompt["place"], (ValueError, SyntaxError)):
+                if "json" in used:
+                    strings_of("schema", columns.get("schema"))
+                if "code" in used:
+                    for test in strings_of("tests", columns.get("tests")):
+                        compile(test, "the column 'tests'", "exec")  # or no completion of this row could pass
+        if file is None:  # held out of the same file
+            continue
+        for name in filter(NEEDS.get, used):
+            missing = all(p["columns"].get(column) is None for p in prompts for column in NEEDS[name])
+            require(not missing, f"--reward_funcs {name} needs a column "
+                    f"{' or '.join(map(repr, NEEDS[name]))}; {file} has "
+                    f"{', '.join(prompts[0]['columns']) or 'no other column than the prompt'}")
+        if "accuracy" in used:
+            known = [(p, text) for p, text in zip(prompts, references_of(prompts)) if text is not None]
+            unread = [f"{text[-80:]!r} of {p['place']}" for p, text in known if not readable(text)]
+            require(len(unread) < len(known), "--reward_funcs accuracy reads a number in no answer, such as "
+                    f"{''.join(unread[:1])}: give numbers, <answer>words</answer> or another reward")
+            if unread:
+                say(f"warning  accuracy does not apply to {len(unread):,} of {len(prompts):,} prompts: it "
+                    f"reads no number in their answers, such as {unread[0]}")
+        n = max(2, args.num_generations)
+        score(rewards, prompts[:1] * n, [trial] * n, 0, 0, args.reward_timeout)
 
 
 def load_reward(name, weight, args, device):
@@ -1655,7 +1662,8 @@ def load_reward(name, weight, args, device):
         run = os.path.basename(parent) if own in ("model", "merged", "value") else own
         return f"{run}_{part}", Reward(function, weight, path, part)
     require(part or not name.endswith(".py"), f"reward '{name}': say which: {name}:function")
-    require(path.endswith(".py"), f"no reward '{name}': built in are {', '.join(BUILT_IN)}; "
+    lost = "no such folder; " * ("/" in name)
+    require(path.endswith(".py"), f"no reward '{name}': {lost}built in are {', '.join(BUILT_IN)}; "
             "your own is file.py:function, or a reward model's folder")
     require(os.path.isfile(path), f"reward '{name}': no such file: {path}")
     spec = importlib.util.spec_from_file_location("reward_file_" + os.path.basename(path)[:-3], path)
@@ -2111,16 +2119,19 @@ def add_adapter(model, adapter, args, scores):
         config = PeftConfig.from_pretrained(adapter)
         of_scores = config.task_type == "SEQ_CLS"
         require(of_scores == bool(scores), f"{adapter} is an adapter of "
-                f"{'a reward model' if of_scores else 'a policy'}: start from its merged/ instead")
+                f"{'a reward model' if of_scores else 'a policy'}: start from its merged/ instead, which "
+                "its own command writes with --resume_from_checkpoint latest --merge")
         require(args.lora_r in (0, config.r),
                 f"{adapter} is an adapter of rank {config.r}: leave --lora_r out")
         with explain(f"cannot load the adapter {adapter}"):
             return PeftModel.from_pretrained(model, adapter, is_trainable=True), "a LoRA adapter goes on"
     targets = "all-linear" if args.lora_target_modules in (None, ["all-linear"]) else args.lora_target_modules
+    known = {path.split(".")[-1] for path, part in model.named_modules() if [*part.parameters(recurse=False)]}
     for flag, names in (("lora_target_modules", targets), ("modules_to_save", args.modules_to_save)):
-        for name in names if isinstance(names, list) else ():
-            require(any(f".{module}".endswith(f".{name}") for module, _ in model.named_modules()),
-                    f"--{flag} {names}: the model has no module of that name: {name}")
+        wrong = [name for name in names or () if names != "all-linear" and not any(
+            f".{path}".endswith(f".{name}") for path, _ in model.named_modules())]
+        require(not wrong, f"--{flag} {names}: the model has no module of that name: {', '.join(wrong)}; "
+                f"it has {', '.join(sorted(known))}")
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
         target_modules=targets, modules_to_save=args.modules_to_save,
@@ -2528,13 +2539,15 @@ def model_card(args, model):
         library_name="peft" if adapter else "transformers", tags=[script.removesuffix(".py")])
     changed = {flag.name: getattr(args, flag.name) for flag in fields(args)  # written again it is the same
                if flag.name not in MAY_CHANGE and getattr(args, flag.name) != default_of(flag)}
-    options = [json.dumps(base) if adapter else "folder"]
+    dtype = "bfloat16" if args.bf16 else "float32"  # of the base in training, whatever it is stored in
+    options = [json.dumps(base), f'dtype="{dtype}"'] if adapter else ["folder"]
     if adapter and scores:
         options += [f"id2label={scores}, pad_token_id={model.config.pad_token_id}",
                     "ignore_mismatched_sizes=True"]
     if adapter and args.load_in_4bit:
         options += ["quantization_config=transformers.BitsAndBytesConfig(\n        "
-                    "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)"]
+                    "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,\n        "
+                    f"bnb_4bit_compute_dtype='{dtype}')"]
     return CARD.substitute(
         data=data.to_yaml(), script=script, base=base, dataset=args.dataset_name, auto=auto,
         kind={(): "Language model", ("value",): "Value function"}.get(tuple(scores.values()), "Reward model"),
@@ -2722,6 +2735,10 @@ def check_free(args):
     require(not used or args.overwrite_output_dir or started,
             f"{args.output_dir} already holds a run: choose another --output_dir, or add "
             "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
+    if used:
+        ended = "model" in used or "checkpoints" not in used
+        say(f"output   replacing the run in {args.output_dir}"
+            + ("" if ended else ", which --resume_from_checkpoint latest would go on with"))
     given = [(name, getattr(args, name, None)) for name in (
         "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset",
         "value_model")]

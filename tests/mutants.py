@@ -227,6 +227,11 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("sft", '1 if args.adversarial == "fgm" and', "1 if args.adversarial and"),
     ("sft", "if args.warmup_steps < 1 else 1), 6)", "if args.warmup_steps < 1 else 1), 20)"),
     ("sft", "int(round(share * len(blocks), 6))", "int(share * len(blocks))"),
+    ("common", "self.max_steps == -1 or self.max_steps > 0", "True"),
+    ("common", "if file is None:", "if file != args.dataset_name:"),
+    ("common", "held or not args.eval_dataset_name,", "True,"),
+    ("common", """f'dtype="{dtype}"'] if adapter""", "] if adapter"),
+    ("common", "bnb_4bit_compute_dtype='{dtype}')", ")"),
 ]
 
 
@@ -261,8 +266,10 @@ def killer(folder, changed):
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-        if failed or done.returncode not in (0, 5):  # 5: no test has these marks
-            return failed[1] if failed else f"exit {done.returncode}"
+        if failed:
+            return failed[1]
+        if done.returncode not in (0, 5):  # 5: no test has these marks
+            raise RuntimeError(f"the tests did not run: {done.stdout}{done.stderr}")
     return None
 
 

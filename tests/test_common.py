@@ -1142,13 +1142,13 @@ class Limited(common.Args):
 
 
 @pytest.mark.parametrize("name, good, bad, must", [
-    ("positive", ["1e-9", "1e9"], ["0", "-1e-9"], "be positive"),
-    ("natural", ["0", "7"], ["-1"], "not be negative"),
-    ("pair", ["2", "3"], ["1", "-5"], "be at least 2"),
-    ("share", ["0", "0.999"], ["1", "-0.001", "1.5"], "lie in [0, 1)"),
-    ("closed", ["0", "1"], ["1.001", "-0.001"], "lie in [0, 1]"),
-    ("opened", ["0.001", "0.999"], ["0", "1"], "lie in (0, 1)"),
-    ("half", ["0.001", "1"], ["0", "1.001"], "lie in (0, 1]"),
+    ("positive", ["1e-9", "1e9"], ["0", "-1e-9"], "above 0"),
+    ("natural", ["0", "7"], ["-1"], "at least 0"),
+    ("pair", ["2", "3"], ["1", "-5"], "at least 2"),
+    ("share", ["0", "0.999"], ["1", "-0.001", "1.5"], "at least 0 and below 1"),
+    ("closed", ["0", "1"], ["1.001", "-0.001"], "at least 0 and at most 1"),
+    ("opened", ["0.001", "0.999"], ["0", "1"], "above 0 and below 1"),
+    ("half", ["0.001", "1"], ["0", "1.001"], "above 0 and at most 1"),
     ("free", ["-3", "1e300"], [], "")])
 def test_the_limits_of_a_number_and_what_is_said_beyond_them(name, good, bad, must):
     for value in good:
@@ -1158,7 +1158,7 @@ def test_the_limits_of_a_number_and_what_is_said_beyond_them(name, good, bad, mu
     for value in bad:
         with pytest.raises(common.UserError) as error:
             common.parse_args(Limited, ["--model_name_or_path", "m", f"--{name}={value}"])
-        assert str(error.value) == f"--{name} must {must}, not {number(value)}"
+        assert str(error.value) == f"--{name} must be {must}, not {number(value)}"
     for value in ("nan", "inf", "-inf") if number is float else ():
         with pytest.raises(common.UserError, match=f"^--{name} is {value}$"):
             common.parse_args(Limited, ["--model_name_or_path", "m", f"--{name}={value}"])

@@ -26,6 +26,8 @@ FILES = {
     "broken.jsonl": '{"prompt": "1+1", "completion": "2"}\n{"prompt": "1+1", \n',
     "role.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "b"}]}\n',
     "empty.jsonl": "", "blank.jsonl": "\n\n", "array.json": "[1, 2", "columns.jsonl": '{"x": 1}\n', "notes.txt": "hello",
+    "long.jsonl": json.dumps({"prompt": "1" * 600, "answer": "2"}) + "\n", "headless.csv": "1+1,2\n1+2,3\n", "one.jsonl": '{"prompt": "1+1", "solution": "2"}\n',
+    "words.jsonl": '{"prompt": "1+1", "answer": "two"}\n', "asks.py": "def f(completions, answer):\n    return [1.0] * len(completions)\n",
     "no_answer.jsonl": '{"prompt": "1+1"}\n{"prompt": "1+2"}\n', "nothing.jsonl": '{"prompt": "1+1", "completion": " "}\n',
     "pairs.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 3, "same.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "a"}\n',
     "unlike.jsonl": '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": [{"role": "user", "content": "c"},'
@@ -39,7 +41,7 @@ FILES = {
     "text.py": "def f(completions):\n    return '1' * len(completions)\n", "syntax.py": "def f(:\n",
     "exits.py": "import sys\nsys.exit(3)\n", "late.py": "def f(trainer_state, completions):\n    return [1 / (trainer_state.max_steps == 0)] * len(completions)\n",
     "hangs.py": "import time\ndef f(completions):\n    time.sleep(60)\ndef g(completions):\n    while True:\n        pass\n",
-    "args.json": '{"learning_rate": "fast"}', "unknown.json": '{"learning_rat": 1}', "list.json": "[1]", "broken.json": "{",
+    "args.json": '{"learning_rate": "fast"}', "unknown.json": '{"learning_rat": 1}', "two.json": '{"learning_rat": 1, "packing": true}', "list.json": "[1]", "broken.json": "{",
     "template.jinja": "{{ messages[0].content", "lossy.jinja": "{{ 'always the same' }}",
 }
 CASES = [  # (script, flags on top of its small example, what the sentence must say)
@@ -55,10 +57,10 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--use_vllm"], "unknown argument --use_vllm: rollouts are sampled in the script itself"),
     (sft, ["--packing", "True"], "sorted by length"),
     (sft, ["--learning_rate", "fast"], "invalid float value: 'fast'"),
-    (sft, ["--learning_rate", "0"], "--learning_rate must be positive"), (grpo, ["--learning_rate", "nan"], "--learning_rate is nan"),
-    (sft, ["--num_train_epochs", "inf"], "--num_train_epochs is inf"), (grpo, ["--seed", "-3"], "--seed must lie in"),
-    (grpo, ["--num_generations", "1"], "--num_generations must be at least 2"), (sft, ["--batch_size", "0"], "--batch_size must be positive"),
-    (grpo, ["--num_minibatches", "1000"], "--num_minibatches 1000 is more than"), (sft, ["--lora_dropout", "2"], "--lora_dropout must lie in"),
+    (sft, ["--learning_rate", "0"], "--learning_rate must be above 0"), (grpo, ["--learning_rate", "nan"], "--learning_rate is nan"),
+    (sft, ["--num_train_epochs", "inf"], "--num_train_epochs is inf"), (grpo, ["--seed", "-3"], "--seed must be at least 0 and below 4294967296, not -3"),
+    (grpo, ["--num_generations", "1"], "--num_generations must be at least 2"), (sft, ["--batch_size", "0"], "--batch_size must be above 0"),
+    (grpo, ["--num_minibatches", "1000"], "--num_minibatches 1000 is more than"), (sft, ["--lora_dropout", "2"], "--lora_dropout must be at least 0 and below 1, not 2.0"),
     (grpo, ["--reward_weights", "1", "2"], "--reward_weights has 2 numbers for 1 reward"),
     (grpo, ["--importance_sampling_level", "sequence"], "add --loss_type grpo"),
     (sft, ["--lr_scheduler_type", "wavy"], "invalid choice: 'wavy'"), (sft, ["--log_with", "wandb"], "pip install wandb"),
@@ -95,7 +97,23 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--eval_dataset_name", "missing.jsonl"], "no such file: missing.jsonl"),
     (sft, ["--keep_best", "--eval_fraction", "0", "--max_completion_length", "0"], "--keep_best needs evaluation data"),
     (grpo, ["--dataset_name", "no_answer.jsonl"], "needs a column 'answer' or 'solution'"),
-    (grpo, ["--max_prompt_length", "1"], "no prompt to train on is left"),
+    *((script, ["--eval_dataset_name", "no_answer.jsonl"], "accuracy needs a column 'answer' or 'solution'; no_answer.jsonl has no other column")
+      for script in (grpo, ppo)),
+    (grpo, ["--eval_dataset_name", "words.jsonl"], "accuracy reads a number in no answer, such as 'two' of words.jsonl:1"),
+    (grpo, ["--eval_dataset_name", "one.jsonl", "--reward_funcs", "asks.py:f"], "asks for 'answer'"),
+    (grpo, ["--eval_dataset_name", "long.jsonl"], "long.jsonl: no prompt to evaluate is left; 1 dropped: longer than --max_prompt_length 512"),
+    (grpo, ["--max_prompt_length", "1"], "no prompt to train on is left; 600 dropped: longer than --max_prompt_length 1 tokens"),
+    (sft, ["--dataset_name", "headless.csv"], "no known format has the columns 1+1, 2 (a first line with their names?). Known are"),
+    (sft, ["--leraning_rate", "1", "--per_device_train_batch_size", "2", "--x", "-1"],
+     "unknown argument --leraning_rate; did you mean --learning_rate?\n  unknown argument --per_device_train_batch_size: --batch_size counts the rows of an "
+     "optimizer step (ppo, grpo: prompts of a rollout) over all processes, --micro_batch_tokens what a forward pass holds\n  unknown argument --x;"),
+    *((script, ["--max_steps", number], f"--max_steps must be above 0, or -1 for no limit, not {number}") for script in (sft, grpo) for number in ("0", "-2")),
+    (grpo, ["--top_k", "50"], "the whole softmax is sampled"), (grpo, ["--vllm_mode", "colocate"], "vLLM is not used"),
+    (sft, ["--save_strategy", "steps"], "use --save_steps"), (grpo, ["--generation_batch_size", "8"], "use --batch_size"),
+    (grpo, ["--log_completions"], "samples.jsonl has the first"), (dpo, ["--eval_strategy", "steps"], "use --eval_steps"),
+    (grpo, ["--reward_funcs", "out/rm/model"], "no reward 'out/rm/model': no such folder; built in are accuracy"),
+    (sft, ["--lora_r", "4", "--lora_target_modules", "query_proj", "q_proj", "valu"],
+     "no module of that name: query_proj, valu; it has down_proj, embed_tokens, gate_proj, input_layernorm, k_proj"),
     (sft, ["--chat_template_path", "nope.jinja"], "cannot read --chat_template_path"),
     (sft, ["--chat_template_path", "template.jinja"], "template.jinja: the chat template refuses"),
     (sft, ["--chat_template_path", "lossy.jinja"], "lossy.jinja: the chat template leaves out"),
@@ -113,31 +131,31 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--resume_from_checkpoint", "damaged"], "--resume_from_checkpoint damaged: damaged: its checksums do not fit"),
     (sft, ["--resume_from_checkpoint", "empty"], "--resume_from_checkpoint empty: No such file"),
     (grpo, ["--reward_funcs", "late.py:f", "--batch_size", "2", "--eval_fraction", "0"], "raised ZeroDivisionError"),
-    (dpo, ["--label_smoothing", "0.1", "--loss_type", "ipo"], "--label_smoothing 0.1 has no effect without --loss_type sigmoid"), (dpo, ["--beta", "0"], "--beta must be positive"),
-    (dpo, ["--label_smoothing", "0.7"], "--label_smoothing must lie in"), (dpo, ["--dataset_name", "ok.jsonl"], "no known format"),
+    (dpo, ["--label_smoothing", "0.1", "--loss_type", "ipo"], "--label_smoothing 0.1 has no effect without --loss_type sigmoid"), (dpo, ["--beta", "0"], "--beta must be above 0"),
+    (dpo, ["--label_smoothing", "0.7"], "--label_smoothing must be at least 0 and below 0.5, not 0.7"), (dpo, ["--dataset_name", "ok.jsonl"], "no known format"),
     (dpo, ["--dataset_name", "same.jsonl"], "no pair to train on is left"), (dpo, ["--dataset_name", "unlike.jsonl"], "unlike.jsonl:1: 'chosen' does not begin"),
     (reward_model, ["--dataset_name", "scores.jsonl"], "scores.jsonl:2: the score 'score' is not a number"),
     (reward_model, ["--dataset_name", "named.jsonl", "--eval_fraction", "0"], "named.jsonl:2: the scores are ['y'], those of the first row ['x']"),
-    (reward_model, ["--eval_dataset_name", "oks.jsonl"], "no such file"), (reward_model, ["--lora_dropout", "-1"], "--lora_dropout must lie in"),
+    (reward_model, ["--eval_dataset_name", "oks.jsonl"], "no such file"), (reward_model, ["--lora_dropout", "-1"], "--lora_dropout must be at least 0"),
     (grpo, ["--reward_funcs", "empty"], "empty is no reward model that can be loaded"),
-    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target 6.0 has no effect without --kl_coef"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "unknown argument --kl_gain"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must lie in"),
+    (ppo, ["--kl_target", "6", "--kl_coef", "0"], "--kl_target 6.0 has no effect without --kl_coef"), (ppo, ["--kl_target", "6", "--kl_gain", "6"], "unknown argument --kl_gain"), (ppo, ["--gae_lambda", "1.5"], "--gae_lambda must be at least 0 and at most 1, not 1.5"),
     (ppo, ["--sft_coef", "0.1"], "--sft_coef 0.1 has no effect without --sft_dataset"), (ppo, ["--sft_dataset", "ok.jsonl"], "has no effect without --sft_coef"),
     (ppo, ["--sft_dataset", "role.jsonl", "--sft_coef", "0.1"], "role.jsonl:1: message 1 has the unknown role"),
-    (ppo, ["--value_clip", "-1"], "--value_clip must not be negative"), (ppo, ["--num_minibatches", "9"], "--num_minibatches 9 is more than"),
-    (ppo, ["--reward_funcs", "empty"], "empty is no reward model"), (ppo, ["--score_clip", "0"], "--score_clip must be positive"),
+    (ppo, ["--value_clip", "-1"], "--value_clip must be at least 0"), (ppo, ["--num_minibatches", "9"], "--num_minibatches 9 is more than"),
+    (ppo, ["--reward_funcs", "empty"], "empty is no reward model"), (ppo, ["--score_clip", "0"], "--score_clip must be above 0"),
     (ppo, ["--sft_dataset", "", "--sft_coef", "0.1"], "has no effect without --sft_dataset"), (grpo, ["--reward_weights", "0"], "--reward_weights are all 0"),
     (ppo, ["--sft_dataset", "ok.jsonl", "--sft_coef", "0.1", "--sft_fraction", "1e9"], "unknown argument --sft_fraction"),
     (grpo, ["--demo_threshold", "0", "--demo_column", "answer"], "unknown argument --demo_column"),
     (grpo, ["--demo_threshold", "0", "--dataset_name", "ok.jsonl"], "no prompt has a demonstration in a column 'demonstration'"),
     (ppo, ["--dataset_name", "ok.jsonl", "--num_minibatches", "4", "--batch_size", "8", "--eval_fraction", "0"], "is more than the 3 completions of a rollout"),
-    (sft, ["--num_train_epochs", "0", "--max_steps", "0"], "nothing to do: give --max_steps"), (ppo, ["--num_train_epochs", "-1"], "must not be negative"),
+    (sft, ["--num_train_epochs", "0", "--max_steps", "0"], "nothing to do: give --max_steps"), (ppo, ["--num_train_epochs", "-1"], "must be at least 0"),
     (sft, ["--num_train_epochs", "1e300"], "would never end"), (sft, ["--model_name_or_path", "./headless"], "holds no weights for lm_head.weight"),
     (ppo, ["--beta", "0.1"], "the weight of the KL term is --kl_coef"),
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
     (sft, ["--resume_from_checkpoint", "nowhere"], "no such folder (or say 'latest')"),
-    (sft, ["--freeze_layers", "1"], "--freeze_layers must lie in [0, 1), not 1.0"),
+    (sft, ["--freeze_layers", "1"], "--freeze_layers must be at least 0 and below 1, not 1.0"),
     (sft, ["--freeze_layers", "0.5", "--lora_r", "4"], "--freeze_layers 0.5 has no effect beside --lora_r"),
-    (sft, ["--adversarial_epsilon", "0"], "--adversarial_epsilon must be positive"), (sft, ["--adversarial", "pgd"], "invalid choice: 'pgd'"),
+    (sft, ["--adversarial_epsilon", "0"], "--adversarial_epsilon must be above 0"), (sft, ["--adversarial", "pgd"], "invalid choice: 'pgd'"),
     (sft, ["--learning_rate", "1e20", "--max_grad_norm", "0", "--max_steps", "40"], "gradient's norm nan"),
 ]
 
@@ -218,7 +236,7 @@ def test_one_sentence(script, flags, sentence, folder, monkeypatch, capfd):
     status = in_child(child)
     error = capfd.readouterr().err
     assert os.WEXITSTATUS(status) == 2, error
-    assert error.startswith(os.path.basename(script.__file__) + ": error: ") and error.count("\n") == 1, error
+    assert error.startswith(os.path.basename(script.__file__) + ": error: ") and error.count("\n") == 1 + sentence.count("\n"), error
     assert sentence in error
     for name in ("foreign/model/precious", "theirs/base/precious", "theirs.html"):
         assert (folder / name).read_text().endswith("keep me")
@@ -269,6 +287,7 @@ def test_a_run_that_failed_at_its_start_is_begun_again_by_the_same_command(tmp_p
 
 
 @pytest.mark.parametrize("name, sentence", [("args.json", "args.json: argument --learning_rate"), ("unknown.json", "did you mean learning_rate"),
+                                            ("two.json", "did you mean learning_rate\\?\n  unknown argument packing: rows are not"),
                                             ("list.json", "must hold one JSON object"), ("broken.json", "is not valid JSON"),
                                             ("missing.json", "cannot read the arguments file"), ("stray", "expected --flag value")])
 def test_arguments_files(name, sentence, folder, monkeypatch):

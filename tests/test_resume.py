@@ -500,7 +500,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
     assert not os.path.exists(tmp_path / "out" / "model")
 
 
-def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path):
+def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path, capsys):
     flags = ["--model_name_or_path", SFT, "--dataset_name", data, "--max_steps", "1",
              "--output_dir", str(tmp_path), "--eval_fraction", "0"]
     sft.main(common.parse_args(sft.Args, flags))
@@ -509,8 +509,13 @@ def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path):
     with pytest.raises(common.UserError, match=says):
         sft.main(common.parse_args(sft.Args, flags))
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert "replacing" not in capsys.readouterr().out
     sft.main(common.parse_args(sft.Args, [*flags, "--overwrite_output_dir"]))
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert f"output   replacing the run in {tmp_path}\n" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "model")  # as if it had been killed
+    sft.main(common.parse_args(sft.Args, [*flags, "--overwrite_output_dir"]))
+    assert f"output   replacing the run in {tmp_path}, which --resume_from_checkpoint latest would go on with\n" in capsys.readouterr().out
 
 
 def refused(run, sentence):

@@ -219,7 +219,7 @@ def test_a_model_without_a_trained_head_is_no_reward(tmp_path):
 def test_an_adapter_of_a_policy_and_rows_beyond_the_models_positions_are_refused(tmp_path):
     run(sft, tmp_path / "a", "--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--max_steps", 1,
         "--eval_fraction", 0)
-    with pytest.raises(common.UserError, match="is an adapter of a policy"):
+    with pytest.raises(common.UserError, match="is an adapter of a policy: start from its merged/ instead, which its own command writes with --resume"):
         run(reward_model, tmp_path / "b", "--model_name_or_path", tmp_path / "a" / "model")
     with pytest.raises(common.UserError, match="rows may have 5000 tokens and the model .*has 4096 positions"):
         run(reward_model, tmp_path / "c", "--max_length", 5000)

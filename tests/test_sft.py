@@ -467,6 +467,28 @@ def test_a_models_card_says_what_made_it_and_its_code_loads_it(tmp_path, flags):
     assert (plain - AutoModelForCausalLM.from_pretrained(base)(ids).logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("bf16, four", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_card_loads_an_adapters_base_as_training_did(tmp_path, bf16, four):
+    """Whatever it is stored in: transformers would load it so, and 14 of 24 greedy answers of a real model were others."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    made = AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft"), dtype=torch.float16 if bf16 else torch.bfloat16)
+    made.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(os.path.join(TINY, "sft")).save_pretrained(tmp_path / "base")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1", "completion": "<answer>2</answer>"}\n' * 9)
+    models, prepare = [], common.Run.prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Run, "prepare", lambda self, module, optimizer: models.append(module.model) or prepare(self, module, optimizer))
+        run(sft, tmp_path / "a", "--model_name_or_path", tmp_path / "base", "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 2, "--bf16", bf16,
+            "--learning_rate", 1e-2, "--batch_size", 2, "--eval_fraction", 0, "--lora_r", 4, *["--load_in_4bit"] * four)
+    model, ids = load_by_card(tmp_path / "a" / "model"), torch.arange(40)[None]
+    trained, loaded = ({name: p.dtype for name, p in m.named_parameters() if "lora" not in name} for m in (models[0], model))
+    assert loaded == trained
+    assert (model(ids).logits - models[0].eval()(ids).logits).abs().max() < (0.1 if bf16 else 1e-4)
+    if four:
+        layers = [[part for part in m.modules() if hasattr(part, "compute_dtype")] for m in (models[0], model)]
+        assert layers[0] and {part.compute_dtype for part in layers[1]} == {part.compute_dtype for part in layers[0]}
+
+
 def test_a_card_names_what_lies_on_the_hub(tmp_path):
     model, (args, *_) = tiny_model("llama"), [new_run(tmp_path / "out").args]
     model.config._name_or_path, args.dataset_name = "some/base", "some/data:main:train"
