@@ -2720,7 +2720,8 @@ def lock(folder):
 
 
 def check_free(args):
-    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs."""
+    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs; what
+    will be replaced is said."""
     if args.audit:  # replaces nothing
         return
     names = outputs(args)
@@ -2735,10 +2736,6 @@ def check_free(args):
     require(not used or args.overwrite_output_dir or started,
             f"{args.output_dir} already holds a run: choose another --output_dir, or add "
             "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
-    if used:
-        ended = "model" in used or "checkpoints" not in used
-        say(f"output   replacing the run in {args.output_dir}"
-            + ("" if ended else ", which --resume_from_checkpoint latest would go on with"))
     given = [(name, getattr(args, name, None)) for name in (
         "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset",
         "value_model")]
@@ -2749,6 +2746,10 @@ def check_free(args):
             inside = os.path.relpath(os.path.realpath(path or "."), os.path.realpath(args.output_dir))
             require(inside.split(os.sep)[0] not in names, f"--{name} {value} lies inside the run that "
                     "would be replaced; choose another --output_dir")
+    if used:
+        ended = "model" in used or "checkpoints" not in used
+        say(f"output   replacing the run in {args.output_dir}"
+            + ("" if ended else ", which --resume_from_checkpoint latest would go on with"))
 
 
 def find_checkpoint(args):

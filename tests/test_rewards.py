@@ -85,11 +85,16 @@ def test_only_built_in_rewards_are_told_what_was_cut_and_evaluation_reads_as_acc
 
 def test_answers_that_accuracy_cannot_read_are_said_or_refused(capsys):
     rewards, good, bad = {"accuracy": Reward(common.accuracy, 1.0)}, rows(2, answer="7"), rows(1, answer="11:30")
-    args = SimpleNamespace(dataset_name="d.jsonl", reward_timeout=5, num_generations=1)
-    common.try_rewards(rewards, good + bad, [], args)
+    args = SimpleNamespace(dataset_name="d.jsonl", eval_dataset_name=None, reward_timeout=5, num_generations=1)
+    common.try_rewards(rewards, good + bad, bad, args)  # what is held out of the same file may be a few rows
     assert "accuracy does not apply to 1 of 3 prompts: it reads no number in their answers, such as '11:30' of file:1" in capsys.readouterr().out
     with pytest.raises(common.UserError, match="accuracy reads a number in no answer, such as '11:30' of file:1: give numbers"):
         common.try_rewards(rewards, bad, [], args)
+    args.eval_dataset_name = "e.jsonl"
+    common.try_rewards(rewards, good, good + bad, args)
+    assert "accuracy does not apply to 1 of 3 prompts" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="accuracy reads a number in no answer, such as '11:30' of file:1: give numbers"):
+        common.try_rewards(rewards, good, bad, args)
 
 
 def rows(n=2, prompt="1+1", **columns):
