@@ -1,6 +1,6 @@
 """Makes one-line mistakes in the six files, one at a time, and prints those that no test notices: none may.
 
-    python tests/mutants.py [--jobs 2] [--only WORD]                      by hand; about an hour on 2 cores
+    python tests/mutants.py [--jobs 2] [--only WORD]                      by hand; some hours on 2 cores
 
 A mutant is a file's words and what stands there instead. "*" is every script that has the words: what the
 scripts share would otherwise be caught by the test that holds it byte-identical, and not by what it means.
