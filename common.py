@@ -477,6 +477,11 @@ def parse_args(args_class, argv=None):
     args = args_class(**parser.values(filed + argv))
     require(args.model_name_or_path, "--model_name_or_path is missing: the name or folder of a model")
     args.typed, args.filed = parser.given(argv), parser.given(filed)
+    here = os.path.dirname(path or "") or "."
+    moved = os.path.isdir(os.path.join(here, "checkpoints")) and "output_dir" not in args.typed and (
+        os.path.realpath(here) != os.path.realpath(args.output_dir))
+    require(not moved or args.resume_from_checkpoint != "latest", f"{path} lies beside checkpoints, but its "
+            f"--output_dir is {args.output_dir}: add --output_dir {here}")
     if example:
         before = os.path.join(args.output_dir, "args.json")
         if os.path.exists(before) and not args.audit and not typed["overwrite_output_dir"]:
@@ -2497,7 +2502,7 @@ def save_model(args, model, tokenizer, folder, state=None):
         (model.generation_config if model.can_generate() else model.config).save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         with open(os.path.join(unfinished, "README.md"), "w", encoding="utf-8") as file:  # peft's is empty
-            file.write(model_card(args, model))
+            file.write(model_card(args, model, stop_token_ids(tokenizer)))
 
 
 CARD = string.Template("""---
@@ -2520,13 +2525,23 @@ import transformers$peft
 
 folder = "path/of/this/folder"
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-model = transformers.$auto.from_pretrained($options)$adapt
+model = transformers.$auto.from_pretrained($options)$adapt$score
 ```
 """)
 
 
-def model_card(args, model):
-    """A saved folder's README.md: front matter for the Hub, what made it from what, and how to load it."""
+SCORE = string.Template("""
+
+messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+ids = tokenizer.apply_chat_template(messages, return_dict=False)
+while ids[-1] not in $stops:  # scores are read where the answer ends, not after what may follow it
+    ids.pop()
+scores = model.eval()(torch.tensor([ids])).logits""")
+
+
+def model_card(args, model, stops=()):
+    """A saved folder's README.md: front matter for the Hub, what made it from what, and how to load it; of a
+    reward model, whose answers end with one of the ids `stops`, how it scores."""
     adapter = model.peft_config["default"] if isinstance(model, PeftModel) else None
     base = adapter.base_model_name_or_path if adapter else model.config._name_or_path
     scores = {} if model.can_generate() else model.config.id2label
@@ -2552,9 +2567,11 @@ def model_card(args, model):
         data=data.to_yaml(), script=script, base=base, dataset=args.dataset_name, auto=auto,
         kind={(): "Language model", ("value",): "Value function"}.get(tuple(scores.values()), "Reward model"),
         held=f", evaluated on `{args.eval_dataset_name}`" if args.eval_dataset_name else "",
-        arguments=json.dumps(changed, indent=1), peft="\nimport peft" if adapter else "",
+        arguments=json.dumps(changed, indent=1),
+        peft="\nimport torch" * bool(scores) + "\nimport peft" * bool(adapter),
         options=",\n    ".join(options),
-        adapt="\nmodel = peft.PeftModel.from_pretrained(model, folder)" if adapter else "")
+        adapt="\nmodel = peft.PeftModel.from_pretrained(model, folder)" if adapter else "",
+        score=SCORE.substitute(stops=stops) if scores else "")
 
 
 @torch.no_grad()

@@ -587,7 +587,7 @@ def number_of_rollouts(args, train, held, updates):
     require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
             f"{completions} completions of a rollout")
     require(held or args.num_train_epochs, "nothing to evaluate: --num_train_epochs 0 needs "
-            "--eval_dataset_name, or an --eval_fraction above 0")
+            "--eval_dataset_name, or an --eval_fraction that holds out a row")
     require(not args.eval_samples or any(common.right_answers(held)),
             "--eval_samples: no held-out row has an `answer` or `solution` to compare with")
     require(not (args.rollout_lag and args.bf16 and args.importance_sampling_level == "sequence"),

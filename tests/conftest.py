@@ -49,13 +49,14 @@ def run(script, out, *flags, tiny=True):
         return [json.loads(line) for line in lines]
 
 
-def load_by_card(folder):
-    """A saved folder's model, in eval(), as the code in its README.md loads it."""
+def load_by_card(folder, what="model"):
+    """A saved folder's model, in eval(), as the code in its README.md loads it, or what else that code makes."""
     with open(os.path.join(folder, "README.md")) as file:
         code = re.search(r"```python\n(.*?)```", file.read(), re.DOTALL)[1]
     names = {}
     exec(code.replace("path/of/this/folder", str(folder)), names)
-    return names["model"].eval()
+    names["model"].eval()
+    return names[what]
 
 
 def fork(function):

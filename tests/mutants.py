@@ -232,6 +232,8 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "held or not args.eval_dataset_name,", "True,"),
     ("common", """f'dtype="{dtype}"'] if adapter""", "] if adapter"),
     ("common", "bnb_4bit_compute_dtype='{dtype}')", ")"),
+    ("common", "while ids[-1] not in $stops:", "while False:"),
+    ("common", 'not moved or args.resume_from_checkpoint != "latest"', "True"),
 ]
 
 

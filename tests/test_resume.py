@@ -500,6 +500,20 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
     assert not os.path.exists(tmp_path / "out" / "model")
 
 
+def test_a_run_that_was_moved_is_not_begun_anew_where_it_was(data, tmp_path, monkeypatch):
+    """Its args.json names the old folder: without a word, it would train there from the beginning."""
+    assert in_child(start("sft", data, tmp_path / "a")) == 0
+    os.rename(tmp_path / "a", tmp_path / "b")
+    path = tmp_path / "b" / "args.json"
+    with pytest.raises(common.UserError, match=f"{path} lies beside checkpoints, but its --output_dir is {tmp_path / 'a'}: add --output_dir {tmp_path / 'b'}"):
+        common.parse_args(sft.Args, [str(path), *LATEST])
+    assert common.parse_args(sft.Args, [str(path), *LATEST, "--output_dir", str(tmp_path / "b")]).output_dir == str(tmp_path / "b")
+    assert common.parse_args(sft.Args, [str(path), "--seed", "1"]).output_dir == str(tmp_path / "a")  # a new run
+    os.rename(tmp_path / "b", tmp_path / "a")
+    monkeypatch.chdir(tmp_path / "a")
+    assert common.parse_args(sft.Args, ["args.json", *LATEST]).output_dir == str(tmp_path / "a")
+
+
 def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path, capsys):
     flags = ["--model_name_or_path", SFT, "--dataset_name", data, "--max_steps", "1",
              "--output_dir", str(tmp_path), "--eval_fraction", "0"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, RecordGradients, run
+from conftest import RecordGradients, TINY, load_by_card, run
 from peft import PeftModel
 from torch import tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -157,6 +157,24 @@ def test_saved_models_give_the_same_scores_in_plain_transformers_and_peft(flags,
         if "--load_in_4bit" not in flags:
             close(adapter_scores, ours, 1e-3)
         assert adapter_names == ["score"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora_r", 4, "--merge")], ids=str)
+def test_a_card_scores_where_the_answer_ends(flags, tmp_path):
+    """Most templates go on after the end of a turn, with a newline; transformers would score there."""
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+                                      "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    run(reward_model, tmp_path / "out", "--chat_template_path", tmp_path / "t.jinja", "--max_steps", 4, "--learning_rate", 1e-2, "--eval_fraction", 0, *flags)
+    for name in ("model", "merged") if flags else ("model",):
+        _, score = common.load_reward_model(str(tmp_path / "out" / name))
+        ours = score([[common.turn("user", "2 + 2?"), common.turn("assistant", "4")]])
+        close(load_by_card(tmp_path / "out" / name, "scores").detach(), ours, 1e-4)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / name)
+        ids = tokenizer("user:2 + 2?<eos>".replace("<eos>", tokenizer.eos_token) + "\nassistant:4" + tokenizer.eos_token + "\n", add_special_tokens=False,
+                        return_tensors="pt")["input_ids"]
+        plain = load_by_card(tmp_path / "out" / name)
+        close(plain(ids[:, :-1]).logits.detach(), ours, 1e-4)
+        assert (plain(ids).logits.detach() - ours).abs().max() > 1e-2
 
 
 def test_named_scores_are_in_the_config_and_serve_as_rewards(tmp_path):
