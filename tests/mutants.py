@@ -268,10 +268,10 @@ def killer(folder, changed):
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-        if failed:
-            return failed[1]
-        if done.returncode not in (0, 5):  # 5: no test has these marks
-            raise RuntimeError(f"the tests did not run: {done.stdout}{done.stderr}")
+        if done.returncode == 4:
+            raise RuntimeError(f"the tests did not begin: {done.stdout}{done.stderr}")
+        if failed or done.returncode not in (0, 5):  # 5: no test has these marks
+            return failed[1] if failed else f"exit {done.returncode}"
     return None
 
 
