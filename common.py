@@ -241,7 +241,8 @@ def check_number(name, value, limits):
 
 NEW = "no adapter, lora_r"  # needs of the flags that describe a new adapter: one that goes on has its own
 EVAL = "eval_dataset_name or eval_fraction"
-MOVED = "num_iterations>1 or num_minibatches>1"  # in a rollout's first update every ratio is 1
+MOVED = "num_iterations>1 or num_minibatches>1"  # in a rollout's first update every ratio is 1,
+LAGS = f"{MOVED} or rollout_lag>0"  # but for samples of an earlier policy
 
 
 @dataclass
@@ -574,7 +575,7 @@ def parse_json(data):
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        return ValueError(f"not valid JSON ({str(error).replace(': line 1 column', ' at column')})")
+        return ValueError(f"not valid JSON ({reason_of(error).replace(': line 1 column', ' at column')})")
 
 
 def read_dataset(name):
@@ -1350,6 +1351,21 @@ def steps_of(rows, args, updates=1):
     if args.max_steps > 0:
         return an_epoch, math.ceil(args.max_steps / updates)
     return an_epoch, math.ceil(round(an_epoch * args.num_train_epochs, 6))  # 50 * 1.1 is 55.00000000000001
+
+
+def rollouts_of(train, held, args):
+    """-> (updates of a rollout, rollouts of the run). UserError where the run cannot do what is asked."""
+    completions = min(len(train), args.batch_size) * args.num_generations
+    require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
+            f"{completions} completions of a rollout")
+    require(not getattr(args, "eval_samples", 0) or any(right_answers(held)),
+            "--eval_samples: no held-out row has an `answer` or `solution` to compare with")
+    updates = args.num_iterations * args.num_minibatches
+    if args.num_train_epochs == 0 and args.ZERO_EPOCHS:  # --max_steps or not
+        require(held, "nothing to evaluate: --num_train_epochs 0 needs --eval_dataset_name, or an "
+                "--eval_fraction that holds out a row")
+        return updates, 0
+    return updates, steps_of(train, args, updates)[1]
 
 
 def stream(*key):
@@ -2151,15 +2167,10 @@ def score_config(names, tokenizer):
             "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.pad_token_id}
 
 
-def has_no_weights(base):
-    """Whether it is a folder without weights: a model starts from random ones."""
-    return os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base))
-
-
 def load_base(base, args, device="cpu", frozen=False, scores=None):
     """The model of a folder or name: bf16 or 4-bit where it is frozen and the arguments say so, else fp32.
     With `scores` (a score_config) it is a reward model. A folder with a config but no weights starts from
-    random ones. If they stay frozen they are saved in output_dir/base: an adapter needs its base."""
+    random ones."""
     dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     options = {"trust_remote_code": args.trust_remote_code}
@@ -2172,20 +2183,11 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
                 f"{base} is a vision-language model: images are not supported")
         require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts "
                 "auxiliary loss (output_router_logits), which is not supported")
-        if has_no_weights(base):
+        if os.path.isdir(base) and not any(n.endswith((".safetensors", ".bin")) for n in os.listdir(base)):
+            require(not frozen, "it holds no weights, which adapters need; without --lora_r random ones are "
+                    "trained in full")
             say(f"model    {base} has a config but no weights: starting from random ones (seed {args.seed})")
-            model = auto.from_config(config, dtype=torch.float32, **options)
-            if not frozen:
-                return model
-            require(not args.audit, f"--audit writes nothing but its page, and {base} has no weights: "
-                    "adapters would need a base that is saved")
-            keep = os.path.join(args.output_dir, ".base")  # until Run.start, when nothing can go wrong
-            first = os.environ.get("RANK", "0") == "0"
-            with nullcontext(keep) if first else tempfile.TemporaryDirectory() as drawn:
-                model.save_pretrained(drawn)
-                model = load_base(drawn, args, device, frozen, scores)
-            model.name_or_path = os.path.join(args.output_dir, "base")
-            return model
+            return auto.from_config(config, dtype=torch.float32, **options)
         if args.load_in_4bit or four_bit_on_disk(base, frozen):
             options |= hold_in_4bit(config, base, dtype, device)
         if scores and args.adapter:  # which brings the head: that of its base may have other scores
@@ -2681,13 +2683,8 @@ MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "s
               "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step",
               "sampler_device"}
 OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # the first process alone uses them
-
-
-def outputs(args):
-    """The files and folders in output_dir that a run replaces."""
-    names = ["args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged", "value"]
-    base = base_and_adapter(args.model_name_or_path)[0]
-    return names + ["base"] * (trains_adapter(args) and has_no_weights(base))
+# The files and folders in output_dir that a run replaces.
+OUTPUTS = "args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged", "value"
 
 
 def open_run(args):
@@ -2741,8 +2738,7 @@ def check_free(args):
     will be replaced is said."""
     if args.audit:  # replaces nothing
         return
-    names = outputs(args)
-    used = [name for name in names if os.path.lexists(os.path.join(args.output_dir, name))]
+    used = [name for name in OUTPUTS if os.path.lexists(os.path.join(args.output_dir, name))]
     # replaced are a run that made one step at most and, asked to go on, one that has no checkpoint yet
     log, *paths = (os.path.join(args.output_dir, name) for name in ("metrics.jsonl", *used))
     with explain(log, OSError), open(log if os.path.isfile(log) else os.devnull, "rb") as file:
@@ -2761,7 +2757,7 @@ def check_free(args):
     for name, value in given:
         for path in (value, value.rpartition(":")[0]) if value else ():  # folder:score, file.py:function
             inside = os.path.relpath(os.path.realpath(path or "."), os.path.realpath(args.output_dir))
-            require(inside.split(os.sep)[0] not in names, f"--{name} {value} lies inside the run that "
+            require(inside.split(os.sep)[0] not in OUTPUTS, f"--{name} {value} lies inside the run that "
                     "would be replaced; choose another --output_dir")
     if used:
         ended = "model" in used or "checkpoints" not in used
@@ -3491,7 +3487,7 @@ class Run:
         """The first process removes what an earlier run left, or cuts its logs back, and writes args.json."""
         folder, args = self.args.output_dir, self.args
         with explain(f"cannot write to {folder}", OSError):
-            for path in (os.path.join(folder, name) for name in outputs(args) if self.writes):
+            for path in (os.path.join(folder, name) for name in OUTPUTS if self.writes):
                 if afresh:
                     shutil.rmtree(path, ignore_errors=True)
                     with suppress(FileNotFoundError):
@@ -3503,9 +3499,6 @@ class Run:
                         if later > os.path.join(path, f"step-{self.step:08d}"):
                             shutil.rmtree(later)
             if self.writes:
-                if "base" in outputs(args):
-                    shutil.rmtree(os.path.join(folder, "base"), ignore_errors=True)
-                    os.rename(os.path.join(folder, ".base"), os.path.join(folder, "base"))
                 with open(os.path.join(folder, "args.json"), "w", encoding="utf-8") as file:
                     json.dump(asdict(args) | dict.fromkeys(OWN - {"output_dir"}), file, indent=1)
         if self.track:

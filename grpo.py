@@ -64,7 +64,7 @@ from functools import partial
 from typing import Literal
 
 import common  # first: it quiets the libraries below
-from common import EVAL, MOVED, arg, parse_args, require, say, stream
+from common import EVAL, LAGS, arg, parse_args, require, say, stream
 from common import accuracy  # noqa: F401: the built-in reward, for those who call it from here
 
 import torch
@@ -75,9 +75,6 @@ from torch import nn
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
-
-LAGS = f"{MOVED} or rollout_lag>0"  # else every ratio is 1
-
 
 @dataclass
 class Args(common.Args):
@@ -149,6 +146,11 @@ class Args(common.Args):
 
     def resolve(self, lora, sharded):
         self.learning_rate = self.learning_rate or (1e-5 if lora else 1e-6)
+        if self.importance_sampling_level == "sequence":
+            require(not (self.rollout_lag and self.bf16), "--rollout_lag 1 and --importance_sampling_level "
+                    "sequence need --bf16 False: in bf16 the lag is noise, more than GSPO's --epsilon")
+            if self.epsilon > 0.01:
+                say(f"warning  --epsilon {self.epsilon:g} never clips the ratio of a sequence: 3e-4 is usual")
 
 
 # ---- loss --------------------------------------------------------------------------------------------------
@@ -454,15 +456,15 @@ def draw_groups(train, complete, args, run):
     sampled, varied, logged, wanted = [], [], [], min(args.batch_size, len(train))
     for draw in range(MAX_DRAWS if args.drop_flat_groups else 1):
         prompts = common.shuffled(train, run.state["draws"], args.batch_size, args.seed)
-        groups, figures = complete(prompts, args.num_generations, args.seed, first=len(sampled))
+        new, log = complete(prompts, num_generations=args.num_generations, seed=args.seed, first=len(sampled))
         run.state["draws"] += 1
-        for row in common.flat(groups):
+        for row in common.flat(new):
             length = len(row["completion_ids"])
             row["score"] += overlong_penalty(length, args.max_completion_length, args.overlong_penalty)
             row["old_logprobs"] = row["sampled_logprobs"]  # unless the trainer makes its own
-        logged.append(figures)
-        sampled += groups
-        varied += [group for group, teaches in zip(groups, varies(scores_of(groups))) if teaches]
+        logged.append(log)
+        sampled += new
+        varied += [group for group, teaches in zip(new, varies(scores_of(new))) if teaches]
         if len(varied) >= wanted:
             break
     figures = common.mean_of(logged)
@@ -478,9 +480,7 @@ def sampler_of(run, train):
     """What the process of --rollout_lag 1 loads -> its model, and draw(), a rollout with that model."""
     args = run.args
     rewards, model = common.load_rewards(args, run.device), common.load_model(args, run.tokenizer, run.device)
-
-    def complete(prompts, *given, **more):
-        return rollout(model, prompts, rewards, args, run, *given, **more)
+    complete = partial(rollout, model, rewards=rewards, args=args, run=run)
     return model.to(run.device), partial(draw_groups, train, complete, args, run)
 
 
@@ -545,7 +545,7 @@ def evaluate(complete, held, rewards, args):
     metrics = common.rollout_metrics(rows, rewards) | logged | common.exact_match(rows, right)
     asked = [prompt for prompt, answer in zip(held, right) if answer is not None]
     if args.eval_samples and asked:
-        groups, _ = complete(asked, args.eval_samples, args.seed + 1)  # not the next rollout's random numbers
+        groups, _ = complete(asked, num_generations=args.eval_samples, seed=args.seed + 1)  # no rollout's
         judges = torch.tensor([reward.weight if reward.score else 0.0 for reward in rewards.values()])
         scores = torch.tensor([[(judges * row["rewards_per_func"]).nansum() for row in group]
                                for group in groups])
@@ -581,24 +581,6 @@ def make_optimizer(module, args):
     return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
-def number_of_rollouts(args, train, held, updates):
-    """How many rollouts, of so many updates each, the run has; UserError where it cannot do what is asked."""
-    completions = min(len(train), args.batch_size) * args.num_generations
-    require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
-            f"{completions} completions of a rollout")
-    require(held or args.num_train_epochs, "nothing to evaluate: --num_train_epochs 0 needs "
-            "--eval_dataset_name, or an --eval_fraction that holds out a row")
-    require(not args.eval_samples or any(common.right_answers(held)),
-            "--eval_samples: no held-out row has an `answer` or `solution` to compare with")
-    require(not (args.rollout_lag and args.bf16 and args.importance_sampling_level == "sequence"),
-            "--rollout_lag 1 and --importance_sampling_level sequence need --bf16 False: in bf16 sampler and "
-            "trainer differ by more than --epsilon of GSPO")
-    if args.importance_sampling_level == "sequence" and args.epsilon > 0.01:
-        say(f"warning  --epsilon {args.epsilon:g} never clips a ratio of whole sequences: 3e-4 is usual")
-    _, rollouts = common.steps_of(train, args, updates)
-    return rollouts if args.num_train_epochs else 0  # --max_steps or not
-
-
 MAX_DRAWS = 10  # of --drop_flat_groups: after so many the step takes the groups that it has
 FIELDS = ("sampled", "sampled_logprobs", "old_logprobs", "advantage", "weight", "nll_weight")
 SHOWN = ("reward", "loss", "kl", "entropy", "completions/mean_length")
@@ -615,8 +597,7 @@ def main(args):
     gate = common.add_demonstrations(train, rewards, args, run.tokenizer)  # number of the reward that judges
     run.check_data(train, held, rewards)
     common.try_rewards(rewards, train, held, args)
-    updates = args.num_iterations * args.num_minibatches  # of one rollout
-    rollouts = number_of_rollouts(args, train, held, updates)
+    updates, rollouts = common.rollouts_of(train, held, args)  # updates of one rollout
 
     # 2. Policy, reference, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device)
@@ -624,9 +605,9 @@ def main(args):
         reference, use_reference = common.make_reference(model, args, run.device)
     policy, optimizer = run.prepare(Policy(model), make_optimizer(model, args))
     check_head(policy, model, {"input_ids": train[0]["prompt_ids"]}, run)
-    def complete(prompts, num_generations=1, seed=None, first=0):
+    def complete(prompts, **asked):
         with common.unsharded(policy):
-            return rollout(model, prompts, rewards, args, run, num_generations, seed, first)
+            return rollout(model, prompts, rewards, args, run, **asked)
     draw = partial(draw_groups, train, complete, args, run)
     sampler = common.Sampler(sampler_of, draw, run, model, train, updates)
     run.start(rollouts * updates, f"{rollouts} rollouts of {min(args.batch_size, len(train))} prompts x "

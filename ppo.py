@@ -613,11 +613,7 @@ def main(args):
     run.check_data([*train, *demonstrations], held, rewards)
     common.try_rewards(rewards, train, held, args)
     start = common.value_start(args, rewards, run.tokenizer)  # a reward model for the value to start from
-    completions = min(len(train), args.batch_size) * args.num_generations
-    require(args.num_minibatches <= completions, f"--num_minibatches {args.num_minibatches} is more than the "
-            f"{completions} completions of a rollout")
-    updates = args.num_iterations * args.num_minibatches  # of one rollout
-    _, rollouts = common.steps_of(train, args, updates)
+    updates, rollouts = common.rollouts_of(train, held, args)  # updates of one rollout
 
     # 2. Policy, value, reference, optimizer, and where an earlier run stopped.
     model = common.load_model(args, run.tokenizer, run.device)

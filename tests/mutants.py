@@ -222,7 +222,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("*", 'stream(args.seed, "rewards", step, first, process)', 'stream(args.seed, "rewards", step, process)'),
     ("ppo", '{"entropy": entropy}, mb.mask * mb.sampled)', '{"entropy": entropy}, mb.mask)'),
     ("grpo", "[], [], [], min(args.batch_size, len(train))", "[], [], [], args.batch_size"),
-    ("grpo", "logged.append(figures)", "logged = [figures]"),
+    ("grpo", "logged.append(log)", "logged = [log]"),
     ("dpo", "< 1e-4 * args.beta", "< 1e-4"),
     ("sft", '1 if args.adversarial == "fgm" and', "1 if args.adversarial and"),
     ("sft", "if args.warmup_steps < 1 else 1), 6)", "if args.warmup_steps < 1 else 1), 20)"),
@@ -234,6 +234,8 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "bnb_4bit_compute_dtype='{dtype}')", ")"),
     ("common", "while ids[-1] not in $stops:", "while False:"),
     ("common", 'not moved or args.resume_from_checkpoint != "latest"', "True"),
+    ("common", "require(not frozen,", "require(True,"),
+    ("common", "args.num_minibatches <= completions", "True"),
 ]
 
 

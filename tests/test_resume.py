@@ -565,21 +565,6 @@ def test_other_weights_under_the_same_name_are_refused(data, tmp_path):
         refused(start(name, data, tmp_path / out, *flags, *LATEST), "written with other files of .*base: give the same")
 
 
-def test_a_random_base_is_replaced_when_nothing_can_go_wrong(data, tmp_path):
-    """The base that an adapter belongs to: a run that fails later leaves the old one, resuming makes its own."""
-    out = tmp_path / "out"
-    flags = ["--model_name_or_path", os.path.join(TINY, "model"), "--lora_r", 4]
-    killed("sft", data, out, *flags)
-    before = (out / "base" / "model.safetensors").read_bytes()
-    wrong = ["--seed", 5, "--lora_target_modules", "nope", "--overwrite_output_dir"]
-    refused(start("sft", data, out, *flags, *wrong), "lora_target_modules")
-    assert (out / "base" / "model.safetensors").read_bytes() == before
-    assert in_child(start("sft", data, out, *flags, *LATEST)) == 0
-    assert (out / "base" / "model.safetensors").read_bytes() == before and not (out / ".base").exists()
-    config = json.loads((out / "model" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(out / "base")
-
-
 def test_args_json_repeats_the_run(data, whole, tmp_path):
     want, copies = whole["grpo"]
     file = str(copies[max(copies)] / "args.json")

@@ -531,7 +531,6 @@ def qlora(options, script, shape):
             torch.cuda.reset_peak_memory_stats()
         return model
     common.load_base = load_base
-    common.has_no_weights = lambda _: False  # no base is kept
     without_saving()
     clock = Clock(importlib.import_module(script))
     name = f"qlora-{script}-{shape}"

@@ -98,13 +98,13 @@ def child(folder, flags):
 def peak(shape, flags):
     """Peak memory of a short run with random weights, in bytes: 2 updates of 8 rows of 256 tokens, 4 at a
     time."""
-    from transformers import AutoTokenizer, LlamaConfig
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     d, f, layers, h, k, e, V, tied = shape
     with tempfile.TemporaryDirectory() as folder:
         AutoTokenizer.from_pretrained(os.path.join(TINY, "model")).save_pretrained(folder)
-        LlamaConfig(hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=h,
-                    num_key_value_heads=k, head_dim=e, vocab_size=V, tie_word_embeddings=tied,
-                    architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+        config = LlamaConfig(hidden_size=d, intermediate_size=f, num_hidden_layers=layers, num_attention_heads=h,
+                             num_key_value_heads=k, head_dim=e, vocab_size=V, tie_word_embeddings=tied)
+        LlamaForCausalLM(config).save_pretrained(folder)
         with open(f"{folder}/rows.jsonl", "w") as file:
             file.writelines(json.dumps({"text": f"{i:03}" + "x" * 252}) + "\n" for i in range(16))
         # memory that is freed goes back at once: what is measured is what is in use
