@@ -206,7 +206,7 @@ def update(monkeypatch, tmp_path):
     """(changed module, flags) -> the gradients of a run's updates, the weights each was taken at, its rollouts."""
     def run(module, *flags):
         kept, rollout = [], module.rollout
-        monkeypatch.setattr(module, "rollout", lambda *args: kept.append(rollout(*args)) or kept[-1])
+        monkeypatch.setattr(module, "rollout", lambda *args, **asked: kept.append(rollout(*args, **asked)) or kept[-1])
         monkeypatch.setattr(module, "make_optimizer", MoveAndRecord)
         words = [os.path.join(TINY, "grpo.json"), "--output_dir", str(tmp_path / "out"), "--eval_fraction", 0,
                  "--max_grad_norm", 0, "--batch_size", 6, "--num_generations", 4, "--max_steps", 1, *flags]
