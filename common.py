@@ -19,6 +19,7 @@ import difflib
 import errno
 import faulthandler
 import fcntl
+import gc
 import glob
 import hashlib
 import html
@@ -130,13 +131,12 @@ def user_errors():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever read the output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be what is full
+        if error.errno == errno.EPIPE:  # whoever read the output has left
+            sys.exit(141)
         print(f"{os.path.basename(sys.argv[0])}: error: {reason_of(error)}, writing "
               f"{error.filename or 'the output'}; the checkpoints are whole", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -192,7 +192,7 @@ def default_of(flag):
 def is_on(args, name):
     """Whether a flag has an effect: it is not None, False, 0 or empty; if its default is None, 0 has one."""
     value, off = getattr(args, name), getattr(type(args), name, [])
-    return bool(value) or value == 0 and off is None
+    return bool(value) or off is None and value == 0 and value is not False
 
 
 def unmet(args, needs):
@@ -341,13 +341,13 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
     "packing": "rows are not packed but sorted by length inside a step, which leaves little padding",
     "use_vllm": "rollouts are sampled in the script itself; vLLM is not used (grpo: see rollout_lag)",
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
-    "max_seq_length": "use --max_length", "use_peft": "use --lora_r 16", "lr": "use --learning_rate",
-    "fp16": "bf16 autocast or fp32 only: --bf16", "per_device_eval_batch_size": "use --micro_batch_tokens",
-    "dtype": "trained weights are fp32; --bf16 computes in bf16", "peft_config": "use --lora_r 16",
-    "torch_dtype": "trained weights are fp32; --bf16 computes in bf16", "rpo_alpha": "use --sft_coef",
+    "max_seq_length": "use --max_length (ppo, grpo: --max_prompt_length and --max_completion_length)",
+    "max_prompt_length": "--max_length holds prompt and answer", "lr": "use --learning_rate",
     "lora_dropout": "there is none, so that sampler, trainer and reference agree",
-    "max_prompt_length": "--max_length holds prompt and answer", "cliprange": "use --epsilon",
-    "cliprange_value": "use --value_clip", "lam": "use --gae_lambda",
+    "fp16": "bf16 autocast or fp32 only: --bf16", "per_device_eval_batch_size": "use --micro_batch_tokens",
+    "dtype": "trained weights are fp32; --bf16 computes in bf16", "rpo_alpha": "use --sft_coef",
+    "use_peft": "use --lora_r 16", "peft_config": "use --lora_r 16", "lam": "use --gae_lambda",
+    "cliprange": "use --epsilon", "cliprange_value": "use --value_clip",
     "num_ppo_epochs": "use --num_iterations", "num_mini_batches": "use --num_minibatches",
     "steps_per_generation": "use --num_minibatches", "save_strategy": "use --save_steps",
     "generation_batch_size": "use --batch_size, which counts prompts", "eval_strategy": "use --eval_steps",
@@ -419,9 +419,9 @@ class Parser(HfArgumentParser):
         close = close or [n for n in self.names if {*name.split("_")} <= {*n.split("_")}]
         dashes = "--" if word.startswith("--") else ""
         hint = f"; did you mean {dashes}{close[0]}?" if close else "; --help lists the flags"
-        instead = INSTEAD.get("use_vllm" if name.startswith("vllm_") else name, "")
+        instead = INSTEAD.get("use_vllm" if name.startswith("vllm_") else name.removeprefix("torch_"), "")
         named = re.findall(r"--(\w+)", instead)
-        fits = instead and (not named or named[0] in self.names)
+        fits = instead and (not named or set(named) & set(self.names))
         return f"unknown argument {word}" + (f": {instead}" if fits else hint)
 
     def given(self, words):
@@ -485,7 +485,9 @@ def parse_args(args_class, argv=None):
             f"--output_dir is {args.output_dir}: add --output_dir {here}")
     if example:
         before = os.path.join(args.output_dir, "args.json")
-        if os.path.exists(before) and not args.audit and not typed["overwrite_output_dir"]:
+        if "output_dir" in args.typed:  # it replaces itself in its own folder alone
+            args.overwrite_output_dir = typed["overwrite_output_dir"]
+        elif os.path.exists(before) and not args.audit and not typed["overwrite_output_dir"]:
             with explain(f"{before} is not readable", (OSError, ValueError)), open(before, "rb") as file:
                 theirs = json.load(file).get("model_name_or_path")
             require(theirs == args.model_name_or_path, f"{args.output_dir} holds a run of {theirs}, which "
@@ -1995,7 +1997,7 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
 
 def base_and_adapter(name):
     """A model folder or name -> (name, None); a LoRA adapter's folder -> (its base, the folder)."""
-    base, adapter, lost = name, None, f"no such model folder: {name}"
+    base, adapter, lost = name, None, f"no such model folder: {name}{' (a file)' * os.path.isfile(name)}"
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         with explain(f"{name}/adapter_config.json is not readable"):
             config = PeftConfig.from_pretrained(name)
@@ -2134,14 +2136,17 @@ def max_positions(model):
     return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
+NO_POLICY = "a reward model, as --reward_funcs of ppo and grpo takes; a policy starts from a language model"
+
+
 def add_adapter(model, adapter, args, scores):
     """-> (the model with that folder's adapter, which goes on, or with a new one; what is said of it)."""
     if adapter:
         config = PeftConfig.from_pretrained(adapter)
         of_scores = config.task_type == "SEQ_CLS"
-        require(of_scores == bool(scores), f"{adapter} is an adapter of "
-                f"{'a reward model' if of_scores else 'a policy'}: start from its merged/ instead, which "
-                "its own command writes with --resume_from_checkpoint latest --merge")
+        require(scores or not of_scores, f"{adapter} is an adapter of {NO_POLICY}")
+        require(of_scores or not scores, f"{adapter} is an adapter of a policy: start from its merged/ "
+                "instead, which its own command writes with --resume_from_checkpoint latest --merge")
         require(args.lora_r in (0, config.r),
                 f"{adapter} is an adapter of rank {config.r}: leave --lora_r out")
         with explain(f"cannot load the adapter {adapter}"):
@@ -2179,6 +2184,7 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
     say_fetch(base)
     with explain(f"cannot load a model from '{base}'"):
         config = AutoConfig.from_pretrained(base, **options, **(scores or {}))
+        require(scores or "ForSequenceClassification" not in str(config.architectures), f"it is {NO_POLICY}")
         require(not hasattr(config, "vision_config"),
                 f"{base} is a vision-language model: images are not supported")
         require(not getattr(config, "output_router_logits", False), f"{base} asks for a mixture-of-experts "
@@ -2259,10 +2265,11 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
     with explain(f"{folder} is no reward model that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         tokenizer.init_kwargs.setdefault("template_date", date)  # the day of its training goes before
+        with_head = bool(adapter) and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
+        require(with_head or not adapter, "it is an adapter of a language model")
         config = AutoConfig.from_pretrained(folder, **options)
         if hasattr(config, "quantization_config") or four_bit_on_disk(base, True):
             options |= hold_in_4bit(config, base, torch.float32, device)
-        with_head = bool(adapter) and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             base, config=config, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=with_head, **options)
@@ -2325,16 +2332,15 @@ def rollout_memory(config, completions, length, bf16):
 
 
 def say_memory(module, args, device):
-    """Says, by estimate, what this process takes at its peak without reward models, and what makes it
-    smaller. `module` is the policy with what is trained beside it."""
-    def size_of(part):
-        return sum(p.numel() * p.element_size() for p in part.parameters())
+    """Says, by estimate, what this process takes at its peak, and what makes it smaller. `module` is the
+    policy with what is trained beside it."""
     model, full = module.model, not trains_adapter(args)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    weights = size_of(module)
-    weights += trained * (14 if args.bf16 else 12)  # AdamW's moments 8, gradients 4, under autocast a copy 2
-    reference = getattr(args, "kl_coef", 0) or not getattr(args, "precompute_ref_log_probs", True)
-    weights += size_of(model) if full and reference else 0
+    weights = trained * (14 if args.bf16 else 12)  # AdamW's moments 8, gradients 4, under autocast a copy 2
+    gc.collect()  # what is left is in use: policy, reference, value, reward models, whoever holds them
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    weights += sum(p.numel() * p.element_size() for p in tensors
+                   if isinstance(p, torch.nn.Parameter) and not p.is_meta)
     trunks = 1 if getattr(module, "trunk", None) is None else 2  # ppo's value may have one of its own
     room = torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().total
     rollout, gib, said = 0, 2**30, ""
@@ -2761,7 +2767,7 @@ def check_free(args):
                     "would be replaced; choose another --output_dir")
     if used:
         ended = "model" in used or "checkpoints" not in used
-        say(f"output   replacing the run in {args.output_dir}"
+        say(f"output   before the first step this replaces the run in {args.output_dir}"
             + ("" if ended else ", which --resume_from_checkpoint latest would go on with"))
 
 
@@ -2773,8 +2779,6 @@ def find_checkpoint(args):
     for path in reversed(steps_in(folder)) if wanted == "latest" else [wanted]:
         known = wanted == "latest" or os.path.isdir(path)
         require(known, f"--resume_from_checkpoint {path}: no such folder (or say 'latest')")
-        require(not os.path.exists(os.path.join(path, "state.json")), f"{path} was written by an earlier "
-                "version, which has to finish this run; or start a new --output_dir")
         try:
             return path, load_checkpoint(path)
         except Exception as error:
@@ -2871,11 +2875,11 @@ def fingerprint_of_file(path):
 
 def fingerprint(rows):
     """A digest of all that the rows hold, but for their places, so that no run goes on with other data."""
-    def plain(value):
-        return value.numpy().tobytes().hex() if torch.is_tensor(value) else repr(value)
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps({**row, "place": None}, default=plain, sort_keys=True).encode())
+        plain = json.dumps({**row, "place": None}, sort_keys=True, default=lambda value: (
+            value.numpy().tobytes().hex() if torch.is_tensor(value) else repr(value)))
+        digest.update(plain.encode())
     return digest.hexdigest()[:16]
 
 
@@ -3658,6 +3662,8 @@ class Run:
         require(math.isfinite(loss) and math.isfinite(grad_norm),
                 f"step {self.step + 1}: the loss is {loss} and its gradient's norm {grad_norm}, on {named}; "
                 f"this update was not made, and checkpoints, if any, are whole. {remedy}")
+        self.warn("gradient", grad_norm == 0 and loss != 0, f"the gradient of step {self.step + 1} is 0: "
+                  f"nothing is learned. {remedy}")
 
     def check_first_update(self, metrics):
         """What must hold before a rollout's first update. UserError where the policy does not start at its

@@ -669,6 +669,15 @@ def test_samples_far_below_greedy_answers_are_said(capsys):
     assert "temperature" not in capsys.readouterr().out
 
 
+def test_a_gradient_of_zero_is_said(capsys):
+    """Of a model that has collapsed: nothing else would tell that nothing is learned any more."""
+    run_ = SimpleNamespace(step=2, warned=set())
+    run_.warn = lambda *a: common.Run.warn(run_, *a)
+    for loss, norm in ((10.8, 1e-9), (0.0, 0.0), (10.8, 0.0), (10.7, 0.0)):  # flat groups have neither
+        common.Run.check_finite(run_, loss, norm, [])
+    assert capsys.readouterr().out == "warning  the gradient of step 3 is 0: nothing is learned. Try a lower --learning_rate\n"
+
+
 def test_memory_by_hand(capsys):
     """2 layers of 8 with 2 heads of 4, MLP 16, 10 ids; 3 tokens, fp32, all weights trained: a layer keeps 24 x 8 + 4 (3 x 8 + 2 x 4
     + 4 x 16) = 576 bytes a token, all 2 x 576 + 12 x 8 = 1,248; the layer's MLP works with 3 x 4 x 16 = 192, the head with
@@ -684,9 +693,9 @@ def test_memory_by_hand(capsys):
     said = re.search(r"memory   (\S+) of \d+ GiB at the peak, by estimate: (\S+) for .*--lora_r 16\), (\S+) for a micro", capsys.readouterr().out)
     assert said.groups() == tuple(f"{x / 2**30:.1f}" for x in (weights + step, weights, step))
     both = torch.nn.ModuleDict({"model": model, "trunk": tiny_model("llama").model})  # ppo's value with a trunk of its own
-    module, args.kl_coef = SimpleNamespace(model=model, trunk=both.trunk, parameters=both.parameters), 0.1
-    common.say_memory(module, args, torch.device("cpu"))
-    weights = 16 * sum(p.numel() for p in both.parameters()) + 4 * sum(p.numel() for p in model.parameters())  # and a reference
+    judge = torch.nn.Parameter(torch.empty(2**28), requires_grad=False)  # a reward model of 1 GiB, or a reference, whoever has it
+    common.say_memory(SimpleNamespace(model=model, trunk=both.trunk, parameters=both.parameters), args, torch.device("cpu"))
+    weights = 16 * sum(p.numel() for p in both.parameters()) + 4 * judge.numel()
     said = re.search(r"memory   (\S+) of .*by estimate: (\S+) for .*--lora_r 16\), (\S+) for a micro", capsys.readouterr().out)
     assert said.groups() == tuple(f"{x / 2**30:.1f}" for x in (weights + 2 * step, weights, 2 * step))
 
@@ -1097,14 +1106,20 @@ def test_without_a_model_the_small_example_beside_the_script_is_needed(tmp_path,
         common.parse_args(Args, ["m"])
 
 
-def test_the_small_example_does_not_replace_a_run_of_another_model(tmp_path):
-    out = ["--output_dir", str(tmp_path)]
-    (tmp_path / "args.json").write_text('{"model_name_or_path": "mine"}')
+def test_the_small_example_replaces_a_run_of_itself_in_its_own_folder_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "out" / "dpo"
+    own.mkdir(parents=True)
+    (own / "args.json").write_text('{"model_name_or_path": "mine"}')
     with pytest.raises(common.UserError, match="holds a run of mine, which the small example would replace"):
-        common.parse_args(dpo.Args, out)
-    assert common.parse_args(dpo.Args, [*out, "--overwrite_output_dir"]).overwrite_output_dir
-    (tmp_path / "args.json").write_text(json.dumps({"model_name_or_path": common.parse_args(dpo.Args, []).model_name_or_path}))
-    assert common.parse_args(dpo.Args, out).output_dir == str(tmp_path)
+        common.parse_args(dpo.Args, [])
+    assert common.parse_args(dpo.Args, ["--overwrite_output_dir"]).overwrite_output_dir
+    (own / "args.json").write_text(json.dumps({"model_name_or_path": common.parse_args(dpo.Args, ["--output_dir", "x"]).model_name_or_path}))
+    assert common.parse_args(dpo.Args, []).overwrite_output_dir
+    (own / "metrics.jsonl").write_text("{}\n{}\n")
+    chosen = common.parse_args(dpo.Args, ["--output_dir", str(own)])
+    with pytest.raises(common.UserError, match="already holds a run: choose another --output_dir, or add --resume_from_checkpoint latest"):
+        common.check_free(chosen)
 
 
 def test_template_kwargs_come_back_with_a_saved_tokenizer(tmp_path):
@@ -1261,9 +1276,9 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_stays(tmp_path):
     old = tmp_path / "checkpoints" / "step-00000004"
     old.mkdir(parents=True)
     (old / "state.json").write_text("{}")
-    for wanted in ("latest", str(old)):
-        with pytest.raises(common.UserError, match="step-00000004 was written by an earlier version"):
-            common.find_checkpoint(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path)))
+    for wanted, says in ("latest", "no checkpoint in .* can be read"), (str(old), "step-00000004: No such file"):
+        with pytest.raises(common.UserError, match=says):
+            common.find_checkpoint(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path), overwrite_output_dir=False))
     assert old.exists()
 
 
@@ -1271,7 +1286,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_stays(tmp_path):
 LORA, MOVED, NO_EVALUATION = ["--lora_r", "4"], ["--num_minibatches", "2"], ["--eval_fraction", "0"]
 ALL = [("load_in_4bit", "True", LORA, []), ("merge", "True", LORA, []), ("lora_alpha", "64", LORA, []), ("lora_target_modules", "q_proj", LORA, []),
        ("modules_to_save", "lm_head", LORA, []), ("audit_step", "2", ["--audit", "a.html"], []), ("eval_fraction", "0.2", [], ["--eval_dataset_name", "e.jsonl"]),
-       ("eval_steps", "7", [], NO_EVALUATION), ("eval_on_start", "False", [], NO_EVALUATION)]
+       ("eval_steps", "7", [], NO_EVALUATION), ("eval_on_start", "True", [], NO_EVALUATION)]
 DROPOUT, ANSWERS = ("lora_dropout", "0.1", LORA, []), ("max_completion_length", "9", [], NO_EVALUATION)
 ROLLOUT = [("kl_warn", "9", ["--kl_coef", "0.1"], ["--kl_coef", "0"]), ("epsilon", "0.1", MOVED, ["--num_iterations", "1", "--num_minibatches", "1"])]
 TABLE = {

@@ -523,13 +523,13 @@ def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path, capsys):
     with pytest.raises(common.UserError, match=says):
         sft.main(common.parse_args(sft.Args, flags))
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    assert "replacing" not in capsys.readouterr().out
+    assert "replaces" not in capsys.readouterr().out
     sft.main(common.parse_args(sft.Args, [*flags, "--overwrite_output_dir"]))
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    assert f"output   replacing the run in {tmp_path}\n" in capsys.readouterr().out
+    assert f"output   before the first step this replaces the run in {tmp_path}\n" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "model")  # as if it had been killed
     sft.main(common.parse_args(sft.Args, [*flags, "--overwrite_output_dir"]))
-    assert f"output   replacing the run in {tmp_path}, which --resume_from_checkpoint latest would go on with\n" in capsys.readouterr().out
+    assert f"output   before the first step this replaces the run in {tmp_path}, which --resume_from_checkpoint latest would go on with\n" in capsys.readouterr().out
 
 
 def refused(run, sentence):

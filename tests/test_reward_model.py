@@ -234,6 +234,19 @@ def test_a_model_without_a_trained_head_is_no_reward(tmp_path):
         common.load_reward_model(CHECKPOINT)
 
 
+@pytest.mark.parametrize("lora", [[], ["--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--merge"]], ids=["full", "lora"])
+def test_a_reward_model_is_no_policy(tmp_path, lora):
+    """--model_name_or_path and --reward_funcs mixed up; model/ and merged/, of which a policy would take the trunk without a word."""
+    run(reward_model, tmp_path / "rm", "--max_steps", 1, "--eval_fraction", 0, *lora)
+    for folder in ("model", "merged")[:1 + bool(lora)]:
+        for script in (sft, grpo):
+            with pytest.raises(common.UserError, match="is an? .*reward model, as --reward_funcs of ppo and grpo takes; a policy starts from"):
+                run(script, tmp_path / "out", "--model_name_or_path", tmp_path / "rm" / folder, "--eval_fraction", 0)
+    run(sft, tmp_path / "sft", "--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--max_steps", 1, "--eval_fraction", 0)
+    with pytest.raises(common.UserError, match="no reward model that can be loaded: it is an adapter of a language model"):
+        common.load_reward_model(str(tmp_path / "sft" / "model"))
+
+
 def test_an_adapter_of_a_policy_and_rows_beyond_the_models_positions_are_refused(tmp_path):
     run(sft, tmp_path / "a", "--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--max_steps", 1,
         "--eval_fraction", 0)

@@ -67,6 +67,13 @@ def test_policy_equals_plain_transformers_row_by_row(kind, temperature):
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item())
 
 
+def test_where_all_tokens_tie_one_of_them_is_the_likeliest():
+    """A head that has collapsed to zeros has every token as likely: none but the first is a hit, and not all."""
+    for target, hit in ((0, 1.0), (7, 0.0)):
+        logprobs, _, hits = sft.TokenLogprobs.apply(torch.zeros(3, 8), torch.zeros(20, 8), None, torch.full((3,), target), None)
+        assert hits.tolist() == [hit] * 3 and logprobs.tolist() == pytest.approx([-math.log(20)] * 3)
+
+
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_chunks_change_nothing(monkeypatch, cap):
     h, w, b = torch.randn(10, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.randn(20, requires_grad=True)
