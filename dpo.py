@@ -132,13 +132,13 @@ class TokenLogprobs(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             for n in ctx.chunks:
                 z = TokenLogprobs.logits(hidden[n].to(ctx.dtype), w, bias, cap, out_z)  # (n, V)
-                largest, place = z.max(-1, keepdim=True)
-                z -= largest
+                largest, place = z.max(-1)
+                z -= largest[:, None]
                 p = torch.exp(z, out=out_p[:len(n)])
                 total = p.sum(-1)  # softmax's own sum is off by 3e-5 for V = 150,000, this one by 1e-6
                 logprobs[n] = z.gather(-1, targets[n, None]).squeeze(-1) - total.log()
                 entropy[n] = total.log() - z.clamp_(min=-1e30).mul_(p).sum(-1) / total  # -inf x 0 is NaN
-                hits[n] = (place.squeeze(-1) == targets[n]).float()  # one of those that tie
+                hits[n] = (place == targets[n]).float()  # one of those that tie
         p /= total[:, None]  # backward starts with the last chunk, whose p is kept; it makes the others again
         ctx.save_for_backward(hidden, weight, bias, targets, p)
         ctx.mark_non_differentiable(entropy, hits)
@@ -265,7 +265,8 @@ def pair_figures(mb, args):
     tie = margins.abs() < 1e-4 * args.beta  # log-ratios differ by rounding alone: half a pair is right
     figures = {"loss": losses + args.sft_coef * nll, "dpo_loss": losses, "nll_loss": nll,
                "rewards/chosen": chosen, "rewards/rejected": rejected,
-               "rewards/margins": margins, "rewards/accuracies": torch.where(tie, 0.5, (margins > 0).float()),
+               "rewards/margins": margins,
+               "rewards/accuracies": torch.where(tie, 0.5, (margins > 0).float()),
                "logps/chosen": sums[0], "logps/rejected": sums[1]}
     weight, _ = mb.weight.view(2, -1)
     return {name: x * weight for name, x in figures.items()}

@@ -34,7 +34,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("*", "d_bias += dz.float().sum(0)", "d_bias += 0 * dz.float().sum(0)"),
     ("*", "squeeze(-1) - total.log()", "squeeze(-1)"),
     ("*", "- z.clamp_(min=-1e30).mul_(p).sum(-1) / total", "- 0 * z.clamp_(min=-1e30).mul_(p).sum(-1)"),
-    ("*", "(place.squeeze(-1) == targets[n])", "(z.amax(-1) == z.gather(-1, targets[n, None])[:, 0])"),
+    ("*", "(place == targets[n])", "(z.amax(-1) == z.gather(-1, targets[n, None])[:, 0])"),
     ("*", "if bias is None else bias * factor", ""),
     ("common", "lambda x: x[..., :1] * told", "lambda x: 1 * told"),
     ("*", "lr=args.learning_rate, fused=True)", "lr=args.learning_rate, betas=(0.9, 0.95), fused=True)"),
@@ -236,6 +236,11 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", 'not moved or args.resume_from_checkpoint != "latest"', "True"),
     ("common", "require(not frozen,", "require(True,"),
     ("common", "args.num_minibatches <= completions", "True"),
+    ("common", "scores or \"ForSequenceClassification\" not in", "True or \"\" in"),
+    ("common", "require(scores or not of_scores,", "require(True,"),
+    ("common", "grad_norm == 0 and loss != 0", "False"),
+    ("common", 'if "output_dir" in args.typed:', "if False:"),
+    ("common", "if isinstance(p, torch.nn.Parameter) and not p.is_meta", "if p in set(module.parameters())"),
 ]
 
 
