@@ -996,7 +996,9 @@ def load_tokenizer(args):
             f"the folder {source} holds no tokenizer (tokenizer.json or the like): copy that of its base")
     say_fetch(source)
     with explain(f"cannot load a tokenizer from '{source}'"):
+        transformers.logging.set_verbosity_warning()  # it knows tokenizers that split words wrongly
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        transformers.logging.set_verbosity_error()
     require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, "
             "which the masks need (is_fast is False)")
     require(tokenizer.eos_token_id is not None,
@@ -1270,8 +1272,8 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
 
 
 def load_prompts(args, tokenizer):
-    """-> (training prompts, held-out prompts): dicts of prompt (as in the row), turns, prompt_ids, place, row
-    and columns, which reward functions are given."""
+    """-> (training prompts, held-out prompts): dicts of prompt (as in the row), turns, prompt_ids, opened
+    (whether they end with <think>), place, row and columns, which reward functions are given."""
     taken = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
     counts = Counter()
 
@@ -1287,7 +1289,8 @@ def load_prompts(args, tokenizer):
                 counts[f"dropped: longer than --max_prompt_length {args.max_prompt_length} tokens"] += 1
                 continue
             prompts.append({"prompt": prompt, "turns": turns, "prompt_ids": prompt_ids, "place": place,
-                            "row": row, "columns": {name: row.get(name) for name in columns}})
+                            "row": row, "columns": {name: row.get(name) for name in columns},
+                            "opened": tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>")})
         return prompts
 
     train, held, _ = read_split(args, tokenizer, PROMPT_FORMATS, to_prompt,
@@ -1419,9 +1422,15 @@ MARKS = {  # what stands around an answer
     "\\boxed": r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"}
 SIGNS = str.maketrans("−‐‑‒–⁄", "-----/", "$€£¥\u202f")  # the last are left out
 REWRITES = [(re.compile(pattern), new) for pattern, new in (  # so that a number, or what is none, is one word
-    (r"\{,\}|\\,|\\!", ","), (r"\^\{([^{}]*)\}", r"^\1"), (r"\\sqrt\s*\{?", "√"),
+    (r"(?s)\\begin\{(?:\w*matrix|array|cases)\}.*?\\end\{\w+\}", "ƒ0"),
+    (r"(?:[(\[]|\\\{)[^()\[\]{}]*\d,\s[^()\[\]{}]*(?:[)\]]|\\\})", "ƒ0"),  # a tuple, a set
+    (r"\{,\}|\\,|\\!", ","), (r"\^\{([^{}]*)\}", r"^\1"), (r"\\sqrt\s*\{?", "√"), (r"\s*\\pi\b", "π"),
     (r"\\(?:times|cdot)\s*", "×"), (r"(?<=\d)\s*(?=\\[dt]?frac)", "+"),
     (r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d))", r"\1\3/\2\4"),
+    (r"\\(?:log|ln|lg|exp|(?:arc)?(?:sin|cos|tan)|gcd|max|min)(?:_\w|_\{\w*\})?[\s({]*", "ƒ"),
+    (r"\\(?!text|math|underline|boxed|fbox|mbox|left|right|begin|end)[a-zA-Z]+\s*\{|\}\s*\{", "ƒ"),
+    (r"(?<=[A-Za-z\d)}])_\{?(?=[A-Za-z\d])", "ƒ"),  # 4210_{5}: in base 5
+    (r"(?<![\w.,])(\d{1,3}) (\d{3})(?: (\d{3}))?(?! ?\d)", r"\1\2\3"),  # 10 000
     (r"(?<=[\w)}])\s*([+*/×·^])\s*(?=[-(]?\d)", r"\1"), (r"(?<=\d) (-|\*\*) (?=\d)", r"\1"),
     (r"(?<![\w./])(\d+)\s+(?=\d+/\d)", r"\1+"), (r"(?<=\d)\s+(?=(?:hundred|thousand|million|billion)\b)", ""),
     (r"(?<!\d):|:(?!\d)", " "), (r"\b(?:[cdkm]?m|in|ft)\^[23]", ""))]
@@ -1497,10 +1506,12 @@ def accuracy(prompts, completions, truncated=None, **columns):
     return [None if right is None else float(right) for right in found]
 
 
-def format_reward(prompts, completions, **columns):
-    """1 for <think>...</think><answer>...</answer> and nothing else, 0 otherwise."""
+def format_reward(prompts, completions, opened=None, **columns):
+    """1 for <think>...</think><answer>...</answer> and nothing else, 0 otherwise. `opened`: which prompts end
+    with the <think>, as some chat templates have it."""
     shape = r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*"
-    return [float(bool(re.fullmatch(shape, text_of(c), re.DOTALL))) for c in completions]
+    texts = ["<think>" * begun + text_of(c) for begun, c in zip(opened or repeat(False), completions)]
+    return [float(bool(re.fullmatch(shape, text, re.DOTALL))) for text in texts]
 
 
 def levenshtein(a, b):
@@ -1822,7 +1833,7 @@ def score(rewards, prompts, rows, step, total_steps, timeout=600.0):
     for name, reward in rewards.items():
         given = for_functions if reward.score is None else for_models
         if reward.path is None:  # built in: told what TRL tells nobody, whether a completion was cut
-            given = given | {"truncated": truncated}
+            given = given | {"truncated": truncated, "opened": [prompt.get("opened") for prompt in prompts]}
         values.append(checked_values(name, reward.function, given, places, timeout))
     return torch.tensor(values).T, logged
 
@@ -2003,8 +2014,11 @@ def base_and_adapter(name):
             config = PeftConfig.from_pretrained(name)
             named, adapter, kind = config.base_model_name_or_path, name, str(config.peft_type)
             require(not getattr(config, "alora_invocation_tokens", None), "activated LoRA is not supported")
+            begun = str(getattr(config, "init_lora_weights", "")).lower()
         require(any(file.startswith("adapter_model.") for file in os.listdir(name)),
                 f"{name} holds no adapter weights")
+        require(not re.match("pissa|olora|corda|loftq|lora_ga", begun), f"{name} began by changing its base "
+                f"({begun}), which loading would do again: convert it to a plain LoRA, or merge it")
         require(kind.endswith(".LORA"), f"{name} is an adapter of type {kind.partition('.')[2]}, not LoRA")
         require(named and isinstance(named, str) and named.isprintable(), f"{name}/adapter_config.json does "
                 "not say which model the adapter belongs to: add its base_model_name_or_path")
@@ -2104,6 +2118,10 @@ def check_fit(model, base, tokenizer, args, scores):
     longest, limit = sum(getattr(args, flag) for flag in flags), max_positions(model)
     require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions: "
             f"lower --{' or --'.join(flags)}")
+    layers = DynamicCache(config=model.config).layers if hasattr(args, "rollout_batch_size") else ()
+    require(all(hasattr(layer, "batch_repeat_interleave") for layer in layers), f"models of type "
+            f"{model.config.model_type} are not supported in ppo and grpo: some layers are no attention, and "
+            "what they keep cannot be repeated for several completions")
     with explain(f"models of type {model.config.model_type} are not supported: their trunk and their output "
                  "head cannot be called apart"):
         if not scores:
@@ -2139,6 +2157,14 @@ def max_positions(model):
 NO_POLICY = "a reward model, as --reward_funcs of ppo and grpo takes; a policy starts from a language model"
 
 
+def load_adapter(model, folder, **options):
+    """The model with the adapter of a folder. Raises an exception where its weights have other names than the
+    model's modules: peft would warn, and go on with an adapter that does nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(model, folder, **options)
+
+
 def add_adapter(model, adapter, args, scores):
     """-> (the model with that folder's adapter, which goes on, or with a new one; what is said of it)."""
     if adapter:
@@ -2150,7 +2176,7 @@ def add_adapter(model, adapter, args, scores):
         require(args.lora_r in (0, config.r),
                 f"{adapter} is an adapter of rank {config.r}: leave --lora_r out")
         with explain(f"cannot load the adapter {adapter}"):
-            return PeftModel.from_pretrained(model, adapter, is_trainable=True), "a LoRA adapter goes on"
+            return load_adapter(model, adapter, is_trainable=True), "a LoRA adapter goes on"
     targets = "all-linear" if args.lora_target_modules in (None, ["all-linear"]) else args.lora_target_modules
     known = {path.split(".")[-1] for path, part in model.named_modules() if [*part.parameters(recurse=False)]}
     for flag, names in (("lora_target_modules", targets), ("modules_to_save", args.modules_to_save)):
@@ -2158,6 +2184,10 @@ def add_adapter(model, adapter, args, scores):
             f".{path}".endswith(f".{name}") for path, _ in model.named_modules())]
         require(not wrong, f"--{flag} {names}: the model has no module of that name: {', '.join(wrong)}; "
                 f"it has {', '.join(sorted(known))}")
+    more = {path for path, _ in model.named_modules() for name in args.modules_to_save or ()
+            if path.endswith(name) and not f".{path}".endswith(f".{name}")}
+    require(not more, f"--modules_to_save {args.modules_to_save}: peft would take more, whose names end alike: "
+            f"{', '.join(sorted(more))[:200]}; give a longer path, such as model.norm")
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),
         target_modules=targets, modules_to_save=args.modules_to_save,
@@ -2274,9 +2304,9 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
             base, config=config, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=with_head, **options)
         require(with_head or not loaded["missing_keys"], "it has no trained score head")
-        model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        model = load_adapter(model, adapter) if adapter else model
         model.to(device).eval()
-        if tokenizer.pad_token_id is None:
+        if model.config.pad_token_id is None:
             model.config.pad_token_id = use_scoring_pad_token(tokenizer)
     limit, stops = max_positions(model), stop_token_ids(tokenizer)
 
@@ -2289,9 +2319,10 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
                 rows[i] = rows[i][:-1]
         scores, lengths = torch.zeros(len(rows), config.num_labels), [len(row) for row in rows]
         for at in cut(lengths, 16 * max(lengths)):
-            batch = tokenizer.pad({"input_ids": [rows[i] for i in at]}, padding_side="right",
-                                  return_attention_mask=True, return_tensors="pt").to(device)
-            scores[at] = model(**batch).logits.float().cpu()
+            # with the id before which the model looks for the end, whatever the tokenizer's is
+            ids = pad([rows[i] for i in at], model.config.pad_token_id).to(device)
+            mask = pad([[1] * lengths[i] for i in at], 0).to(device)
+            scores[at] = model(input_ids=ids, attention_mask=mask).logits.float().cpu()
         return scores
     return [config.id2label[i] for i in range(config.num_labels)], score
 
@@ -2440,7 +2471,8 @@ def make_reference(model, args, device):
     if adapter is None:
         say("reference the base model, adapters off")
         return model, model.disable_adapter
-    model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
+    with explain(f"no second copy of {adapter} can be loaded, as a frozen reference"):
+        model.load_adapter(adapter, adapter_name="reference", is_trainable=False)
     model.set_adapter("default")
     no_dropout(model)  # the new layers came with the adapter's own rate
     model.train()

@@ -380,17 +380,17 @@ def check_head(policy, model, row, run):
     """UserError if trunk, head, scale and cap do not give the model's log-probs on a row's first tokens."""
     ids = torch.as_tensor(row["input_ids"]).long().repeat(2)[None, :64].to(run.device)  # of one token two
     mask = torch.arange(ids.shape[1], device=run.device)[None].clamp(max=1)  # all but the first token
-    model.eval()
+    model.train(not any(common.dropout_rates(model)))  # other noise would show
     with run.accelerator.autocast():
         ours, _, _ = policy(ids, mask)
+        model.eval()
         with common.unsharded(policy):
             logits = model(input_ids=ids, use_cache=False).logits
     model.train()
     theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     worst = (ours[:, 1:] - theirs).abs().max().item()
-    require(worst < (0.2 if run.args.bf16 else 1e-3),
-            f"models of type {model.config.model_type} do more to their logits than to scale and to cap "
-            f"them, so their log-probs would be off by {worst:.2g}: not supported")
+    require(worst < (0.2 if run.args.bf16 else 1e-3), f"models of type {model.config.model_type} do more to "
+            f"their logits than scale and cap them, or add noise: log-probs would be off by {worst:.2g}")
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -506,10 +506,10 @@ def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, fi
             return [], {}
         values, logged = common.score(rewards, [row["prompt"] for row in rows], rows, step, run.total_steps,
                                       args.reward_timeout)
-        weights = torch.tensor([reward.weight for reward in rewards.values()])
+        weights = torch.tensor([reward.weight or math.nan for reward in rewards.values()])  # 0: logged alone
         for row, value in zip(rows, values):  # the score: the weighted sum of the rewards that apply, if any
             row["rewards_per_func"] = value  # (F,)
-            row["score"] = math.nan if value.isnan().all() else (weights * value).nansum().item()
+            row["score"] = math.nan if (weights * value).isnan().all() else (weights * value).nansum().item()
         return rows, logged
     shares = run.together(scored)
     rows = sorted((row for share, _ in shares for row in share), key=lambda row: row["number"])

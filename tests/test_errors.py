@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, in_child, tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
 import dpo
@@ -75,6 +75,11 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--model_name_or_path", "./four"], "./four is stored in 4 bits, which only adapters can be trained on: add --lora_r 16"),
     (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--lora_target_modules", "nope"], "--lora_target_modules ['nope']"),
     (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--modules_to_save", "nope"], "no module of that name"),
+    (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--modules_to_save", "norm"], "peft would take more, whose names end alike: model.layers.0.input_layernorm"),
+    *((script, ["--model_name_or_path", "./pissa"], "./pissa began by changing its base (pissa_niter_4), which loading would do again") for script in (dpo, grpo)),
+    *((script, ["--model_name_or_path", "./mixtral"], "models of type mixtral do more to their logits than scale and cap them, or add noise")
+      for script in (sft, dpo, ppo, grpo)),
+    *((script, ["--model_name_or_path", "./lfm2"], "models of type lfm2 are not supported in ppo and grpo: some layers are no attention") for script in (ppo, grpo)),
     (sft, ["--model_name_or_path", "./nowhere"], "no such model folder: ./nowhere"), (sft, ["--model_name_or_path", "./ok.jsonl"], "no such model folder: ./ok.jsonl (a file)"),
     (grpo, ["--max_seq_length", "9"], "use --max_length (ppo, grpo: --max_prompt_length"), (grpo, ["--torch_dtype", "bfloat16"], "--bf16 computes in bf16"),
     (sft, ["--model_name_or_path", "./empty"], "holds no tokenizer"), (sft, ["--model_name_or_path", "./wide"], "do not belong together"),
@@ -194,6 +199,11 @@ def folder(tmp_path_factory):
     file.write_text(json.dumps(tokens))
     file = path / "mute" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": []}))
+    small = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    for name, more in ("mixtral", {"router_jitter_noise": 0.1, "num_local_experts": 4}), ("lfm2", {"layer_types": ["conv", "full_attention"]}):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **small, **more)).save_pretrained(path / name)
+        AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / name)
     tiny_model("llama").save_pretrained(path / "wide")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "headless")
     tiny_model("llama").save_pretrained(path / "headless", state_dict={
@@ -202,10 +212,10 @@ def folder(tmp_path_factory):
     tokenizer.add_tokens([f"<{i}>" for i in range(100)])
     tokenizer.save_pretrained(path / "wide")
     for name, base, weights in (("orphan", "/nowhere/base", True), ("bare", CHECKPOINT, False), ("nameless", None, True), ("garbled", "\ud800", True), ("prompts", CHECKPOINT, True),
-                                ("activated", CHECKPOINT, True)):
+                                ("activated", CHECKPOINT, True), ("pissa", CHECKPOINT, True)):
         (path / name).mkdir()
         kind = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2} if name == "prompts" else {"peft_type": "LORA", "r": 4}
-        kind |= {"alora_invocation_tokens": [5, 6]} if name == "activated" else {}
+        kind |= {"activated": {"alora_invocation_tokens": [5, 6]}, "pissa": {"init_lora_weights": "pissa_niter_4"}}.get(name, {})
         (path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "task_type": "CAUSAL_LM", **kind}))
         if weights:
             (path / name / "adapter_model.safetensors").write_text("")

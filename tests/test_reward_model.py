@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import RecordGradients, TINY, load_by_card, run
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 import dpo
@@ -326,3 +327,33 @@ def test_scores_of_a_row_are_taken_by_their_names(tokenizer):
              for scores in ({"b": 1, "a": 2}, {"a": 2, "b": 1})]
     groups = reward_model.encode_scored_rows(items, tokenizer, args, common.Counter(), ["a", "b"])
     assert reward_model.targets_of([row for row, in groups], ["a", "b"]).tolist() == [[2, 1], [2, 1]]
+
+
+def test_scores_do_not_depend_on_the_pad_token_that_the_tokenizer_has(tmp_path):
+    """transformers looks for the end of a row by the config's: a batch was padded with the tokenizer's, and scored at padding."""
+    run(reward_model, tmp_path / "rm", "--max_steps", 1, "--eval_fraction", 0)
+    file = tmp_path / "rm" / "model" / "config.json"
+    config, texts = json.loads(file.read_text()), ["1", "<answer>12345</answer>", "x" * 40]
+    conversations = [[common.turn("user", "1+1"), common.turn("assistant", text)] for text in texts]
+    want = common.load_reward_model(str(tmp_path / "rm" / "model"))[1](conversations)
+    for pad in (0, 5, None):
+        file.write_text(json.dumps(config | {"pad_token_id": pad}))
+        _, score = common.load_reward_model(str(tmp_path / "rm" / "model"))
+        torch.testing.assert_close(score(conversations), want, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_would_not_be_what_was_trained_is_refused(tmp_path):
+    """Weights under other names would stay as a new adapter has them; a bias has one copy, so no frozen reference."""
+    run(sft, tmp_path / "a", "--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--max_steps", 1, "--eval_fraction", 0)
+    run(reward_model, tmp_path / "r", "--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--max_steps", 1, "--eval_fraction", 0)
+    for folder in (tmp_path / "a" / "model", tmp_path / "r" / "model"):
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({name.replace("model.layers", "model.language_model.layers"): x for name, x in weights.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(common.UserError, match="cannot load the adapter .*: Found missing adapter keys"):
+        run(dpo, tmp_path / "b", "--model_name_or_path", tmp_path / "a" / "model", "--eval_fraction", 0)
+    with pytest.raises(common.UserError, match="is no reward model that can be loaded: Found missing adapter keys"):
+        common.load_reward_model(str(tmp_path / "r" / "model"))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(CHECKPOINT), LoraConfig(r=4, bias="all", target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "biased")
+    with pytest.raises(common.UserError, match="no second copy of .*biased can be loaded, as a frozen reference: LoraModel supports only 1"):
+        run(grpo, tmp_path / "c", "--model_name_or_path", tmp_path / "biased", "--eval_fraction", 0, "--kl_coef", 0.1)

@@ -32,6 +32,7 @@ from common import Reward
             r"\$18", "€18", "18€", "x = 18", "**Answer:** 18", "answer:18", "9+9=18", "<<9+9=18>>18", "18</s>", '{"answer": 18}', "５ １８", "Step 5 **18**",
             r"\boxed{18} of 20", r"\boxed{\text{18 cm}} 3", "36/2", "#### 5\n#### 18"]),
     ("1000", ["1,000", "1000", "1000.0", "$1,000.00", "1e3", "1E+3", "1{,}000", r"1\,000", "1\u202f000"]), ("100000", ["1e5"]),
+    ("10000", ["10 000", "10 000 cm", "10,000"]), ("1234567", ["1 234 567"]), ("250", ["12 and 250", "3, 250", "__250__", "_250_", r"\underline{250}"]),
     ("0.5", ["0.5", ".5", "1/2", "1 / 2", r"\frac{1}{2}", r"is $\dfrac12$."]), ("-0.5", ["-1/2", r"$-\frac{1}{2}$", r"\frac{-1}{2}"]),
     ("2.5", ["2 1/2", r"2\frac{1}{2}"]), ("3/7", ["3/7", r"\frac{3}{7}", "6/14"]), ("0.0015", ["1.5e-3"]), ("10000.5", ["10,000.50"]),
     ("-7", ["so -7", "-$7", "$-7", "\u22127", "–7", "-€7", "5 -7"]), ("7", ["007", "5\n7"]), ("0", ["-0"]), ("3.5", ["x=3.50 litres"]),
@@ -40,6 +41,9 @@ from common import Reward
     (None, ["no number", "", ".", "<answer></answer>", "<answer>11:30</answer>", "11:30", "3:4", "2^3", "2**3", "2 ^ 3", "2^{10}", "10²", r"2\times 3", "2 × 3", "1×10^5", "95**88**77",
             "3-4", "16-3", "3–4", "3 - 4", "2024-01-05", "01/05/2024", "1.2.3", "1,2,3", "3,5", "1,000,00",
             "5x", "x+3", "y = 2x + 5", "x^2", r"\sqrt{3}", r"2\sqrt{3}", "5k", "5 million", "--7", "1/0", "GPT-4", "v2",
+            r"\boxed{\frac{\pi}{2}}", r"\left( 3, \frac{\pi}{2} \right)", r"\frac{\sqrt{3}}{2}", r"\frac{3\pi}{4}", r"\frac{x+1}{3}", "4210_{5}", "4210_5", "x_1",
+            r"\log_2 3", r"\log_{10} 3", r"\sin(30)", r"0.\overline{3}", r"\frac{1}{-2}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(3, 4)", "[1, 2]", r"\{1, 2\}",
+            r"5\pi", r"5 \pi", r"2\pi r", r"\binom{5}{2}",
             "1e999999999", "9" * 5000]),])
 def test_extract_answer(answer, texts):
     """Numbers compare as numbers, and what is no number as a whole is none: never its last digits."""
@@ -49,7 +53,7 @@ def test_extract_answer(answer, texts):
 
 def test_reading_an_answer_takes_no_time_to_speak_of():
     start = time.perf_counter()
-    for part in ("1, ", "5 and ", "<answer>", "\\boxed{", "\\frac{", "{", "a1:", "9", "1 1/2 ", "5 "):
+    for part in ("(1, ", "\\begin{array}", "\\log_", "1 000 ", "a_", "}{", "1, ", "5 and ", "<answer>", "\\boxed{", "\\frac{", "{", "a1:", "9", "1 1/2 ", "5 "):
         common.extract_answer(part * 10_000 + "1")
     assert time.perf_counter() - start < 3
 
@@ -477,3 +481,29 @@ def test_what_a_reward_logs_does_not_replace_the_trainers_own_numbers(tmp_path):
     for script, more in ((grpo, ["--num_generations", 2, "--kl_coef", 0.1]), (ppo, ["--num_iterations", 1, "--num_minibatches", 1])):
         metrics, = run(script, tmp_path / script.__name__, *flags, *more)
         assert metrics["mine"] == 99 and metrics["reward"] < 1 and abs(metrics["kl"]) < 1e-4 and abs(metrics["loss"]) < 10
+
+
+def test_format_counts_the_think_that_the_chat_template_has_written(tmp_path):
+    """Some templates end the prompt with <think>: the completion lacks it, and is of the right form."""
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n' * 9)
+    for flags, begun in ([], False), (["--chat_template_path", str(template)], True):
+        args = common.parse_args(grpo.Args, [os.path.join(TINY, "grpo.json"), "--dataset_name", str(tmp_path / "d.jsonl"), "--eval_fraction", "0", *flags])
+        prompts, _ = common.load_prompts(args, common.load_tokenizer(args))
+        rows = [{"text": text, "truncated": False, "completion_ids": [0]} for text in ("so</think><answer>2</answer>", "<think>so</think><answer>2</answer>")]
+        values, _ = common.score({"format": Reward(common.BUILT_IN["format"], 1.0)}, prompts[:2], rows, 0, 1)
+        assert values.flatten().tolist() == [float(begun), float(not begun)]
+
+
+@pytest.mark.parametrize("script", [grpo, ppo], ids=lambda script: script.__name__)
+def test_a_reward_of_weight_zero_is_logged_and_scores_nothing(script, tmp_path):
+    """A completion to which only such a reward applies is one that nothing scores."""
+    (tmp_path / "r.py").write_text("def some(completions):\n    return [None if i % 2 else float(len(c)) for i, c in enumerate(completions)]\n"
+                                   "def watch(completions):\n    return [5.0] * len(completions)\n")
+    flags = ["--eval_fraction", 0, "--batch_size", 4, "--max_steps", 1, "--max_completion_length", 16, "--reward_funcs", f"{tmp_path}/r.py:some"]
+    alone = run(script, tmp_path / "a", *flags)[0]
+    both = run(script, tmp_path / "b", *flags, f"{tmp_path}/r.py:watch", "--reward_weights", 1, 0)[0]
+    assert both["rewards/watch/mean"] == 5 and both["rewards/watch/weighted"] == 0
+    assert {name: both[name] for name in ("reward", "loss", "grad_norm", "trained_tokens")} == {
+        name: alone[name] for name in ("reward", "loss", "grad_norm", "trained_tokens")}
