@@ -2186,7 +2186,7 @@ def add_adapter(model, adapter, args, scores):
                 f"it has {', '.join(sorted(known))}")
     more = {path for path, _ in model.named_modules() for name in args.modules_to_save or ()
             if path.endswith(name) and not f".{path}".endswith(f".{name}")}
-    require(not more, f"--modules_to_save {args.modules_to_save}: peft would take more, whose names end alike: "
+    require(not more, f"--modules_to_save {args.modules_to_save}: peft takes more, whose names end alike: "
             f"{', '.join(sorted(more))[:200]}; give a longer path, such as model.norm")
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=getattr(args, "lora_dropout", 0.0),

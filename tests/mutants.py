@@ -241,6 +241,16 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "grad_norm == 0 and loss != 0", "False"),
     ("common", 'if "output_dir" in args.typed:', "if False:"),
     ("common", "if isinstance(p, torch.nn.Parameter) and not p.is_meta", "if p in set(module.parameters())"),
+    ("*", "model.train(not any(common.dropout_rates(model)))", "model.eval()"),
+    ("common", "if model.config.pad_token_id is None:", "if tokenizer.pad_token_id is None:"),
+    ("common", "pad([rows[i] for i in at], model.config.pad_token_id)", "pad([rows[i] for i in at], tokenizer.pad_token_id)"),
+    ("common", 'filterwarnings("error", message="Found missing', 'filterwarnings("ignore", message="Found missing'),
+    ("common", "pissa|olora|corda|loftq|lora_ga", "never"),
+    ("common", "if path.endswith(name) and not", "if False and not"),
+    ("common", 'hasattr(layer, "batch_repeat_interleave")', "True"),
+    ("common", '"<think>" * begun + text_of(c)', "text_of(c)"),
+    ("common", 'rstrip().endswith("<think>")', 'endswith("<think>")'),
+    ("common", r"|\}\s*\{", ""),
 ]
 
 

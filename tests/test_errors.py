@@ -75,7 +75,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--model_name_or_path", "./four"], "./four is stored in 4 bits, which only adapters can be trained on: add --lora_r 16"),
     (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--lora_target_modules", "nope"], "--lora_target_modules ['nope']"),
     (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--modules_to_save", "nope"], "no module of that name"),
-    (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--modules_to_save", "norm"], "peft would take more, whose names end alike: model.layers.0.input_layernorm"),
+    (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--modules_to_save", "norm"], "peft takes more, whose names end alike: model.layers.0.input_layernorm"),
     *((script, ["--model_name_or_path", "./pissa"], "./pissa began by changing its base (pissa_niter_4), which loading would do again") for script in (dpo, grpo)),
     *((script, ["--model_name_or_path", "./mixtral"], "models of type mixtral do more to their logits than scale and cap them, or add noise")
       for script in (sft, dpo, ppo, grpo)),

@@ -242,7 +242,7 @@ def test_a_reward_model_is_no_policy(tmp_path, lora):
     for folder in ("model", "merged")[:1 + bool(lora)]:
         for script in (sft, grpo):
             with pytest.raises(common.UserError, match="is an? .*reward model, as --reward_funcs of ppo and grpo takes; a policy starts from"):
-                run(script, tmp_path / "out", "--model_name_or_path", tmp_path / "rm" / folder, "--eval_fraction", 0)
+                run(script, tmp_path / "out", "--model_name_or_path", tmp_path / "rm" / folder, "--eval_fraction", 0, "--max_steps", 1)
     run(sft, tmp_path / "sft", "--model_name_or_path", CHECKPOINT, "--lora_r", 4, "--max_steps", 1, "--eval_fraction", 0)
     with pytest.raises(common.UserError, match="no reward model that can be loaded: it is an adapter of a language model"):
         common.load_reward_model(str(tmp_path / "sft" / "model"))
@@ -350,10 +350,10 @@ def test_an_adapter_that_would_not_be_what_was_trained_is_refused(tmp_path):
         weights = load_file(folder / "adapter_model.safetensors")
         save_file({name.replace("model.layers", "model.language_model.layers"): x for name, x in weights.items()}, folder / "adapter_model.safetensors")
     with pytest.raises(common.UserError, match="cannot load the adapter .*: Found missing adapter keys"):
-        run(dpo, tmp_path / "b", "--model_name_or_path", tmp_path / "a" / "model", "--eval_fraction", 0)
+        run(dpo, tmp_path / "b", "--model_name_or_path", tmp_path / "a" / "model", "--eval_fraction", 0, "--max_steps", 1)
     with pytest.raises(common.UserError, match="is no reward model that can be loaded: Found missing adapter keys"):
         common.load_reward_model(str(tmp_path / "r" / "model"))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(CHECKPOINT), LoraConfig(r=4, bias="all", target_modules="all-linear", task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "biased")
     with pytest.raises(common.UserError, match="no second copy of .*biased can be loaded, as a frozen reference: LoraModel supports only 1"):
-        run(grpo, tmp_path / "c", "--model_name_or_path", tmp_path / "biased", "--eval_fraction", 0, "--kl_coef", 0.1)
+        run(grpo, tmp_path / "c", "--model_name_or_path", tmp_path / "biased", "--eval_fraction", 0, "--kl_coef", 0.1, "--max_steps", 1)
