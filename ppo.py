@@ -83,7 +83,7 @@ class Args(common.Args):
     # rewards
     reward_funcs: list[str] = arg(["accuracy"], "accuracy, format, edit_distance, json, code, "
                                   "FILE.py:function or a reward model's FOLDER[:score]")
-    reward_weights: list[float] | None = arg(None, "one weight for each reward; default: 1 each")
+    reward_weights: list[float] | None = arg(None, "one weight for each reward, 0: only logged; default: 1")
     reward_timeout: float = arg(600.0, "seconds that one call of a reward may take", above=0)
     # rollout
     batch_size: int = arg(64, "prompts of a rollout, over all processes", above=0)
