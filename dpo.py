@@ -203,7 +203,7 @@ class Policy(nn.Module):
 def check_head(policy, model, row, run):
     """UserError if trunk, head, scale and cap do not give the model's log-probs on a row's first tokens."""
     ids = torch.as_tensor(row["input_ids"]).long().repeat(2)[None, :64].to(run.device)  # of one token two
-    mask = torch.arange(ids.shape[1], device=run.device)[None].clamp(max=1)  # all but the first token
+    mask = torch.ones_like(ids).cumsum(-1) > 1  # all but the first token
     model.train(not any(common.dropout_rates(model)))  # other noise would show
     with run.accelerator.autocast():
         ours, _, _ = policy(ids, mask)

@@ -335,7 +335,7 @@ class PolicyValue(Policy):
             hidden = self.trunk(input_ids=input_ids, use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.value_head(hidden.float()).squeeze(-1)  # (B, T): of the state after each token
-        values = values.roll(1, dims=1)  # the causal shift; what comes round to token 0 is masked
+        values = values.roll(1, 1)  # the causal shift; what comes round to token 0 is masked
         return logprobs, torch.where(mask.bool(), values, 0.0), entropy
 
 
@@ -379,7 +379,7 @@ def make_value(args, start, model, run):
 def check_head(policy, model, row, run):
     """UserError if trunk, head, scale and cap do not give the model's log-probs on a row's first tokens."""
     ids = torch.as_tensor(row["input_ids"]).long().repeat(2)[None, :64].to(run.device)  # of one token two
-    mask = torch.arange(ids.shape[1], device=run.device)[None].clamp(max=1)  # all but the first token
+    mask = torch.ones_like(ids).cumsum(-1) > 1  # all but the first token
     model.train(not any(common.dropout_rates(model)))  # other noise would show
     with run.accelerator.autocast():
         ours, _, _ = policy(ids, mask)

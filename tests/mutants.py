@@ -136,7 +136,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("ppo", 'Policy(reference), ("ref_logprobs",), args.temperature)',
      'Policy(reference), ("ref_logprobs",), 1.0)'),
     ("ppo", "policy(mb.input_ids, mb.mask, args.temperature)", "policy(mb.input_ids, mb.mask)"),
-    ("ppo", "values = values.roll(1, dims=1)", "values = values.roll(0, dims=1)"),
+    ("ppo", "values = values.roll(1, 1)", "values = values.roll(0, dims=1)"),
     ("ppo", "make_value_head(start.weight * row)", "make_value_head(row)"),
     ("ppo", "correction=min(1, len(known) - 1))", "correction=0)"),
     ("ppo", "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio"),
