@@ -626,6 +626,8 @@ def find_format(rows, formats, chosen=None):
     columns = ", ".join(sorted(map(str, row)))
     require(chosen or fitting, f"{place}: no known format has the columns {columns}"
             f"{' (a first line with their names?)' * ('.csv:' in place)}. Known are: {known}")
+    require(not chosen or chosen in fitting, f"{place}: --format {chosen} needs the columns "
+            f"{', '.join(formats.get(chosen, ()))}, and there are {columns}")
     return chosen or fitting[0]
 
 
@@ -1658,10 +1660,13 @@ def try_rewards(rewards, train, held, args):
         if file is None:  # held out of the same file
             continue
         for name in filter(NEEDS.get, used):
-            missing = all(p["columns"].get(column) is None for p in prompts for column in NEEDS[name])
-            require(not missing, f"--reward_funcs {name} needs a column "
-                    f"{' or '.join(map(repr, NEEDS[name]))}; {file} has "
+            lack = [p["place"] for p in prompts if all(p["columns"].get(c) is None for c in NEEDS[name])]
+            column = " or ".join(map(repr, NEEDS[name]))
+            require(len(lack) < len(prompts), f"--reward_funcs {name} needs a column {column}; {file} has "
                     f"{', '.join(prompts[0]['columns']) or 'no other column than the prompt'}")
+            if lack:
+                say(f"warning  {name} does not apply to {len(lack):,} of {len(prompts):,} prompts: they have "
+                    f"no {column}, such as {lack[0]}")
         if "accuracy" in used:
             known = [(p, text) for p, text in zip(prompts, references_of(prompts)) if text is not None]
             unread = [f"{text[-80:]!r} of {p['place']}" for p, text in known if not readable(text)]

@@ -251,6 +251,8 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", '"<think>" * begun + text_of(c)', "text_of(c)"),
     ("common", 'rstrip().endswith("<think>")', 'endswith("<think>")'),
     ("common", r"|\}\s*\{", ""),
+    ("common", "            if lack:", "            if False:"),
+    ("common", "require(not chosen or chosen in fitting,", "require(True,"),
 ]
 
 

@@ -100,6 +100,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--dataset_name", "tools.jsonl"], "tool calls are not supported"), (sft, ["--dataset_name", "columns.jsonl"], "no known format has the columns x"),
     (sft, ["--dataset_name", "notes.txt"], "unknown kind of file"), (sft, ["--dataset_name", "bytes.jsonl"], "bytes.jsonl:1: not valid JSON (not UTF-8 text)"),
     (sft, ["--dataset_name", "nothing.jsonl"], "nothing.jsonl:1: empty completion"), (sft, ["--format", "xml"], "unknown --format xml"),
+    (sft, ["--format", "question_answer"], "addition.jsonl:1: --format question_answer needs the columns question, answer, and there are"),
     (sft, ["--eval_dataset_name", "missing.jsonl"], "no such file: missing.jsonl"),
     (sft, ["--keep_best", "--eval_fraction", "0", "--max_completion_length", "0"], "--keep_best needs evaluation data"),
     (grpo, ["--dataset_name", "no_answer.jsonl"], "needs a column 'answer' or 'solution'"),

@@ -101,6 +101,16 @@ def test_answers_that_accuracy_cannot_read_are_said_or_refused(capsys):
         common.try_rewards(rewards, good, bad, args)
 
 
+@pytest.mark.parametrize("name, column", [("accuracy", "answer"), ("edit_distance", "solution"), ("code", "tests")])
+def test_prompts_without_the_column_that_a_reward_reads_are_counted(name, column, capsys):
+    """A misspelt column in some rows: no completion of theirs would be scored, and nothing else says so."""
+    rewards, named = {name: Reward(common.BUILT_IN[name], 1.0)}, " or ".join(map(repr, common.NEEDS[name]))
+    args = SimpleNamespace(dataset_name="d.jsonl", eval_dataset_name=None, reward_timeout=5, num_generations=1)
+    prompts = [*rows(1, **{column: "7"}), *rows(2, ansver="7"), *rows(1, **{column: None})]
+    common.try_rewards(rewards, prompts, [], args)
+    assert capsys.readouterr().out == f"warning  {name} does not apply to 3 of 4 prompts: they have no {named}, such as file:1\n"
+
+
 def rows(n=2, prompt="1+1", **columns):
     return [{"prompt": prompt, "turns": [], "columns": columns, "place": f"file:{i + 1}"} for i in range(n)]
 
