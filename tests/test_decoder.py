@@ -304,7 +304,7 @@ def test_the_program_for_gpus_runs_in_miniature(tmp_path):
 @pytest.mark.long
 def test_compiled_layers_give_the_same_numbers(tmp_path):
     sft = importlib.import_module("sft")
-    flags = ["--max_steps", "3", "--eval_fraction", "0", "--lora_r", "4"]
+    flags = ["--max_steps", "3", "--eval_fraction", "0", "--lora_r", "4", "--model_name_or_path", os.path.join(TINY, "sft")]
     plain = run(sft, tmp_path / "plain", *flags)
     compiled = run(sft, tmp_path / "compiled", *flags, "--compile")
     for a, b in zip(plain, compiled):

@@ -321,7 +321,7 @@ def resume(options, script, variant):
         torch.use_deterministic_algorithms(True, warn_only=True)
         flags += ["--attn_implementation", "eager"]
     if variant == "lora":
-        flags += ["--lora_r", 8]
+        flags += ["--lora_r", 8, "--model_name_or_path", f"{TINY}/sft"]
     first, again, resumed = (f"{options.work}/resume-{script}-{variant}-{n}" for n in range(3))
     run_script(script, first, *flags, example=True)
     run_script(script, again, *flags, example=True)
