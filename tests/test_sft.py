@@ -134,7 +134,7 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(tmp_path):
     model = tiny_model("llama")
     head = model.lm_head.forward
     model.lm_head.forward = lambda x: head(x).sin()
-    with pytest.raises(common.UserError, match="llama do more to their logits than to scale and to cap them"):
+    with pytest.raises(common.UserError, match="llama do more to their logits than scale and cap them"):
         sft.check_head(sft.Policy(model), model, {"input_ids": torch.arange(20)}, new_run(tmp_path))
     with pytest.raises(common.UserError, match="llama do more to their logits"):  # a prompt of one token is enough
         sft.check_head(sft.Policy(model), model, {"input_ids": torch.tensor([7])}, new_run(tmp_path))
