@@ -2300,15 +2300,15 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
     with explain(f"{folder} is no reward model that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         tokenizer.init_kwargs.setdefault("template_date", date)  # the day of its training goes before
-        with_head = bool(adapter) and PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
-        require(with_head or not adapter, "it is an adapter of a language model")
+        require(adapter is None or PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS",
+                "it is an adapter of a language model")
         config = AutoConfig.from_pretrained(folder, **options)
         if hasattr(config, "quantization_config") or four_bit_on_disk(base, True):
             options |= hold_in_4bit(config, base, torch.float32, device)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             base, config=config, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=with_head, **options)
-        require(with_head or not loaded["missing_keys"], "it has no trained score head")
+            ignore_mismatched_sizes=adapter is not None, **options)  # which brings the head
+        require(adapter or not loaded["missing_keys"], "it has no trained score head")
         model = load_adapter(model, adapter) if adapter else model
         model.to(device).eval()
         if model.config.pad_token_id is None:
@@ -2634,7 +2634,7 @@ def merge_adapter(run, model):
     if args.load_in_4bit:
         base = base.dequantize(dtype=torch.bfloat16 if args.bf16 else torch.float32)
         base._weight_conversions = None  # those of stored 4-bit weights cannot be undone by saving
-    adapted = PeftModel.from_pretrained(base.cpu().float(), adapter).eval()
+    adapted = load_adapter(base.cpu().float(), adapter).eval()
     ids = torch.as_tensor(run.example)[None, :128].long()
     before = adapted(ids).logits
     merged = adapted.merge_and_unload()
@@ -3692,8 +3692,8 @@ class Run:
             say(f"step {self.step}/{self.total_steps}  {figures}")
 
     def check_finite(self, loss, grad_norm, rows, remedy="Try a lower --learning_rate"):
-        """UserError unless both are finite: before the update, so that no checkpoint is spoilt. `rows` (dicts
-        with a place) are what the step is made of."""
+        """UserError unless both are finite: before the update, so that no checkpoint is spoilt; a gradient of
+        0 is said. `rows` (dicts with a place) are what the step is made of."""
         places = list(dict.fromkeys(row["place"] for row in rows))
         named = ", ".join(places[:8]) + ", ..." * (len(places) > 8)
         require(math.isfinite(loss) and math.isfinite(grad_norm),

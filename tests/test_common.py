@@ -1468,3 +1468,12 @@ def test_no_trained_embedding_drops_a_gradient(script, padded, tmp_path, monkeyp
         script.main(common.parse_args(script.Args, [
             "--model_name_or_path", str(padded / "model"), "--dataset_name", str(data), "--eval_fraction", "0", "--output_dir", str(tmp_path)]))
     assert found.value.args[0] == [None] * (2 if script is ppo else 1)
+
+
+def test_what_transformers_says_of_a_tokenizer_is_heard_and_nothing_else(monkeypatch):
+    """It knows tokenizers that split words wrongly."""
+    from transformers import logging
+    heard, load = [], common.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(common.AutoTokenizer, "from_pretrained", lambda *a, **k: heard.append(logging.get_verbosity()) or load(*a, **k))
+    common.load_tokenizer(SimpleNamespace(model_name_or_path=f"{TINY}/model", trust_remote_code=False, chat_template_path=None, chat_template_kwargs=None))
+    assert heard == [logging.WARNING] and logging.get_verbosity() == logging.ERROR
