@@ -2213,9 +2213,7 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
     random ones."""
     dtype = torch.bfloat16 if frozen and args.bf16 else torch.float32
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    options = {"trust_remote_code": args.trust_remote_code}
-    if args.attn_implementation:
-        options["attn_implementation"] = args.attn_implementation
+    options = {"trust_remote_code": args.trust_remote_code, "attn_implementation": args.attn_implementation}
     say_fetch(base)
     with explain(f"cannot load a model from '{base}'"):
         config = AutoConfig.from_pretrained(base, **options, **(scores or {}))
@@ -2541,7 +2539,8 @@ def save_model(args, model, tokenizer, folder, state=None):
             above = base_above(folder, named)
             found = above and os.path.samefile(above, base)
             config.base_model_name_or_path = named if found else os.path.abspath(base)
-    with written_whole(folder) as unfinished:
+    # as shipped, though with a temperature and no do_sample: transformers would refuse to write that
+    with written_whole(folder) as unfinished, patch.object(transformers.GenerationConfig, "validate"):
         model.save_pretrained(unfinished, state_dict=state, **options)
         # a reward model generates nothing: its config tells the names of its scores, beside an adapter too
         (model.generation_config if model.can_generate() else model.config).save_pretrained(unfinished)

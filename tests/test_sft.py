@@ -528,6 +528,20 @@ def test_a_merge_that_would_be_another_model_fails(tmp_path, monkeypatch, capsys
     assert os.path.exists(tmp_path / "bad" / "model") and not os.path.exists(tmp_path / "bad" / "merged")
 
 
+@pytest.mark.parametrize("flags", [[], ["--lora_r", 4, "--merge"]])
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+def test_a_model_is_saved_as_it_was_shipped(tmp_path, where, flags):
+    """Many ship sampling parameters without do_sample, which transformers reads but refuses to write."""
+    shipped = {"temperature": 0.6, "top_p": 0.9, "length_penalty": 0.5}
+    model = shutil.copytree(os.path.join(TINY, "sft"), tmp_path / "shipped")
+    os.remove(model / "generation_config.json")
+    there = json.loads((model / "config.json").read_text()) if where == "config.json" else {}  # as older models have it
+    (model / where).write_text(json.dumps(there | shipped))
+    run(sft, tmp_path / "out", "--model_name_or_path", model, "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0, *flags)
+    saved = json.loads((tmp_path / "out" / ("merged" if flags else "model") / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in shipped} == shipped and saved.get("do_sample") is not True and saved["eos_token_id"] == [260]
+
+
 def test_the_best_weights_are_kept(tmp_path):
     """At a learning rate that ruins the model, model/ holds the start: the best evaluation was the first."""
     from transformers import AutoModelForCausalLM
