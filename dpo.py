@@ -209,12 +209,12 @@ def check_head(policy, model, row, run):
         ours, _, _ = policy(ids, mask)
         model.eval()
         with common.unsharded(policy):
-            logits = model(input_ids=ids, use_cache=False).logits
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # what looks ahead misses the last
     model.train()
-    theirs = logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    theirs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     worst = (ours[:, 1:] - theirs).abs().max().item()
     require(worst < (0.2 if run.args.bf16 else 1e-3), f"models of type {model.config.model_type} do more to "
-            f"their logits than scale and cap them, or add noise: log-probs would be off by {worst:.2g}")
+            f"their logits than scale and cap them, add noise or look ahead: log-probs differ by {worst:.2g}")
 
 
 # ---- data --------------------------------------------------------------------------------------------------

@@ -254,6 +254,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "            if lack:", "            if False:"),
     ("common", "require(not chosen or chosen in fitting,", "require(True,"),
     ("common", ', patch.object(transformers.GenerationConfig, "validate"):', ":"),
+    ("*", "model(input_ids=ids[:, :-1], use_cache=False).logits", "model(input_ids=ids, use_cache=False).logits[:, :-1]"),
 ]
 
 

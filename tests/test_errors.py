@@ -77,7 +77,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--modules_to_save", "nope"], "no module of that name"),
     (sft, ["--model_name_or_path", CHECKPOINT, "--lora_r", "4", "--modules_to_save", "norm"], "peft takes more, whose names end alike: model.layers.0.input_layernorm"),
     *((script, ["--model_name_or_path", "./pissa"], "./pissa began by changing its base (pissa_niter_4), which loading would do again") for script in (dpo, grpo)),
-    *((script, ["--model_name_or_path", "./mixtral"], "models of type mixtral do more to their logits than scale and cap them, or add noise")
+    *((script, ["--model_name_or_path", "./mixtral"], "models of type mixtral do more to their logits than scale and cap them, add noise or look ahead")
       for script in (sft, dpo, ppo, grpo)),
     *((script, ["--model_name_or_path", "./lfm2"], "models of type lfm2 are not supported in ppo and grpo: some layers are no attention") for script in (ppo, grpo)),
     (sft, ["--model_name_or_path", "./nowhere"], "no such model folder: ./nowhere"), (sft, ["--model_name_or_path", "./ok.jsonl"], "no such model folder: ./ok.jsonl (a file)"),

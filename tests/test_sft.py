@@ -1,5 +1,6 @@
 """sft.py: the loss by hand and against plain transformers, one step cut in every way, data, evaluation, learning."""
 
+import importlib
 import json
 import math
 import os
@@ -118,6 +119,17 @@ def test_scale_and_cap_are_found_whatever_a_config_calls_them(kind):
     assert common.after_head(adapted) == found  # which the model remembers
     del model.after_head
     assert common.after_head(adapted) == found
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "ppo", "grpo"])
+def test_a_model_that_looks_ahead_is_refused(tmp_path, script):
+    """Encoders and embedding models load as language models; each token's loss would be seen in the token itself."""
+    script, model = importlib.import_module(script), tiny_model("llama")
+    policy, row, run = script.Policy(model), {"input_ids": tensor([7, 8, 9])}, new_run(tmp_path)
+    script.check_head(policy, model, row, run)
+    model.config.is_causal = False
+    with pytest.raises(common.UserError, match="models of type llama .* look ahead: log-probs differ by"):
+        script.check_head(policy, model, row, run)
 
 
 @pytest.mark.parametrize("rate", ["1e400", "NaN", "-1", str(10**400), "1"])
