@@ -352,8 +352,7 @@ INSTEAD = {  # flags people bring along from elsewhere, and what takes their pla
     "steps_per_generation": "use --num_minibatches", "save_strategy": "use --save_steps",
     "generation_batch_size": "use --batch_size, which counts prompts", "eval_strategy": "use --eval_steps",
     "log_completions": "samples.jsonl has the first of every rollout",
-    "top_k": "the whole softmax is sampled, as tests/edits/grpo-top-p.diff would change",
-    "top_p": "the whole softmax is sampled; tests/edits/grpo-top-p.diff cuts it",
+    **dict.fromkeys(("top_k", "top_p"), "the whole softmax is sampled; tests/edits/grpo-top-p.diff cuts it"),
     "tools": "tool calls are not supported; tests/edits/grpo-environment.diff has turns with a tool"}
 
 
@@ -2121,8 +2120,8 @@ def check_fit(model, base, tokenizer, args, scores):
             f"rows: '{base}' and its tokenizer do not belong together")
     flags = ["max_length"] if hasattr(args, "max_length") else ["max_prompt_length", "max_completion_length"]
     longest, limit = sum(getattr(args, flag) for flag in flags), max_positions(model)
-    require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions: "
-            f"lower --{' or --'.join(flags)}")
+    require(longest <= limit, f"rows may have {longest} tokens and the model {base} has {limit} positions "
+            f"(what LongRoPE adds does not count): lower --{' or --'.join(flags)}")
     layers = DynamicCache(config=model.config).layers if hasattr(args, "rollout_batch_size") else ()
     require(all(hasattr(layer, "batch_repeat_interleave") for layer in layers), f"models of type "
             f"{model.config.model_type} are not supported in ppo and grpo: some layers are no attention, and "
@@ -2155,8 +2154,11 @@ def after_head(model):
 
 
 def max_positions(model):
-    """The longest row a model can read; 10**9 where it sets no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or 10**9
+    """The longest row a model can read; 10**9 where it sets no limit. Beyond the first length of LongRoPE
+    (Phi-3, Phi-4-mini) a row's log-probs would change with the longest row beside it."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return first or getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
 NO_POLICY = "a reward model, as --reward_funcs of ppo and grpo takes; a policy starts from a language model"
@@ -2572,7 +2574,6 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 model = transformers.$auto.from_pretrained($options)$adapt$score
 ```
 """)
-
 
 SCORE = string.Template("""
 

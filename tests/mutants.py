@@ -255,6 +255,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "require(not chosen or chosen in fitting,", "require(True,"),
     ("common", ', patch.object(transformers.GenerationConfig, "validate"):', ":"),
     ("*", "model(input_ids=ids[:, :-1], use_cache=False).logits", "model(input_ids=ids, use_cache=False).logits[:, :-1]"),
+    ("common", 'if rope.get("rope_type") == "longrope" else None', "if None else None"),
 ]
 
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 from conftest import TINY, run, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, PreTrainedTokenizerFast
 
 import common
 import dpo
@@ -505,6 +505,25 @@ def greedy_by_hand(model, ids, stop_ids, most):
     while len(completion) < most and not (completion and completion[-1] in stop_ids):
         completion.append(model(torch.tensor([ids + completion])).logits[0, -1].argmax().item())
     return completion
+
+
+@torch.no_grad()
+def test_rows_reach_no_further_than_the_first_length_of_longrope():
+    """Beyond it a row would depend on the longest one beside it: the factors of all change."""
+    torch.manual_seed(0)
+    rope = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = AutoModelForCausalLM.from_config(Phi3Config(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=512, original_max_position_embeddings=16, pad_token_id=0, eos_token_id=2, rope_scaling=rope)).eval()
+    assert common.max_positions(model) == 16
+    for longest, same in ((16, True), (17, False)):
+        ids = torch.arange(1, longest + 1).repeat(2, 1)
+        ids[0, 5:] = 0
+        beside = model(ids, attention_mask=(ids > 0).long()).logits[0, :5]
+        assert torch.allclose(beside, model(ids[:1, :5]).logits[0], atol=1e-5) is same
+    args = SimpleNamespace(max_length=17)
+    with pytest.raises(common.UserError, match="rows may have 17 tokens and the model base has 16 positions .*LongRoPE.* --max_length"):
+        common.check_fit(model, "base", SimpleNamespace(get_vocab=lambda: {"a": 5}), args, None)
 
 
 @torch.no_grad()
