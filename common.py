@@ -1006,6 +1006,7 @@ def load_tokenizer(args):
             f"the tokenizer of '{source}' has no EOS token: a model could never learn to stop")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: no mask is derived from a token id
+    tokenizer.clean_up_tokenization_spaces = False  # or a completion's text were not what was sampled
     path = args.chat_template_path
     if path:
         with (explain(f"cannot read --chat_template_path {path}", (OSError, UnicodeDecodeError)),
@@ -1388,7 +1389,7 @@ def show_example(tokenizer, ids, mask, title="first example", what="trained"):
     marks, opening, closing = terminal if sys.stdout.isatty() else ("[[ ]]", "[[", "]]")
     text, trained = "", sum(map(int, mask))
     for marked, part in groupby(zip(map(int, ids), map(int, mask)), key=itemgetter(1)):
-        piece = tokenizer.decode([token for token, _ in part], clean_up_tokenization_spaces=False)
+        piece = tokenizer.decode([token for token, _ in part])
         if len(piece) > 600:
             piece = piece[:300] + " ... " + piece[-300:]
         text += opening + piece + closing if marked else piece
@@ -3937,10 +3938,9 @@ addEventListener('keydown', e => {
 def token_texts(tokenizer, ids):
     """Each token's own text; joined they are the whole. A character whose bytes are spread over several
     tokens belongs to the last of them; the others are empty."""
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     texts, before, start = [], 0, 0  # decoded with what comes before: alone, a token may lose its space
     for end in range(1, len(ids) + 1):
-        text = decode(ids[before:end])[len(decode(ids[before:start])):]
+        text = tokenizer.decode(ids[before:end])[len(tokenizer.decode(ids[before:start])):]
         half = text.endswith("\ufffd") and end - start < 4 and end < len(ids)
         texts.append("" if half else text)
         if not half:

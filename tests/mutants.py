@@ -256,6 +256,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", ', patch.object(transformers.GenerationConfig, "validate"):', ":"),
     ("*", "model(input_ids=ids[:, :-1], use_cache=False).logits", "model(input_ids=ids, use_cache=False).logits[:, :-1]"),
     ("common", 'if rope.get("rope_type") == "longrope" else None', "if None else None"),
+    ("common", "tokenizer.clean_up_tokenization_spaces = False", "pass"),
 ]
 
 

@@ -303,6 +303,18 @@ def test_load_tokenizer(tmp_path, capsys):
             common.load_tokenizer(SimpleNamespace(**{**vars(args), name: value}))
 
 
+def test_a_completions_text_is_what_was_sampled(tmp_path):
+    """A tokenizer may join commas and stops to the word before them when it decodes."""
+    names = ["<|end|>", " ", *"12,.[]"]
+    t = Tokenizer(models.Unigram([(name, 0.0) for name in names], unk_id=0))
+    t.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|end|>", clean_up_tokenization_spaces=True).save_pretrained(tmp_path)
+    got = common.load_tokenizer(SimpleNamespace(model_name_or_path=str(tmp_path), trust_remote_code=False, chat_template_path=None,
+                                                chat_template_kwargs=None))
+    ids = got("[1 , 2 .]")["input_ids"]
+    assert got.decode(ids) == "".join(common.token_texts(got, ids)) == "[1 , 2 .]"
+
+
 # ---- templates that do not behave ---------------------------------------------------------------------------
 
 NO_PROMPT = TINY_TEMPLATE.partition("{% if add")[0]
