@@ -257,6 +257,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("*", "model(input_ids=ids[:, :-1], use_cache=False).logits", "model(input_ids=ids, use_cache=False).logits[:, :-1]"),
     ("common", 'if rope.get("rope_type") == "longrope" else None', "if None else None"),
     ("common", "tokenizer.clean_up_tokenization_spaces = False", "pass"),
+    ("common", '("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")', '("DEEPSPEED", "MEGATRON_LM")'),
 ]
 
 

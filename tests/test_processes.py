@@ -264,12 +264,13 @@ def test_two_processes_killed_and_resumed_end_bit_equal(name, flags, tmp_path, f
     assert (whole / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
 
 
-def test_what_cannot_be_sharded_is_refused(monkeypatch):
+@pytest.mark.parametrize("plugin", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_what_splits_a_model_otherwise_is_refused(plugin, monkeypatch):
+    """As accelerate's launcher asks for it; parallelism would give each process other rows of what should be the same."""
     args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--output_dir", "nowhere"])
-    with monkeypatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        with pytest.raises(common.UserError, match="DeepSpeed is not supported: use FSDP"):
-            common.make_accelerator(args)
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    with pytest.raises(common.UserError, match="DeepSpeed, Megatron and parallelism_config are not supported: use FSDP"):
+        common.make_accelerator(args)
 
 
 # ---- two machines ------------------------------------------------------------------------------------------
