@@ -788,7 +788,7 @@ def unpacked(value):
     return value
 
 
-UNREADABLE = ValueError, SyntaxError, RecursionError, MemoryError, AttributeError, TypeError  # by parsed() or after
+UNREADABLE = ValueError, SyntaxError, RecursionError, MemoryError, AttributeError, TypeError  # by parsed()
 
 
 def parsed(text):
@@ -1424,7 +1424,7 @@ MARKS = {  # what stands around an answer
 SIGNS = str.maketrans("−‐‑‒–⁄", "-----/", "$€£¥\u202f")  # the last are left out
 REWRITES = [(re.compile(pattern), new) for pattern, new in (  # so that a number, or what is none, is one word
     (r"(?s)\\begin\{(?:\w*matrix|array|cases)\}.*?\\end\{\w+\}", "ƒ0"),
-    (r"(?:[(\[]|\\\{)[^()\[\]{}]*\d,\s[^()\[\]{}]*(?:[)\]]|\\\})", "ƒ0"),  # a tuple, a set
+    (r"(?:[(\[]|\\\{)[^()\[\]{}]*\d['\x22]?,\s[^()\[\]{}]*(?:[)\]]|\\\})", "ƒ0"),  # a tuple, a set
     (r"\{,\}|\\,|\\!", ","), (r"\^\{([^{}]*)\}", r"^\1"), (r"\\sqrt\s*\{?", "√"), (r"\s*\\pi\b", "π"),
     (r"\\(?:times|cdot)\s*", "×"), (r"(?<=\d)\s*(?=\\[dt]?frac)", "+"),
     (r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)(\d))", r"\1\3/\2\4"),
@@ -2665,8 +2665,8 @@ def make_accelerator(args):
     the weights, or what is copied before sharding (a reference) would be empty on some."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     for what in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        require(os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "false", "DeepSpeed, Megatron "
-                "and parallelism_config are not supported: use FSDP (fsdp_version: 2) in the accelerate config")
+        require(os.environ.get(f"ACCELERATE_USE_{what}", "").lower() != "true", "DeepSpeed, Megatron and "
+                "parallelism_config are not supported: use FSDP (fsdp_version: 2) in the accelerate config")
     if args.bf16 is None:
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())

@@ -258,6 +258,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", 'if rope.get("rope_type") == "longrope" else None', "if None else None"),
     ("common", "tokenizer.clean_up_tokenization_spaces = False", "pass"),
     ("common", '("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")', '("DEEPSPEED", "MEGATRON_LM")'),
+    ("common", r"\d['\x22]?,\s", r"\d,\s"),
 ]
 
 

@@ -42,7 +42,7 @@ from common import Reward
             "3-4", "16-3", "3–4", "3 - 4", "2024-01-05", "01/05/2024", "1.2.3", "1,2,3", "3,5", "1,000,00",
             "5x", "x+3", "y = 2x + 5", "x^2", r"\sqrt{3}", r"2\sqrt{3}", "5k", "5 million", "--7", "1/0", "GPT-4", "v2",
             r"\boxed{\frac{\pi}{2}}", r"\left( 3, \frac{\pi}{2} \right)", r"\frac{\sqrt{3}}{2}", r"\frac{3\pi}{4}", r"\frac{x+1}{3}", "4210_{5}", "4210_5", "x_1",
-            r"\log_2 3", r"\log_{10} 3", r"\sin(30)", r"0.\overline{3}", r"\frac{1}{-2}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(3, 4)", "[1, 2]", r"\{1, 2\}",
+            r"\log_2 3", r"\log_{10} 3", r"\sin(30)", r"0.\overline{3}", r"\frac{1}{-2}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(3, 4)", "[1, 2]", "['1', '2']", '["1", "2"]', r"\{1, 2\}",
             r"5\pi", r"5 \pi", r"2\pi r", r"\binom{5}{2}",
             "1e999999999", "9" * 5000]),])
 def test_extract_answer(answer, texts):
