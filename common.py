@@ -256,7 +256,7 @@ class Args:
     attn_implementation: str | None = arg(None, "attention kernel, such as sdpa or flash_attention_2")
     trust_remote_code: bool = arg(False, "run Python code that comes with the model")
     chat_template_path: str | None = arg(None, "Jinja file that replaces the chat template")
-    chat_template_kwargs: str | None = arg(None, "JSON object of values that the chat template is given")
+    chat_template_kwargs: str | None = arg(None, "JSON object of defaults for what the chat template is given")
     date: str | None = arg(None, "what a chat template takes for today; default: the day the run began")
     load_in_4bit: bool = arg(False, "QLoRA: hold the frozen base in 4 bits (NF4, double quantisation)",
                              "lora_r or adapter")
@@ -1014,14 +1014,17 @@ def load_tokenizer(args):
     elif not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
         say("template the tokenizer has none: using 'User:' and 'Assistant:' lines (saved with the model)")
-    if args.chat_template_kwargs is not None:
-        with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
-                     (ValueError, TypeError)):
-            # saved with the tokenizer: a reward model scores what it was trained on
-            tokenizer.init_kwargs["template_kwargs"] = {**json.loads(args.chat_template_kwargs or "{}")}
-    if isinstance(tokenizer.chat_template, str):  # a byte order mark would begin every prompt
-        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
-    if "strftime_now" in tokenizer.get_chat_template():
+    template = tokenizer.get_chat_template().removeprefix("\ufeff")  # which would begin every prompt
+    with explain("--chat_template_kwargs must be a JSON object such as '{\"enable_thinking\": false}'",
+                 (ValueError, AttributeError)):
+        values = json.loads(args.chat_template_kwargs or "{}").items()
+    for name, value in values:  # defaults of the template, saved with it: who loads the model has them too
+        require(re.search(rf"\b{re.escape(name)}\b", template),
+                f"--chat_template_kwargs: the chat template reads no '{name}'")
+        template = f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}{template}"
+    named = isinstance(tokenizer.chat_template, dict)  # a template for tools stays beside it
+    tokenizer.chat_template = {**tokenizer.chat_template, "default": template} if named else template
+    if "strftime_now" in template:
         tokenizer.init_kwargs["template_date"] = args.date  # saved: a reward model scores by the same day
         say(f"template it shows today's date, which is {args.date} in all of this run (--date)")
     with explain(path or f"the tokenizer of {source}"):  # not to be blamed on the data
@@ -1056,10 +1059,8 @@ def on_day(template, date):
 def render(tokenizer, messages, add_generation_prompt=False):
     """The chat template applied, as text with special tokens. ValueError with the template's complaint."""
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    options = tokenizer.init_kwargs.get("template_kwargs", {})
     date = tokenizer.init_kwargs.get("template_date")
-    if date:
-        options = options | {"chat_template": on_day(tokenizer.get_chat_template(), date)}
+    options = {"chat_template": on_day(tokenizer.get_chat_template(), date)} if date else {}
     try:
         return tokenizer.apply_chat_template(plain, tokenize=False,
                                              add_generation_prompt=add_generation_prompt, **options)
@@ -3436,9 +3437,6 @@ class Run:
                          KeyError):
                 self.state = {name: self.checkpoint[name] for name in self.state}
         self.tokenizer = load_tokenizer(args)
-        for name in json.loads(args.chat_template_kwargs or "{}"):
-            require(re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template)),
-                    f"--chat_template_kwargs: the chat template reads no '{name}'")
         self.kept, self.warned, self.last, self.total_steps, self.audit_step = {}, set(), self.step, 0, None
         self.flat_rollouts, self.evaluating, self.doing = 0, False, ""
         self.signal, self.stop = 0, False  # what reached this process; what all agreed on in Sums.reduce

@@ -259,6 +259,8 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "tokenizer.clean_up_tokenization_spaces = False", "pass"),
     ("common", '("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")', '("DEEPSPEED", "MEGATRON_LM")'),
     ("common", r"\d['\x22]?,\s", r"\d,\s"),
+    ("common", "{{% if {name} is not defined %}}{{% set", "{{% if true %}}{{% set"),
+    ("common", '{**tokenizer.chat_template, "default": template} if named else template', "template"),
 ]
 
 

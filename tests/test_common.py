@@ -18,7 +18,7 @@ import torch
 import transformers
 from conftest import TINY, run, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, Phi3Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Phi3Config, PreTrainedTokenizerFast
 
 import common
 import dpo
@@ -53,7 +53,7 @@ IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_tokenizer(template, specials=(), eos="<|end|>", bos=None, adds_bos=False, pad="<|pad|>", corpus=None,
-                   trim=False, **kwargs):
+                   trim=False):
     """A byte-level tokenizer; with a corpus, a BPE whose merges know no word boundary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -70,7 +70,7 @@ def make_tokenizer(template, specials=(), eos="<|end|>", bos=None, adds_bos=Fals
         t.post_processor = processors.Sequence(steps)
     fast = PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos, pad_token=pad, bos_token=bos,
                                    clean_up_tokenization_spaces=False)
-    fast.chat_template, fast.init_kwargs["template_kwargs"] = template, kwargs
+    fast.chat_template = template
     return fast
 
 
@@ -218,7 +218,7 @@ def test_a_thinking_template_gives_one_example_a_turn():
     assert encode(t, turns) == [second]
     turns[1]["train"], turns[3]["train"] = True, False
     assert encode(t, turns) == [first]
-    t.init_kwargs["template_kwargs"] = {"enable_thinking": False}  # the empty block is now part of the prompt
+    t.chat_template = "{% set enable_thinking = False %}" + QWEN3  # the empty block is now part of the prompt
     assert encode(t, chat("a", "b")) == [f"{user}a{end}{assistant}<think>\n\n</think>\n\n[[b<|im_end|>]]\n"]
 
 
@@ -293,9 +293,8 @@ def test_load_tokenizer(tmp_path, capsys):
     assert encode(got, chat("a", "b", "c", "d")) == [
         "User:\na\n\nAssistant:\n[[b<|end|>]]\n\nUser:\nc\n\nAssistant:\n[[d<|end|>]]\n\n"]
     (tmp_path / "t.jinja").write_text(BARE)
-    args.chat_template_path, args.chat_template_kwargs = str(tmp_path / "t.jinja"), '{"a": 1}'
-    got = common.load_tokenizer(args)
-    assert (got.chat_template, got.init_kwargs["template_kwargs"]) == (BARE, {"a": 1})
+    args.chat_template_path = str(tmp_path / "t.jinja")
+    assert common.load_tokenizer(args).chat_template == BARE
     for name, value, sentence in (("chat_template_kwargs", "[1]", "must be a JSON object"),
                                   ("chat_template_path", "no", "cannot read"),
                                   ("model_name_or_path", str(tmp_path / "no"), "no such model folder")):
@@ -1153,17 +1152,34 @@ def test_the_small_example_replaces_a_run_of_itself_in_its_own_folder_alone(tmp_
         common.check_free(chosen)
 
 
-def test_template_kwargs_come_back_with_a_saved_tokenizer(tmp_path):
-    given = dict(model_name_or_path=f"{TINY}/model", trust_remote_code=False, chat_template_path=None)
-    tokenizer = common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs='{"enable_thinking": false}'))
-    tokenizer.save_pretrained(tmp_path)
-    given["model_name_or_path"] = str(tmp_path)
+def test_template_kwargs_are_defaults_of_the_saved_template(tmp_path):
+    """Whoever loads the model gets the prompts that it was trained on, also where this project has no say."""
+    template = "{{ [mode, text, nothing, list] }}{% for m in messages %}{{ m['role'] + m['content'] + '<|end|>' }}{% endfor %}"
+    (tmp_path / "t.jinja").write_text("\ufeff" + template + "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}")
+    given = dict(model_name_or_path=f"{TINY}/model", trust_remote_code=False, chat_template_path=str(tmp_path / "t.jinja"))
+    values = {"mode": False, "text": "it's \"so\"\n{{ 1 }} é", "nothing": None, "list": [1, {"a": True}]}
+    common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs=json.dumps(values))).save_pretrained(tmp_path)
 
-    def load(kwargs):
-        loaded = common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs=kwargs))
-        return loaded.init_kwargs["template_kwargs"]
-    assert load(None) == {"enable_thinking": False}
-    assert load("{}") == {}
+    def rendered(tokenizer, **options):
+        return tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True, **options)
+    plain = AutoTokenizer.from_pretrained(tmp_path)
+    assert rendered(plain) == f"{list(values.values())}usera<|end|>assistant"
+    assert rendered(plain, mode=True) == f"{[True, *list(values.values())[1:]]}usera<|end|>assistant", "who asks for another gets it"
+    given |= dict(model_name_or_path=str(tmp_path), chat_template_path=None)
+    assert rendered(common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs=None))) == rendered(plain)
+    again = common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs='{"mode": true}'))
+    assert rendered(again) == rendered(plain, mode=True)
+    for kwargs, sentence in (("[1]", "must be a JSON object"), ('{"think": 1}', "the chat template reads no 'think'")):
+        with pytest.raises(common.UserError, match=sentence):
+            common.load_tokenizer(SimpleNamespace(**given, chat_template_kwargs=kwargs))
+
+
+def test_a_template_for_tools_stays_beside_the_default(tmp_path):
+    t = make_tokenizer({"default": "\ufeff" + CHATML, "tool_use": "{{ tools }}"}, IM, "<|endoftext|>")
+    t.save_pretrained(tmp_path)
+    got = common.load_tokenizer(SimpleNamespace(model_name_or_path=str(tmp_path), trust_remote_code=False, chat_template_path=None,
+                                                chat_template_kwargs=None))
+    assert got.chat_template == {"default": CHATML, "tool_use": "{{ tools }}"}
 
 
 def test_a_role_that_is_no_string_is_refused_with_a_reason():
