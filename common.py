@@ -234,8 +234,7 @@ def check_number(name, value, limits):
         require(not isinstance(number, float) or math.isfinite(number), f"--{name} is {number}")
     holds = {"above": gt, "least": ge, "below": lt, "most": le}
     inside = value is None or all(holds[limit](value, bound) for limit, bound in limits.items())
-    must = " and ".join(f"{limit} {bound}" for limit, bound in limits.items())
-    must = must.replace("least", "at least").replace("most", "at most")
+    must = " and ".join(re.sub("(least|most)", r"at \1", f"{key} {bound}") for key, bound in limits.items())
     require(inside, f"--{name} must be {must}, not {value}")
 
 
@@ -256,7 +255,7 @@ class Args:
     attn_implementation: str | None = arg(None, "attention kernel, such as sdpa or flash_attention_2")
     trust_remote_code: bool = arg(False, "run Python code that comes with the model")
     chat_template_path: str | None = arg(None, "Jinja file that replaces the chat template")
-    chat_template_kwargs: str | None = arg(None, "JSON object of defaults for what the chat template is given")
+    chat_template_kwargs: str | None = arg(None, "JSON object: defaults of what the chat template is given")
     date: str | None = arg(None, "what a chat template takes for today; default: the day the run began")
     load_in_4bit: bool = arg(False, "QLoRA: hold the frozen base in 4 bits (NF4, double quantisation)",
                              "lora_r or adapter")
@@ -333,11 +332,9 @@ class Args:
 
 
 INSTEAD = {  # flags people bring along from elsewhere, and what takes their place here
-    "per_device_train_batch_size": "--batch_size counts the rows of an optimizer step (ppo, grpo: prompts of "
-                                   "a rollout) over all processes, --micro_batch_tokens what a forward pass "
-                                   "holds",
-    "gradient_accumulation_steps": "--batch_size is the whole step (ppo, grpo: the whole rollout); "
-                                   "--micro_batch_tokens cuts it to fit the memory",
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"),
+                    "--batch_size counts the rows of a whole step (ppo, grpo: the prompts of a rollout) over "
+                    "all processes; --micro_batch_tokens cuts it to fit the memory"),
     "packing": "rows are not packed but sorted by length inside a step, which leaves little padding",
     "use_vllm": "rollouts are sampled in the script itself; vLLM is not used (grpo: see rollout_lag)",
     "beta": "the weight of the KL term is --kl_coef here; --beta is DPO's",
@@ -552,6 +549,8 @@ def read_file(path):
         wrong = ValueError("the number of fields differs from the header's")
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file)  # None is the name of fields too many and the value of missing ones
+            names = [name for name in reader.fieldnames or () if name]
+            require(len({*names}) == len(names), f"{path}: two columns have the same name")
             rows = [(row, f"{path}:{reader.line_num}") for row in reader]
         return [(wrong if None in (*row, *row.values()) else row, place) for row, place in rows]
     if path.endswith(".parquet"):
@@ -748,8 +747,7 @@ def check_value(ok, sentence, value):
     """Raises ValueError(sentence and the beginning of the value) unless `ok`."""
     if not ok:
         text = repr(value)
-        text = text if len(text) <= 60 else text[:57] + "..."
-        raise ValueError(f"{sentence} {text}")
+        raise ValueError(f"{sentence} {text if len(text) <= 60 else text[:57] + '...'}")
 
 
 def text_value(value, what):
@@ -999,6 +997,12 @@ def load_tokenizer(args):
         transformers.logging.set_verbosity_warning()  # it knows tokenizers that split words wrongly
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         transformers.logging.set_verbosity_error()
+    with suppress(Exception):  # without such a file there is nothing to compare
+        file, text = transformers.utils.cached_file(source, "tokenizer.json"), "It's 12345\n\n\tx  [/INST]"
+        ids = type(tokenizer.backend_tokenizer).from_file(file).encode(text, add_special_tokens=False).ids
+        if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            say(f"warning  transformers splits words otherwise than {file} does, by which the model may have "
+                "been trained")
     require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, "
             "which the masks need (is_fast is False)")
     require(tokenizer.eos_token_id is not None,
@@ -1048,9 +1052,8 @@ def check_template(tokenizer):
 @lru_cache
 def on_day(template, date):
     """The template with the date written out: today's would be an input that no run keeps. ValueError."""
-    def written(call):
-        return repr(datetime.strptime(date, "%Y-%m-%d").strftime(call[2]))
-    fixed = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", written, template)
+    fixed = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", lambda call: repr(
+        datetime.strptime(date, "%Y-%m-%d").strftime(call[2])), template)
     require("strftime_now(" not in fixed, "the chat template asks for the date in a way that cannot be held "
             "fixed; give another --chat_template_path")
     return fixed
@@ -1085,8 +1088,8 @@ def stop_token_ids(tokenizer, generation_config=None):
     """Every id that ends a completion: EOS, those of the generation config, the template's end of turn."""
     more = getattr(generation_config, "eos_token_id", None)
     more = more if isinstance(more, (list, tuple)) else [more]
-    fits = all(isinstance(i, int | None) and abs(i or 0) < 2**31 for i in more)
-    require(fits, f"the model's eos_token_id is no token id: {more}")
+    require(all(isinstance(i, int | None) and abs(i or 0) < 2**31 for i in more),
+            f"the model's eos_token_id is no token id: {more}")
     ids = {tokenizer.eos_token_id, end_of_turn(tokenizer, str(tokenizer.chat_template)), *more}
     return sorted(ids - {None})
 
@@ -1200,7 +1203,7 @@ def make_row(ids, mask, **fields):
 
 def kept_part(length, answer, max_length):
     """The slice that is left of a row of so many tokens, whose completion begins at place `answer`: it loses
-    the prompt's beginning, down to max_length / 2, then the completion's end."""
+    the prompt's beginning, but for the first token, down to max_length / 2, then the completion's end."""
     start = max(0, min(length - max_length, answer - max_length // 2))
     return slice(start, start + max_length)
 
@@ -1233,7 +1236,7 @@ def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
         for part in parts:
             whole, mask, start, notes = map(part.pop, ("input_ids", "mask", "start", "notes"))
             kept = kept_part(len(whole), start, max_length)
-            row = make_row(whole[kept], mask[kept], place=place, **part)
+            row = make_row(whole[:1] + whole[kept][1:], mask[kept], place=place, **part)
             if row["trained"]:
                 rows.append(row)
             counts[f"cut to {max_length} tokens"] += len(whole) > max_length
@@ -1252,7 +1255,8 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
         require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, or does not end them, "
                 "so a completion of several turns cannot be one example")
         sides = [upto_answer(encodings[0]) for encodings in parts]
-        return sides, encode_prompt(tokenizer, pair["prompt"])[-max_length:]
+        prompt_ids = encode_prompt(tokenizer, pair["prompt"])
+        return sides, prompt_ids[:1] + prompt_ids[-max_length:][1:]
 
     pairs = []
     kept = [item for item in items if all(m["content"].strip() for side in SIDES for m in item[0][side])]
@@ -1260,7 +1264,8 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     for (sides, prompt_ids), pair, row, place in convert_rows(kept, encode, skip_bad_rows):
         longest = max(len(side["mask"]) for side in sides)
         part = kept_part(longest, min(side["start"] for side in sides), max_length)
-        chosen, rejected = (make_row(side["input_ids"][part], side["mask"][part]) for side in sides)
+        chosen, rejected = (make_row(side["input_ids"][:1] + side["input_ids"][part][1:], side["mask"][part])
+                            for side in sides)
         counts[f"cut to {max_length} tokens"] += longest > max_length
         counts.update(sides[0]["notes"] | sides[1]["notes"])
         if all(chosen[name].equal(rejected[name]) for name in ("input_ids", "mask")):
@@ -1494,11 +1499,15 @@ def readable(reference):
     return str(reference) if extract_answer(str(reference), str(reference)) is not None else None
 
 
+def reference_of(answer=None, solution=None, **columns):
+    """A row's `answer`, or else its `solution`, as a string; None without either."""
+    known = solution if answer is None else answer
+    return None if known is None else str(known)
+
+
 def references(n, columns):
-    """The column `answer`, or else `solution`, as a string, of each of n rows; None without either."""
-    answers, solutions = (columns.get(name) or [None] * n for name in ("answer", "solution"))
-    known = [solution if answer is None else answer for answer, solution in zip(answers, solutions)]
-    return [None if reference is None else str(reference) for reference in known]
+    """reference_of each of n rows, whose columns are {name: n values}."""
+    return list(map(reference_of, *(columns.get(name) or [None] * n for name in ("answer", "solution"))))
 
 
 def accuracy(prompts, completions, truncated=None, **columns):
@@ -1668,7 +1677,7 @@ def try_rewards(rewards, train, held, args):
                 say(f"warning  {name} does not apply to {len(lack):,} of {len(prompts):,} prompts: they have "
                     f"no {column}, such as {lack[0]}")
         if "accuracy" in used:
-            known = [(p, text) for p, text in zip(prompts, references_of(prompts)) if text is not None]
+            known = [(p, text) for p in prompts if (text := reference_of(**p["columns"])) is not None]
             unread = [f"{text[-80:]!r} of {p['place']}" for p, text in known if not readable(text)]
             require(len(unread) < len(known), "--reward_funcs accuracy reads a number in no answer, such as "
                     f"{''.join(unread[:1])}: give numbers, <answer>words</answer> or another reward")
@@ -1857,22 +1866,16 @@ def mean_of(records):
     return pandas.DataFrame(records).mean().to_dict() if any(records) else {}
 
 
-def references_of(prompts):
-    """references() of prompts."""
-    columns = {name: [prompt["columns"].get(name) for prompt in prompts] for name in ("answer", "solution")}
-    return references(len(prompts), columns)
-
-
 def right_answers(prompts):
     """The answer that each prompt's reference gives; None where it has none."""
-    return [extract_answer(reference, reference) for reference in references_of(prompts)]
+    known = [reference_of(**prompt["columns"]) for prompt in prompts]
+    return list(map(extract_answer, known, known))
 
 
 def given_answers(rows):
     """The answer that each completion gives, read as `accuracy` reads it; None for one that was cut."""
-    known = references_of([row["prompt"] for row in rows])
-    return [None if row["truncated"] else extract_answer(row["text"], reference)
-            for row, reference in zip(rows, known)]
+    known = [reference_of(**row["prompt"]["columns"]) for row in rows]
+    return [None if row["truncated"] else extract_answer(row["text"], one) for row, one in zip(rows, known)]
 
 
 def rollout_metrics(rows, rewards):
@@ -2129,8 +2132,7 @@ def check_fit(model, base, tokenizer, args, scores):
             "what they keep cannot be repeated for several completions")
     with explain(f"models of type {model.config.model_type} are not supported: their trunk and their output "
                  "head cannot be called apart"):
-        if not scores:
-            after_head(model)
+        model.score if scores else after_head(model)
 
 
 @torch.no_grad()
@@ -2236,6 +2238,8 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
             options["ignore_mismatched_sizes"] = True
         model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
                                              **options)
+        if loaded["unexpected_keys"] and not scores:  # as a reward model it has no head for words
+            say(f"warning  the config of {base} has no place for {min(loaded['unexpected_keys'])}")
         mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]  # v4: str
         missing = [*loaded["missing_keys"], *mismatched]
         missing = [name for name in missing if not (scores and name.startswith("score."))]
@@ -2319,7 +2323,7 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
     @torch.no_grad()
     def score(conversations, truncated=None):
         answers = [upto_answer(encode_conversation(tokenizer, messages)[-1]) for messages in conversations]
-        rows = [answer["input_ids"][-limit:] for answer in answers]
+        rows = [answer["input_ids"][:1] + answer["input_ids"][-limit:][1:] for answer in answers]
         for i, no_end in enumerate(truncated or []):
             if no_end and rows[i][-1] in stops:
                 rows[i] = rows[i][:-1]
@@ -2883,9 +2887,8 @@ def restore(module, optimizer, state):
             p.copy_(like(saved, p))
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        known = all(place < len(parameters) for place in state["optimizer"])
-        require(known, "it has moments of weights that this model lacks: another version wrote it, which has "
-                "to finish this run")
+        require(all(place < len(parameters) for place in state["optimizer"]), "it has moments of weights "
+                "that this model lacks: another version wrote it, which has to finish this run")
         moments = {place: recursively_apply(like, values, parameters[place])  # 8-bit ones are nested
                    for place, values in state["optimizer"].items()}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -2893,9 +2896,8 @@ def restore(module, optimizer, state):
 
 def fingerprint_of_file(path):
     """A digest of a file or of a folder's files, subfolders aside; of a model's name on the hub: its commit.
-    Of each file the name, the size and 1,024 pieces of 16 KiB, evenly spread: all of it up to 16 MiB. More
-    would take minutes where weights are large. A change of a few weights among many may go unseen, but not
-    what training or merging changes."""
+    Of each file the name, the size and 1,024 pieces of 16 KiB, evenly spread: all of it up to 16 MiB. A
+    change of a few weights among many may go unseen, but not what training or merging changes."""
     if not os.path.exists(path):
         with suppress(OSError, ValueError):
             return str(PretrainedConfig.get_config_dict(path)[0].get("_commit_hash"))

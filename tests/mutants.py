@@ -261,6 +261,13 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", r"\d['\x22]?,\s", r"\d,\s"),
     ("common", "{{% if {name} is not defined %}}{{% set", "{{% if true %}}{{% set"),
     ("common", '{**tokenizer.chat_template, "default": template} if named else template', "template"),
+    ("common", "make_row(whole[:1] + whole[kept][1:], mask[kept]", "make_row(whole[kept], mask[kept]"),
+    ("common", "make_row(side[\"input_ids\"][:1] + side[\"input_ids\"][part][1:],", "make_row(side[\"input_ids\"][part],"),
+    ("common", "prompt_ids[:1] + prompt_ids[-max_length:][1:]", "prompt_ids[-max_length:]"),
+    ("common", 'if loaded["unexpected_keys"] and not scores:', "if False:"),
+    ("common", 'if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:', "if False:"),
+    ("common", "model.score if scores else after_head(model)", "None if scores else after_head(model)"),
+    ("common", "require(len({*names}) == len(names),", "require(True,"),
 ]
 
 

@@ -302,6 +302,22 @@ def test_load_tokenizer(tmp_path, capsys):
             common.load_tokenizer(SimpleNamespace(**{**vars(args), name: value}))
 
 
+def test_a_tokenizer_that_is_built_otherwise_than_its_file_is_said(tmp_path, capsys):
+    """transformers builds some classes anew, with word boundaries of its own, and saves them so."""
+    t = make_tokenizer(CHATML, IM, "<|endoftext|>", corpus=["\n\n\tx"] * 9)
+    args = SimpleNamespace(model_name_or_path=str(tmp_path), trust_remote_code=False, chat_template_path=None, chat_template_kwargs=None)
+    for name, told in (("PreTrainedTokenizerFast", False), ("GPT2Tokenizer", True)):
+        t.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        got = common.load_tokenizer(args)
+        assert (got("It's 12345\n\n\tx  [/INST]")["input_ids"] != t("It's 12345\n\n\tx  [/INST]")["input_ids"]) == told
+        assert ("warning  transformers splits words otherwise than" in capsys.readouterr().out) == told
+    os.remove(tmp_path / "tokenizer.json")  # nothing to compare with
+    common.load_tokenizer(SimpleNamespace(**vars(args) | {"model_name_or_path": f"{TINY}/model"}))
+    assert "splits words" not in capsys.readouterr().out
+
+
 def test_a_completions_text_is_what_was_sampled(tmp_path):
     """A tokenizer may join commas and stops to the word before them when it decodes."""
     names = ["<|end|>", " ", *"12,.[]"]
@@ -412,7 +428,7 @@ def test_a_day_that_cannot_be_fixed_is_refused_and_a_scorer_keeps_its_own(tmp_pa
 
 def test_truncate_takes_the_prompts_start_down_to_half_then_the_completions_end():
     ids, mask = list(range(10)), [0] * 6 + [1] * 4
-    for length, want in ((10, range(10)), (8, range(2, 10)), (5, range(4, 9))):
+    for length, want in ((10, range(10)), (8, [0, *range(3, 10)]), (5, [0, 5, 6, 7, 8])):  # the first one, a BOS to some, stays
         row, = common.encode_rows([({}, {}, "")], lambda *_: [{"input_ids": ids, "mask": mask, "start": 6, "notes": {}}],
                                   length, common.Counter())
         assert row["input_ids"].tolist() == list(want) and row["mask"].tolist() == [int(i >= 6) for i in want]
@@ -806,7 +822,7 @@ GOOD = b'{"question": "q", "answer": "a"}\n'
     ("a.csv", b"a,b\n1,2\n3\n", "a.csv:3: the number of fields"),
     ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv:3: the number of fields"),
     ("a.csv", b"a,b\n1,2\n" + b"1,\xff\n", "a.csv:3: .*surrogates not allowed"),
-    ("a.csv", b"a,b\n", "a.csv holds no usable row"),
+    ("a.csv", b"a,b\n", "a.csv holds no usable row"), ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: two columns have the same name"),
     ("a.parquet", b"no", "a.parquet is not a readable Parquet file"),
     ("a.jsonl", b"", "a.jsonl holds no usable row"),
     ("a.jsonl", b"\n \n", "a.jsonl holds no usable row"), ("a.tsv", b"a", "a.tsv: unknown kind of file"),
@@ -1111,7 +1127,7 @@ def test_a_home_folder_is_found_in_every_flag():
     ({}, ["--learning_rat", "1"], r"unknown argument --learning_rat; did you mean --learning_rate\?"),
     ({}, ["--learning_rat=1"], "did you mean --learning_rate"),
     ({}, ["--zzz"], "unknown argument --zzz; --help lists the flags"),
-    ({}, ["--gradient_accumulation_steps", "2"], "--batch_size is the whole step"),
+    ({}, ["--gradient_accumulation_steps", "2"], "--batch_size counts the rows of a whole step"),
     ({}, ["stray"], "one value too many: stray"),
     ({}, ["--batch_size", "1.5"], "batch_size.*: invalid int value: '1.5'"),
     ({}, ["--merge", "maybe"], "maybe"),

@@ -269,8 +269,9 @@ def test_identical_and_empty_pairs_are_dropped_and_counted_and_both_sides_keep_t
     (pair,) = common.encode_pairs([(common.to_pair(r, "prompt_pair"), r, "here") for r in rows], tokenizer, 40, counts)
     assert counts["dropped: the two sides are identical"] == 1 and counts["dropped: an empty completion"] == 1 and counts["cut to 40 tokens"] == 1
     texts = [tokenizer.decode(row["input_ids"][row["mask"] == m]) for row in pair["rows"] for m in (0, 1)]
-    prompt = "q" * 18 + "<|end|><|assistant|>"  # half of max_length; a cut completion has no end of turn
+    prompt = "<|user|>" + "q" * 17 + "<|end|><|assistant|>"  # half of max_length, the first token in any case; a cut completion has no end of turn
     assert texts == [prompt, "a" * 20, prompt, "b<|end|>"]
+    assert tokenizer.decode(pair["prompt_ids"]) == "<|user|>" + "q" * 37 + "<|end|><|assistant|>"
 
 
 def test_falling_chosen_logprobs_are_said_aloud(tmp_path, capsys):

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, in_child, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 import dpo
@@ -80,6 +80,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     *((script, ["--model_name_or_path", "./mixtral"], "models of type mixtral do more to their logits than scale and cap them, add noise or look ahead")
       for script in (sft, dpo, ppo, grpo)),
     *((script, ["--model_name_or_path", "./lfm2"], "models of type lfm2 are not supported in ppo and grpo: some layers are no attention") for script in (ppo, grpo)),
+    (reward_model, ["--model_name_or_path", "./bert"], "models of type bert are not supported: their trunk and their output head cannot be called apart"),
     (sft, ["--model_name_or_path", "./nowhere"], "no such model folder: ./nowhere"), (sft, ["--model_name_or_path", "./ok.jsonl"], "no such model folder: ./ok.jsonl (a file)"),
     (grpo, ["--max_seq_length", "9"], "use --max_length (ppo, grpo: --max_prompt_length"), (grpo, ["--torch_dtype", "bfloat16"], "--bf16 computes in bf16"),
     (sft, ["--model_name_or_path", "./empty"], "holds no tokenizer"), (sft, ["--model_name_or_path", "./wide"], "do not belong together"),
@@ -112,8 +113,8 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--max_prompt_length", "1"], "no prompt to train on is left; 600 dropped: longer than --max_prompt_length 1 tokens"),
     (sft, ["--dataset_name", "headless.csv"], "no known format has the columns 1+1, 2 (a first line with their names?). Known are"),
     (sft, ["--leraning_rate", "1", "--per_device_train_batch_size", "2", "--x", "-1"],
-     "unknown argument --leraning_rate; did you mean --learning_rate?\n  unknown argument --per_device_train_batch_size: --batch_size counts the rows of an "
-     "optimizer step (ppo, grpo: prompts of a rollout) over all processes, --micro_batch_tokens what a forward pass holds\n  unknown argument --x;"),
+     "unknown argument --leraning_rate; did you mean --learning_rate?\n  unknown argument --per_device_train_batch_size: --batch_size counts the rows of a "
+     "whole step (ppo, grpo: the prompts of a rollout) over all processes; --micro_batch_tokens cuts it to fit the memory\n  unknown argument --x;"),
     *((script, ["--max_steps", number], f"--max_steps must be above 0, or -1 for no limit, not {number}") for script in (sft, grpo) for number in ("0", "-2")),
     (grpo, ["--top_k", "50"], "the whole softmax is sampled"), (grpo, ["--vllm_mode", "colocate"], "vLLM is not used"),
     (sft, ["--save_strategy", "steps"], "use --save_steps"), (grpo, ["--generation_batch_size", "8"], "use --batch_size"),
@@ -205,6 +206,9 @@ def folder(tmp_path_factory):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **small, **more)).save_pretrained(path / name)
         AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / name)
+    config = AutoConfig.for_model("bert", num_labels=1, **{k: v for k, v in small.items() if k != "num_key_value_heads"})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path / "bert")
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "bert")
     tiny_model("llama").save_pretrained(path / "wide")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "headless")
     tiny_model("llama").save_pretrained(path / "headless", state_dict={

@@ -121,6 +121,16 @@ def test_scale_and_cap_are_found_whatever_a_config_calls_them(kind):
     assert common.after_head(adapted) == found
 
 
+def test_weights_that_the_config_has_no_place_for_are_said(tmp_path, capsys):
+    """A config without the biases of its file: another model than was trained before."""
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "m", state_dict=model.state_dict() | {"model.layers.1.self_attn.q_proj.bias": torch.ones(64)})
+    args = new_run(tmp_path / "out").args
+    for folder, said in ((tmp_path / "m", True), (os.path.join(TINY, "sft"), False)):
+        common.load_base(str(folder), args)
+        assert ("has no place for model.layers.1.self_attn.q_proj.bias" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("script", ["sft", "dpo", "ppo", "grpo"])
 def test_a_model_that_looks_ahead_is_refused(tmp_path, script):
     """Encoders and embedding models load as language models; each token's loss would be seen in the token itself."""
