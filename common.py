@@ -57,7 +57,7 @@ from itertools import accumulate, groupby, islice, repeat
 from multiprocessing import resource_tracker
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Callable, Literal, NamedTuple
 from unittest.mock import MagicMock, patch
 from weakref import WeakKeyDictionary
@@ -266,7 +266,6 @@ class Args:
     modules_to_save: list[str] | None = arg(
         None, "modules that are trained in full beside the adapters", NEW)
     gradient_checkpointing: bool = arg(True, "compute activations again in backward: saves memory")
-    compile: bool = arg(False, "torch.compile for the layers, where they train: a minute at the start")
     bf16: bool | None = arg(None, "compute under bf16 autocast; default: where an accelerator has it")
     # data
     dataset_name: str | None = arg(None, "a .json, .jsonl, .csv or .parquet file, or a dataset[:split]")
@@ -2088,8 +2087,6 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         require(0 < rate < 1, f"{args.model_name_or_path}: its config has a dropout rate of {rate}"[:300])
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.compile:
-        compile_layers(model)
     if not scores:
         model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
@@ -2098,22 +2095,6 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} weights "
         f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
     return model
-
-
-def compile_layers(model):
-    """Compiles the layers, the units that FSDP shards, in place: one compilation serves them all. Passes with
-    a cache stay as they are: a sampler's shapes change with every token."""
-    @lru_cache
-    def compiled(kind):
-        fast = torch.compile(kind.forward, dynamic=True)
-
-        def forward(self, *args, **kwargs):
-            cached = any(isinstance(each, Cache) for each in (*args, *kwargs.values()))
-            return (kind.forward if cached else fast)(self, *args, **kwargs)
-        return forward
-    for layer in model.modules():
-        if type(layer).__name__ in model._no_split_modules:  # a copy of the layer gets a method of its own
-            layer.forward = MethodType(compiled(type(layer)), layer)
 
 
 def check_fit(model, base, tokenizer, args, scores):

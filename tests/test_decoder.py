@@ -1,6 +1,5 @@
-"""The decoder for GPUs on a CPU, where all of it but the recording of launches runs; what makes a GPU wait; --compile."""
+"""The decoder for GPUs on a CPU, where all of it but the recording of launches runs; what makes a GPU wait."""
 
-import copy
 import gc
 import importlib
 import json
@@ -297,28 +296,3 @@ def test_the_program_for_gpus_runs_in_miniature(tmp_path):
         lines = [json.loads(line) for line in file]
     assert done.returncode == 0 and [line for line in lines[1:-1] if not line.get("ok")] == []
     assert {line["job"][0] for line in lines} == set("012345678") and len(lines) > 50
-
-
-# ---- --compile ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.long
-def test_compiled_layers_give_the_same_numbers(tmp_path):
-    sft = importlib.import_module("sft")
-    flags = ["--max_steps", "3", "--eval_fraction", "0", "--lora_r", "4", "--model_name_or_path", os.path.join(TINY, "sft")]
-    plain = run(sft, tmp_path / "plain", *flags)
-    compiled = run(sft, tmp_path / "compiled", *flags, "--compile")
-    for a, b in zip(plain, compiled):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # which hand the cache on by name, and by position
-def test_a_copy_of_a_compiled_model_has_layers_of_its_own(kind):
-    """A reference that went through the policy's layers would make every KL 0."""
-    model = tiny_model(kind).eval()
-    common.compile_layers(model)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-        ids = torch.tensor([[65, 66]])
-        assert twin(ids).logits.abs().max() == 0 and model(ids).logits.abs().max() > 0

@@ -557,8 +557,6 @@ def matrix_share(options, variant):
     common.load_base = lambda *_, **__: load(folder, torch.float32, attention)
     without_saving()
     flags = ["--gradient_checkpointing", checkpointing]
-    if variant == "compiled":
-        flags += ["--compile"]
     if variant.startswith("chunks of"):
         sft.TokenLogprobs.CHUNK = 2 ** int(variant[-2:])
     clock = Clock(sft)
@@ -634,8 +632,7 @@ def all_steps():
               for shape in ("Qwen2.5-7B", "Qwen2.5-1.5B") for script in ("sft", "dpo", "grpo")}, 80, 130,
              at_once=6),
         Step({f"7 share {variant}": (matrix_share, variant)
-              for variant in ("default", "no checkpointing", "chunks of 2**25", "chunks of 2**28", "compiled",
-                              "eager")}, 75, 150),
+              for variant in ("default", "no checkpointing", "chunks of 2**25", "chunks of 2**28", "eager")}, 75, 150),
         Step({f"8 waits {script}": (waits, script) for script in ("sft", "grpo")}, 30, 40, at_once=2),
         Step(more, 50, 120),
         Step({"4 grpo lora": (real_grpo, "lora"), "5 profile sample": (profile, 256)}, 60, 90)]
