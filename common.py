@@ -1136,7 +1136,7 @@ def find_answer(tokenizer, messages, k, text):
     return (start, len(upto), text.startswith(head)) if text.startswith(upto) else None
 
 
-def encode_conversation(tokenizer, messages, completion_only_loss=True):
+def encode_conversation(tokenizer, messages, completion_only_loss=True, check=check_whole):
     """messages -> [{"input_ids": [...], "mask": [...], "start": the place of the first trained answer (of
     the last, if all counts), "notes": Counter}], usually one. ValueError. An answer is what the final
     rendering has from the end of the generation prompt to the first stop token, which is included:
@@ -1150,13 +1150,14 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True):
 
     def a_row_a_turn():
         parts = [[{**m, "train": j == k} for j, m in enumerate(messages[:k + 1])] for k in trained]
-        return [row for part in parts for row in encode_conversation(tokenizer, part, completion_only_loss)]
+        return [row for part in parts
+                for row in encode_conversation(tokenizer, part, completion_only_loss, check)]
     spans = [find_answer(tokenizer, messages, k, text) for k in trained]
     if None in spans:
         require(trained != [len(messages) - 1],
                 "the chat template changes the prompt when the answer follows it")
         return a_row_a_turn()
-    check_whole(text, messages)
+    check(text, messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     ends = [end for _, end in offsets]
@@ -1428,6 +1429,9 @@ MARKS = {  # what stands around an answer
     "\\boxed": r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"}
 SIGNS = str.maketrans("−‐‑‒–⁄", "-----/", "$€£¥\u202f")  # the last are left out
 REWRITES = [(re.compile(pattern), new) for pattern, new in (  # so that a number, or what is none, is one word
+    # CJK writing, quotes, currencies, arrows and emoji are no part of one, but for digits and powers of ten
+    (r"(?![\d．百千万萬億亿])[\u200b-\u206f\u20a0-\u20bf\u2190-\u21ff\u2460-\U0010ffff]", " "),
+    (r"\^\s*(?:\\circ\b|\{\s*\\circ\s*\})|°(?![CF])", ""),
     (r"(?s)\\begin\{(?:\w*matrix|array|cases)\}.*?\\end\{\w+\}", "ƒ0"),
     (r"(?:[(\[]|\\\{)[^()\[\]{}]*\d['\x22]?,\s[^()\[\]{}]*(?:[)\]]|\\\})", "ƒ0"),  # a tuple, a set
     (r"\{,\}|\\,|\\!", ","), (r"\^\{([^{}]*)\}", r"^\1"), (r"\\sqrt\s*\{?", "√"), (r"\s*\\pi\b", "π"),
@@ -1439,9 +1443,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (  # so that a number
     (r"(?<![\w.,])(\d{1,3}) (\d{3})(?: (\d{3}))?(?! ?\d)", r"\1\2\3"),  # 10 000
     (r"(?<=[\w)}])\s*([+*/×·^])\s*(?=[-(]?\d)", r"\1"), (r"(?<=\d) (-|\*\*) (?=\d)", r"\1"),
     (r"(?<![\w./])(\d+)\s+(?=\d+/\d)", r"\1+"), (r"(?<=\d)\s+(?=(?:hundred|thousand|million|billion)\b)", ""),
-    (r"(?<!\d):|:(?!\d)", " "), (r"\b(?:[cdkm]?m|in|ft)\^[23]", ""))]
+    (r"(?<!\d):|:(?!\d)", " "), (r"(?<![a-zA-Z])(?:[cdkm]?m|in|ft)\}?\^[23]", ""))]
 NUMBER = re.compile(r"""
-    (-?) (?: (?:(\d+)\+)? (-?\d+)/(\d+)
+    \+?(-?) (?: (?:(\d+)\+)? (-?\d+)/(\d+)
            | ((?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:(?<=\d)[eE][-+]?\d{1,2})?) )
     (?:%|°?[CF]|[mgsl]|/?(?!hundred|thousand|million|billion)[a-zA-Z]{2,}(?:/[a-z]+)?)?  # a unit
     """, re.VERBOSE)
@@ -1550,13 +1554,14 @@ def edit_distance(prompts, completions, **columns):
     return list(map(similarity, completions, references(len(completions), columns)))
 
 
-STRINGS = {"schema": ("a list of keys", json.loads), "tests": ("a string or strings", lambda text: [text])}
+STRINGS = {"schema": ("a list of keys", parsed), "tests": (  # a CSV makes a list a text
+    "a string or strings", lambda text: parsed(text) if re.match(r"\s*[\[{]", text) else [text])}
 
 
 def strings_of(name, value):
     """The strings that a row's `schema` or `tests` holds, [] where it is empty. ValueError if not strings."""
     what, read = STRINGS[name]
-    with suppress(ValueError):
+    with suppress(*UNREADABLE):
         value = value.strip() if name == "schema" and isinstance(value, str) else value
         strings = read(value) if isinstance(value, str) and value else value or []
         if isinstance(strings, list) and all(isinstance(string, str) for string in strings):
@@ -1569,7 +1574,7 @@ def json_reward(prompts, completions, schema=None, **columns):
     lists keys, is an object that has them; 0 otherwise."""
     def fits(completion, keys):
         text = text_of(completion).strip()
-        fenced = re.fullmatch(r"```(?:json)?\s(.*)```", text, re.DOTALL)
+        fenced = re.fullmatch(r"```[ \t]*(?:json)?\s(.*)```", text, re.DOTALL | re.IGNORECASE)
         try:  # int, called on NaN and Infinity, raises ValueError: they are not JSON
             value = json.loads(fenced[1] if fenced else text, parse_constant=int)
         except (ValueError, RecursionError):
@@ -1671,7 +1676,7 @@ def try_rewards(rewards, train, held, args):
             lack = [p["place"] for p in prompts if all(p["columns"].get(c) is None for c in NEEDS[name])]
             column = " or ".join(map(repr, NEEDS[name]))
             require(len(lack) < len(prompts), f"--reward_funcs {name} needs a column {column}; {file} has "
-                    f"{', '.join(prompts[0]['columns']) or 'no other column than the prompt'}")
+                    f"{', '.join(prompts[0]['columns']) or 'none'} beside prompt and completion")
             if lack:
                 say(f"warning  {name} does not apply to {len(lack):,} of {len(prompts):,} prompts: they have "
                     f"no {column}, such as {lack[0]}")
@@ -1735,6 +1740,7 @@ def load_rewards(args, device="cpu"):
     return rewards
 
 
+LOOP = asyncio.new_event_loop()  # one for all calls: a coroutine may hold a client or a lock of the last one
 GRACE = 5.0  # seconds that a reward may go on after its TimeoutError before the run is ended
 
 
@@ -1786,7 +1792,7 @@ def call_reward(function, given, n):
     values = function(**{
         name: [copy.deepcopy(one) for one in value] if isinstance(value, list) else copy.copy(value)
         for name, value in given.items() if takes_all or name in parameters})
-    values = asyncio.run(values) if inspect.isawaitable(values) else values
+    values = LOOP.run_until_complete(values) if inspect.isawaitable(values) else values
     unordered = isinstance(values, (str, bytes, Mapping, Set, pandas.DataFrame))
     if unordered or not hasattr(values, "__iter__"):
         return values
@@ -2015,6 +2021,7 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
 
 def base_and_adapter(name):
     """A model folder or name -> (name, None); a LoRA adapter's folder -> (its base, the folder)."""
+    require(not os.path.exists(os.path.join(name, "metrics.jsonl")), f"{name} is a run: give {name}/model")
     base, adapter, lost = name, None, f"no such model folder: {name}{' (a file)' * os.path.isfile(name)}"
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         with explain(f"{name}/adapter_config.json is not readable"):
@@ -2086,7 +2093,8 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
         rate = getattr(module, name)
         require(0 < rate < 1, f"{args.model_name_or_path}: its config has a dropout rate of {rate}"[:300])
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with explain("add --gradient_checkpointing False", ValueError):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not scores:
         model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
@@ -2215,7 +2223,7 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
             return auto.from_config(config, dtype=torch.float32, **options)
         if args.load_in_4bit or four_bit_on_disk(base, frozen):
             options |= hold_in_4bit(config, base, dtype, device)
-        if scores and args.adapter:  # which brings the head: that of its base may have other scores
+        if scores:  # an adapter brings its head, and for other scores a new one is drawn
             options["ignore_mismatched_sizes"] = True
         model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
                                              **options)
@@ -2303,7 +2311,9 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
 
     @torch.no_grad()
     def score(conversations, truncated=None):
-        answers = [upto_answer(encode_conversation(tokenizer, messages)[-1]) for messages in conversations]
+        # what a template drops of a sample, such as a second </think>, is not scored
+        answers = [upto_answer(encode_conversation(tokenizer, messages, check=lambda *_: None)[-1])
+                   for messages in conversations]
         rows = [answer["input_ids"][:1] + answer["input_ids"][-limit:][1:] for answer in answers]
         for i, no_end in enumerate(truncated or []):
             if no_end and rows[i][-1] in stops:
@@ -2366,7 +2376,7 @@ def say_memory(module, args, device):
     trunks = 1 if getattr(module, "trunk", None) is None else 2  # ppo's value may have one of its own
     room = torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().total
     rollout, gib, said = 0, 2**30, ""
-    with suppress(AttributeError):  # a config that has no such sizes
+    with suppress(Exception):  # a config that has no such sizes, or one a layer
         config = model.config.get_text_config()
         step = trunks * step_memory(config, args.micro_batch_tokens, full, args.bf16,
                                     args.gradient_checkpointing)
@@ -2737,7 +2747,9 @@ def open_run(args):
         return None
     checkpoint["elsewhere"] = elsewhere
     then = checkpoint["args"]
-    args.date = args.date or then.get("date")
+    require(then.keys() == asdict(args).keys(), f"{path} is of another script, or of another version of it: "
+            "give this run an --output_dir of its own")
+    args.date = args.date or then["date"]
     for name, value in sorted(asdict(args).items()):
         require(name in MAY_CHANGE or then.get(name) == value,
                 f"{path} was written with --{name} {then.get(name)} and this run has {value}: "
@@ -2773,12 +2785,16 @@ def check_free(args):
     log, *paths = (os.path.join(args.output_dir, name) for name in ("metrics.jsonl", *used))
     with explain(log, OSError), open(log if os.path.isfile(log) else os.devnull, "rb") as file:
         started = all(map(os.path.isfile, paths)) and len(file.readlines()) < 2
-    started |= args.resume_from_checkpoint == "latest" and not {"model", "merged", "value"}.intersection(used)
+    if args.resume_from_checkpoint == "latest" and not {"model", "merged", "value"}.intersection(used):
+        with suppress(OSError, ValueError), open(os.path.join(args.output_dir, "args.json"), "rb") as file:
+            theirs, free = json.load(file), MAY_CHANGE | {"date"}
+            started |= all(theirs.get(n) == value for n, value in asdict(args).items() if n not in free)
     require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
             "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
     require(not used or args.overwrite_output_dir or started,
             f"{args.output_dir} already holds a run: choose another --output_dir, or add "
-            "--resume_from_checkpoint latest to go on, or --overwrite_output_dir to replace it")
+            + "--resume_from_checkpoint latest to go on, or " * (args.resume_from_checkpoint is None)
+            + "--overwrite_output_dir to replace it")
     given = [(name, getattr(args, name, None)) for name in (
         "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset",
         "value_model")]
@@ -2801,8 +2817,8 @@ def find_checkpoint(args):
     if wanted is None:
         return None, None
     for path in reversed(steps_in(folder)) if wanted == "latest" else [wanted]:
-        known = wanted == "latest" or os.path.isdir(path)
-        require(known, f"--resume_from_checkpoint {path}: no such folder (or say 'latest')")
+        known = wanted == "latest" or os.path.isfile(os.path.join(path, "state.pt"))
+        require(known, f"--resume_from_checkpoint {path}: no checkpoint is there (or say 'latest')")
         try:
             return path, load_checkpoint(path)
         except Exception as error:
@@ -3646,6 +3662,8 @@ class Run:
             self.save_or_leave()
         self.doing, self.evaluating, self.state["unevaluated"] = "", False, False
         self.log(metrics)
+        require(math.isfinite(metrics.get("eval/loss", 0.0)), f"step {self.step}: the loss of the evaluation "
+                "is not finite: the model is broken, and is not saved. Try a lower --learning_rate")
         self.samples("evaluation", table if keep else ())
         if "eval/reward" in metrics:
             self.state["held_rewards"] = [*self.state["held_rewards"][-1:], metrics["eval/reward"]]

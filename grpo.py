@@ -542,7 +542,7 @@ def evaluate(complete, held, rewards, args):
     rows have answers; --eval_samples adds the figures of common.verify over samples."""
     groups, logged = complete(held)
     rows, right = common.flat(groups), common.right_answers(held)
-    metrics = common.rollout_metrics(rows, rewards) | logged | common.exact_match(rows, right)
+    metrics = logged | common.rollout_metrics(rows, rewards) | common.exact_match(rows, right)
     asked = [prompt for prompt, answer in zip(held, right) if answer is not None]
     if args.eval_samples and asked:
         groups, _ = complete(asked, num_generations=args.eval_samples, seed=args.seed + 1)  # no rollout's
@@ -628,7 +628,7 @@ def main(args):
         credit(groups, args)
         groups = [demonstrate(group, args.demo_threshold, gate) for group in groups]
         rows = [row for row in common.flat(groups) if not math.isnan(row["score"])]
-        require(rows, f"step {run.step + 1}: no reward function applies to any completion (None from all)")
+        require(rows, f"step {run.step + 1}: all rewards are None; raise --batch_size or leave such rows out")
         seen = logged | rollout_figures(sampled, groups, rewards, args)
         common.warn_of_drift(run, seen)
         same = seen["frac_reward_zero_std"] == 1 and not seen.get("demo_fraction")

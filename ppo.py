@@ -359,7 +359,7 @@ def make_value(args, start, model, run):
         classifier = scorer.get_base_model() if isinstance(scorer, PeftModel) else scorer
         head = make_value_head(start.weight * row)
         return scorer, classifier.base_model, head
-    head = make_value_head(torch.zeros(1, model.config.hidden_size))
+    head = make_value_head(torch.zeros(1, model.get_output_embeddings().weight.shape[1]))
     if args.share_trunk:
         say("value    a head of zeros on the policy's trunk")
         return model, None, head
@@ -564,7 +564,7 @@ def evaluate(model, held, rewards, args, run):
     rows have answers."""
     groups, logged = rollout(model, held, rewards, args, run)
     rows, right = common.flat(groups), common.right_answers(held)
-    figures = common.rollout_metrics(rows, rewards) | logged | common.exact_match(rows, right)
+    figures = logged | common.rollout_metrics(rows, rewards) | common.exact_match(rows, right)
     metrics = {f"eval/{name}": value for name, value in figures.items()
                if not name.endswith(("/std", "/weighted"))}
     return metrics, common.samples_table(rows, rewards)

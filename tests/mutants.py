@@ -268,6 +268,17 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", 'if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:', "if False:"),
     ("common", "model.score if scores else after_head(model)", "None if scores else after_head(model)"),
     ("common", "require(len({*names}) == len(names),", "require(True,"),
+    ("common", 'require(math.isfinite(metrics.get("eval/loss", 0.0)),', "require(True,"),
+    ("common", 'lambda text: parsed(text) if re.match(r"\\s*[\\[{]", text) else [text])', "lambda text: [text])"),
+    ("common", '(r"(?![\\d．百千万萬億亿])[', '(r"(?!.)['),
+    ("common", "messages, check=lambda *_: None)[-1])", "messages)[-1])"),
+    ("common", "values = LOOP.run_until_complete(values)", "values = asyncio.run(values)"),
+    ("common", 'theirs.get(n) == value for n, value', "True for n, value"),
+    ("common", "require(then.keys() == asdict(args).keys(),", "require(True,"),
+    ("common", "if scores:  # an adapter brings", "if scores and args.adapter:  # an adapter brings"),
+    ("grpo", "metrics = logged | common.rollout_metrics(rows, rewards)", "metrics = common.rollout_metrics(rows, rewards) | logged"),
+    ("ppo", "figures = logged | common.rollout_metrics(rows, rewards)", "figures = common.rollout_metrics(rows, rewards) | logged"),
+    ("ppo", "model.get_output_embeddings().weight.shape[1]", "model.config.hidden_size"),
 ]
 
 

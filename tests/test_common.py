@@ -18,7 +18,7 @@ import torch
 import transformers
 from conftest import TINY, run, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Phi3Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Phi3Config, PreTrainedTokenizerFast
 
 import common
 import dpo
@@ -713,6 +713,16 @@ def test_samples_far_below_greedy_answers_are_said(capsys):
     run_.warned = set()
     common.Run.check_first_update(run_, metrics | {"reward": 0.5})
     assert "temperature" not in capsys.readouterr().out
+
+
+def test_an_estimate_that_cannot_be_made_ends_nothing():
+    """Configs with a number a layer, or that refuse to tell one, have other errors than a missing name."""
+    class Odd(LlamaConfig):
+        @property
+        def head_dim(self):
+            raise TypeError("a list a layer")
+    module = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: Odd.__new__(Odd))), parameters=lambda: [])
+    common.say_memory(module, SimpleNamespace(lora_r=4, bf16=False, micro_batch_tokens=9, gradient_checkpointing=True), torch.device("cpu"))
 
 
 def test_a_gradient_of_zero_is_said(capsys):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--eval_dataset_name", "missing.jsonl"], "no such file: missing.jsonl"),
     (sft, ["--keep_best", "--eval_fraction", "0", "--max_completion_length", "0"], "--keep_best needs evaluation data"),
     (grpo, ["--dataset_name", "no_answer.jsonl"], "needs a column 'answer' or 'solution'"),
-    *((script, ["--eval_dataset_name", "no_answer.jsonl"], "accuracy needs a column 'answer' or 'solution'; no_answer.jsonl has no other column")
+    *((script, ["--eval_dataset_name", "no_answer.jsonl"], "accuracy needs a column 'answer' or 'solution'; no_answer.jsonl has none beside prompt and completion")
       for script in (grpo, ppo)),
     (grpo, ["--eval_dataset_name", "words.jsonl"], "accuracy reads a number in no answer, such as 'two' of words.jsonl:1"),
     (grpo, ["--eval_dataset_name", "one.jsonl", "--reward_funcs", "asks.py:f"], "asks for 'answer'"),
@@ -137,7 +138,8 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (ppo, ["--reward_funcs", "hangs.py:g", "--reward_timeout", "0.2"], "'g' raised TimeoutError: no answer in 0.2 s"),
     (sft, ["--resume_from_checkpoint", "another"], "was written with --"),
     (sft, ["--resume_from_checkpoint", "damaged"], "--resume_from_checkpoint damaged: damaged: its checksums do not fit"),
-    (sft, ["--resume_from_checkpoint", "empty"], "--resume_from_checkpoint empty: No such file"),
+    (sft, ["--resume_from_checkpoint", "empty"], "--resume_from_checkpoint empty: no checkpoint is there"),
+    (dpo, ["--resume_from_checkpoint", "another"], "another is of another script, or of another version of it: give this run an --output_dir of its own"),
     (grpo, ["--reward_funcs", "late.py:f", "--batch_size", "2", "--eval_fraction", "0"], "raised ZeroDivisionError"),
     (dpo, ["--label_smoothing", "0.1", "--loss_type", "ipo"], "--label_smoothing 0.1 has no effect without --loss_type sigmoid"), (dpo, ["--beta", "0"], "--beta must be above 0"),
     (dpo, ["--label_smoothing", "0.7"], "--label_smoothing must be at least 0 and below 0.5, not 0.7"), (dpo, ["--dataset_name", "ok.jsonl"], "no known format"),
@@ -160,7 +162,9 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (sft, ["--num_train_epochs", "1e300"], "would never end"), (sft, ["--model_name_or_path", "./headless"], "holds no weights for lm_head.weight"),
     (ppo, ["--beta", "0.1"], "the weight of the KL term is --kl_coef"),
     (sft, ["--output_dir", "ok.jsonl"], "--output_dir ok.jsonl"), (sft, ["--output_dir", "foreign"], "it is no run of ours"),
-    (sft, ["--resume_from_checkpoint", "nowhere"], "no such folder (or say 'latest')"),
+    (sft, ["--resume_from_checkpoint", "nowhere"], "nowhere: no checkpoint is there (or say 'latest')"),
+    *((script, [flag, "ran"], "ran is a run: give ran/model") for script, flag in ((sft, "--model_name_or_path"), (ppo, "--value_model"), (grpo, "--reward_funcs"))),
+    (sft, ["--model_name_or_path", "./no_checkpointing", "--gradient_checkpointing"], "add --gradient_checkpointing False: CTRLLMHeadModel does not support activation checkpointing"),
     (sft, ["--freeze_layers", "1"], "--freeze_layers must be at least 0 and below 1, not 1.0"),
     (sft, ["--freeze_layers", "0.5", "--lora_r", "4"], "--freeze_layers 0.5 has no effect beside --lora_r"),
     (sft, ["--adversarial_epsilon", "0"], "--adversarial_epsilon must be above 0"), (sft, ["--adversarial", "pgd"], "invalid choice: 'pgd'"),
@@ -178,7 +182,7 @@ def folder(tmp_path_factory):
     (path / "foreign" / "model").mkdir(parents=True)
     (path / "foreign" / "model" / "precious").write_text("keep me")
     (path / "another").mkdir()
-    state = {"step": 1, "args": {}, "data": {}, "weights": {}, "optimizer": {}, "kept": {}}
+    state = {"step": 1, "args": asdict(sft.Args(dataset_name="other")), "data": {}, "weights": {}, "optimizer": {}, "kept": {}}
     torch.save(state, path / "another" / "state.pt")
     torch.save(state | {"data": {"x": torch.zeros(2)}}, (path / "tensor").mkdir() or path / "tensor" / "state.pt")
     (path / "damaged").mkdir()
@@ -210,6 +214,10 @@ def folder(tmp_path_factory):
     AutoModelForSequenceClassification.from_config(config).save_pretrained(path / "bert")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "bert")
     tiny_model("llama").save_pretrained(path / "wide")
+    (path / "ran").mkdir()
+    (path / "ran" / "metrics.jsonl").write_text("{}")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("ctrl", vocab_size=320, n_positions=4096, n_embd=64, dff=64, n_layer=1, n_head=2)).save_pretrained(path / "no_checkpointing")
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "no_checkpointing")
     AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(path / "headless")
     tiny_model("llama").save_pretrained(path / "headless", state_dict={
         k: v for k, v in tiny_model("llama").state_dict().items() if k != "lm_head.weight"})

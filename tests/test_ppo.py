@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROWS, TINY, RecordGradients, load_by_card, run, tiny_model
 from torch import tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import common
 import ppo
@@ -635,3 +635,15 @@ def test_each_update_takes_the_next_demonstrations():
     assert [len(marks) for marks in drawn] == [2] * 6
     first, second = sum(drawn[:3], []), sum(drawn[3:], [])
     assert sorted(first) == sorted(second) == list(range(6)) and first != second
+
+
+@pytest.mark.parametrize("flags", [[], ["--share_trunk"], ["--lora_r", 4]])
+def test_a_trunk_that_gives_fewer_numbers_than_its_layers_have(tmp_path, flags):
+    """As OPT-350m's does: the value's head is as wide as the policy's."""
+    torch.manual_seed(0)
+    OPTForCausalLM(OPTConfig(vocab_size=320, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=4096, word_embed_proj_dim=32,
+                             do_layer_norm_before=False, dropout=0.0, pad_token_id=256, bos_token_id=1, eos_token_id=260)).save_pretrained(tmp_path / "opt")
+    AutoTokenizer.from_pretrained(os.path.join(TINY, "sft")).save_pretrained(tmp_path / "opt")
+    metrics = run(ppo, tmp_path / "out", "--model_name_or_path", tmp_path / "opt", "--reward_funcs", "edit_distance", "--eval_fraction", 0, "--max_steps", 1,
+                  "--batch_size", 4, "--max_completion_length", 8, *flags)
+    assert metrics[0]["sampling/logprob_difference"] < 1e-4

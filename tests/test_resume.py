@@ -532,6 +532,24 @@ def test_a_folder_with_a_run_is_refused_unless_told(data, tmp_path, capsys):
     assert f"output   before the first step this replaces the run in {tmp_path}, which --resume_from_checkpoint latest would go on with\n" in capsys.readouterr().out
 
 
+def test_a_run_without_a_checkpoint_is_begun_again_by_its_own_command_alone(data, tmp_path):
+    """`latest` may replace what the same command would make again, and nothing else."""
+    flags = ["--model_name_or_path", SFT, "--dataset_name", data, "--max_steps", "3", "--output_dir", str(tmp_path), "--eval_fraction", "0"]
+    go = lambda *more: sft.main(common.parse_args(sft.Args, [*flags, *more, "--resume_from_checkpoint", "latest"]))
+    go()
+    for name in ("checkpoints", "model"):  # as if it had been killed before the first checkpoint
+        shutil.rmtree(tmp_path / name)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    refused(lambda: go("--learning_rate", "1e-3"), "already holds a run: choose another --output_dir, or add --overwrite_output_dir to replace it")
+    theirs = json.loads((tmp_path / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps({"beta": 0.1, "dataset_name": data}))  # another script's
+    refused(go, "already holds a run")
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    (tmp_path / "args.json").write_text(json.dumps(theirs | {"date": "2020-01-01"}))  # begun on another day
+    go("--logging_steps", "1")
+    assert (tmp_path / "model").exists()
+
+
 def refused(run, sentence):
     """In a child: a process that has failed keeps its folder until it ends."""
     def child():

@@ -266,12 +266,36 @@ def test_template_kwargs_and_margins_reach_the_saved_model(tmp_path):
     assert metrics[0]["loss"] > 1.5, "about log(1 + e^2) with a new head: the margin counts"
     _, score = common.load_reward_model(str(tmp_path / "out" / "model"))
     seen, encode = [], common.encode_conversation
-    common.encode_conversation = lambda tokenizer, messages: seen.append(common.render(tokenizer, messages)) or encode(tokenizer, messages)
+    common.encode_conversation = lambda tokenizer, messages, **options: seen.append(common.render(tokenizer, messages)) or encode(tokenizer, messages, **options)
     try:
         score([[common.turn("user", "q"), common.turn("assistant", "a")]])
     finally:
         common.encode_conversation = encode
     assert seen[0].startswith("BRIEF <|user|>q")
+
+
+def test_a_sample_of_which_the_template_drops_a_part_is_scored(tmp_path):
+    """A second </think>: in data it is an error, in one sample of many it would end the run."""
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].split('</think>')[-1] + '<|end|>' }}"
+                                      "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 2)
+    run(reward_model, tmp_path / "out", "--chat_template_path", tmp_path / "t.jinja", "--dataset_name", tmp_path / "p.jsonl", "--eval_fraction", 0, "--max_steps", 1)
+    _, score = common.load_reward_model(str(tmp_path / "out" / "model"))
+    whole, part = score([[common.turn("user", "q"), common.turn("assistant", text)] for text in ("b", "x</think>y</think>b")])
+    assert whole.isfinite().all() and whole.equal(part)
+    data = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    with pytest.raises(ValueError, match="leaves out message 1"):
+        common.encode_conversation(data, [common.turn("user", "q"), common.turn("assistant", "x</think>b")])
+
+
+def test_a_reward_model_goes_on_with_other_scores(tmp_path):
+    """Its trunk does; the head for them is a new one."""
+    run(reward_model, tmp_path / "one", "--eval_fraction", 0, "--max_steps", 1, "--batch_size", 2)
+    (tmp_path / "s.jsonl").write_text('{"prompt": "q", "completion": "a", "score": {"x": 1, "y": 0}}\n' * 4)
+    run(reward_model, tmp_path / "two", "--model_name_or_path", tmp_path / "one" / "model", "--dataset_name", tmp_path / "s.jsonl",
+        "--eval_fraction", 0, "--max_steps", 1, "--batch_size", 2)
+    names, score = common.load_reward_model(str(tmp_path / "two" / "model"))
+    assert names == ["x", "y"] and score([[common.turn("user", "q"), common.turn("assistant", "a")]]).shape == (1, 2)
 
 
 def test_pointwise_learns(tmp_path):

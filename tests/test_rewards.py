@@ -35,10 +35,11 @@ from common import Reward
     ("10000", ["10 000", "10 000 cm", "10,000"]), ("1234567", ["1 234 567"]), ("250", ["12 and 250", "3, 250", "__250__", "_250_", r"\underline{250}"]),
     ("0.5", ["0.5", ".5", "1/2", "1 / 2", r"\frac{1}{2}", r"is $\dfrac12$."]), ("-0.5", ["-1/2", r"$-\frac{1}{2}$", r"\frac{-1}{2}"]),
     ("2.5", ["2 1/2", r"2\frac{1}{2}"]), ("3/7", ["3/7", r"\frac{3}{7}", "6/14"]), ("0.0015", ["1.5e-3"]), ("10000.5", ["10,000.50"]),
-    ("-7", ["so -7", "-$7", "$-7", "\u22127", "–7", "-€7", "5 -7"]), ("7", ["007", "5\n7"]), ("0", ["-0"]), ("3.5", ["x=3.50 litres"]),
+    ("42", ["答案是42。", "答えは42です", "정답은 42입니다", "42円", "“42”.", "‘42’", "42…", "→42", "42✅", "42—so", "₹42", "42₽", "42\u200b", "42°", r"\boxed{42^\circ}", r"42^{\circ}",
+            "+42", "42cm^2", r"\boxed{42 \text{ cm}^2}", "x = +42"]), ("-7", ["so -7", "-$7", "$-7", "\u22127", "–7", "-€7", "5 -7"]), ("7", ["007", "5\n7"]), ("0", ["-0"]), ("3.5", ["x=3.50 litres"]),
     ("12345678901234567890123456789012", ["12345678901234567890123456789012"]), ("50", ["50%", r"50\%", "50 percent"]),
     ("65", ["3 <answer> 65 </answer> 7", "<answer>1</answer><answer>65</answer>"]), ("paris", ["<answer>Paris</answer>", r"\boxed{Paris} 3"]),
-    (None, ["no number", "", ".", "<answer></answer>", "<answer>11:30</answer>", "11:30", "3:4", "2^3", "2**3", "2 ^ 3", "2^{10}", "10²", r"2\times 3", "2 × 3", "1×10^5", "95**88**77",
+    (None, ["no number", "", ".", "<answer></answer>", "<answer>11:30</answer>", "11:30", "3:4", "2^3", "2**3", "2 ^ 3", "2^{10}", "10²", r"2\times 3", "2 × 3", "1×10^5", "42万", "3百", "2+3", "95**88**77",
             "3-4", "16-3", "3–4", "3 - 4", "2024-01-05", "01/05/2024", "1.2.3", "1,2,3", "3,5", "1,000,00",
             "5x", "x+3", "y = 2x + 5", "x^2", r"\sqrt{3}", r"2\sqrt{3}", "5k", "5 million", "--7", "1/0", "GPT-4", "v2",
             r"\boxed{\frac{\pi}{2}}", r"\left( 3, \frac{\pi}{2} \right)", r"\frac{\sqrt{3}}{2}", r"\frac{3\pi}{4}", r"\frac{x+1}{3}", "4210_{5}", "4210_5", "x_1",
@@ -351,10 +352,10 @@ def test_edit_distance_by_hand_and_against_the_table():
 def test_json():
     def value(text, *schema):
         return common.json_reward(None, [text], **({"schema": list(schema)} if schema else {}))[0]
-    good = ['{"a": 1}', " [1, 2]\n", "null", '```json\n{"a": 1}\n```', "```\n3\n```", "1e999"]
+    good = ['{"a": 1}', " [1, 2]\n", "null", '```json\n{"a": 1}\n```', "```\n3\n```", "1e999", '```JSON\n{"a": 1}\n```', '``` json\n{"a": 1}\n```']
     bad = ["", "{'a': 1}", '{"a": 1,}', '{"a": NaN}', "-Infinity", 'see:\n```json\n1\n```', "```json\n1", "[" * 100_000, "9" * 5000]
-    assert [value(t) for t in good] == [1] * 6 and [value(t) for t in bad] == [0] * 9
-    for schema in (["a", "b"], '["a", "b"]'):
+    assert [value(t) for t in good] == [1] * 8 and [value(t) for t in bad] == [0] * 9
+    for schema in (["a", "b"], '["a", "b"]', "['a', 'b']"):
         assert value('{"b": null, "a": 1, "c": 2}', schema) == 1 and value('{"a": 1}', schema) == value('["a", "b"]', schema) == 0
     assert value("1", None) == value("1", []) == value("1", "") == 1
     for wrong in ({"a": "string"}, [1], [["a"]], "a, b", '{"required": ["a"]}', 3, '"a"'):
@@ -399,6 +400,42 @@ def test_code_passes_or_fails_its_tests(tmp_path):
     for wrong in (1, [None], {"a": 1}, [["assert f"]]):
         with pytest.raises(ValueError, match="'tests' must be a string or strings, not "):
             code(F, tests=wrong)
+
+
+@pytest.mark.parametrize("tests", [["assert add(1, 2) == 3", "assert add(0, 0) == 0"], '["assert add(1, 2) == 3"]', "['assert add(1, 2) == 3', 'x = 1']"])
+def test_a_list_of_tests_that_became_text_is_run(tests):
+    """A CSV has them so, and a list is a program that does nothing: every completion would pass."""
+    completions = ["def add(a, b): return a - b", "def add(a, b): return a + b", "pass"]
+    assert common.code_reward(None, completions, tests=[tests] * 3) == [0, 1, 0]
+    for wrong in ('{"inputs": ["1"]}', "[1, 2]", "['assert"):
+        with pytest.raises(ValueError, match="the column 'tests' must be a string or strings, not"):
+            common.code_reward(None, completions[:1], tests=[wrong])
+
+
+def test_a_coroutine_may_keep_what_belongs_to_its_loop():
+    one = asyncio.Semaphore(1)
+
+    async def judge(completions):
+        async with one:
+            await asyncio.sleep(0.01)
+            return [1.0] * len(completions)
+
+    async def two_at_once(completions):
+        return (await asyncio.gather(judge(completions), judge(completions)))[0]
+    for _ in range(2):
+        values, _ = common.score({"judge": Reward(two_at_once, 1.0)}, rows(), sampled("a", "b"), 0, 1)
+        assert values[:, 0].tolist() == [1, 1]
+
+
+def test_a_logged_metric_replaces_no_figure_of_an_evaluation(tmp_path):
+    """eval/reward decides what is warned of and which weights are kept."""
+    (tmp_path / "r.py").write_text("def f(completions, log_metric):\n    for name in ('reward', 'completions/mean_length', 'accuracy', 'mine'):\n        log_metric(name, 99.0)\n"
+                                   "    return [0.5] * len(completions)\n")
+    for script in (grpo, ppo):
+        metrics = run(script, tmp_path / script.__name__, "--reward_funcs", f"{tmp_path}/r.py:f", "--eval_fraction", 0.005, "--batch_size", 2, "--num_generations", 2,
+                      "--max_steps", 1, "--max_completion_length", 8)
+        first = metrics[0]
+        assert first["eval/reward"] == 0.5 and first["eval/accuracy"] <= 1 and first["eval/completions/mean_length"] <= 8 and first["eval/mine"] == 99
 
 
 def test_code_that_ends_early_does_not_pass():

@@ -564,6 +564,15 @@ def test_a_model_is_saved_as_it_was_shipped(tmp_path, where, flags):
     assert {name: saved.get(name) for name in shipped} == shipped and saved.get("do_sample") is not True and saved["eos_token_id"] == [260]
 
 
+@pytest.mark.parametrize("name", ["dpo", "reward_model"])
+def test_a_model_that_the_last_update_has_broken_is_not_saved(tmp_path, name):
+    """No later step would see it."""
+    with pytest.raises(common.UserError, match="step 1: the loss of the evaluation is not finite: the model is broken, and is not saved"):
+        run(importlib.import_module(name), tmp_path, "--max_steps", 1, "--batch_size", 2, "--learning_rate", 1e9, "--eval_fraction", 0.005,
+            "--eval_on_start", False, "--model_name_or_path", os.path.join(TINY, "sft"))
+    assert not (tmp_path / "model").exists() and "eval/loss" in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_the_best_weights_are_kept(tmp_path):
     """At a learning rate that ruins the model, model/ holds the start: the best evaluation was the first."""
     from transformers import AutoModelForCausalLM
