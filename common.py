@@ -292,7 +292,7 @@ class Args:
     eval_on_start: bool | None = arg(None, "evaluate before the first step; default: yes", EVAL)
     save_steps: int = arg(200, "steps between checkpoints (ppo, grpo: rounded up to whole rollouts)", above=0)
     save_total_limit: int = arg(2, "checkpoints that are kept", above=0)
-    logging_steps: int = arg(10, "steps between printed lines; metrics.jsonl has every step", above=0)
+    logging_steps: int = arg(10, "steps, or else 10 s, between printed lines; metrics.jsonl has all", above=0)
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = arg(
         None, "tracker", aliases=["--report_to"])
     audit: str | None = arg(None, "write what the loss sees of every token to FILE.html, and save nothing")
@@ -306,7 +306,7 @@ class Args:
         for name in ("max_steps", "num_train_epochs"):
             require(getattr(self, name) < 10**9, f"--{name} {getattr(self, name)} would never end")
         require(self.max_steps > 0 or self.num_train_epochs > 0 or self.ZERO_EPOCHS,
-                "nothing to do: give --max_steps or --num_train_epochs")
+                "nothing to do: give --max_steps or --num_train_epochs above 0")
         require(self.max_steps == -1 or self.max_steps > 0,
                 f"--max_steps must be above 0, or -1 for no limit, not {self.max_steps}")
         require(self.dataset_name,
@@ -916,8 +916,8 @@ def to_conversation(row, format, system_prompt=None):
 def to_prompt(row, format, system_prompt=None):
     """A row -> (the prompt as it stands in the row, its messages). ValueError with the reason."""
     messages = prompt_messages(row, format)
-    require(messages[-1]["role"] != "assistant",
-            "the prompt ends with an assistant message; it must end with the user's")
+    last = messages[-1]["role"]
+    require(last == "user", f"the prompt ends with a message of role {last}; it must end with the user's")
     require(messages[-1]["content"].strip(), f"column '{format}' is empty")
     return unpacked(row[format]), with_system(messages, row, system_prompt)
 
@@ -1825,7 +1825,7 @@ def checked_values(name, function, given, places, timeout):
             size = 0.0 if value is None else abs(float(value))
         require(size < 1e30 and not isinstance(value, (str, bytes, bytearray)),
                 f"{returned} {repr(value)[:80]} for {place}; "
-                "expected a finite number, or None for not applicable")
+                "expected a number of less than 1e30, or None for not applicable")
     return [math.nan if value is None else float(value) for value in values]
 
 
@@ -2021,7 +2021,8 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
 
 def base_and_adapter(name):
     """A model folder or name -> (name, None); a LoRA adapter's folder -> (its base, the folder)."""
-    require(not os.path.exists(os.path.join(name, "metrics.jsonl")), f"{name} is a run: give {name}/model")
+    a_run = Path(name, "metrics.jsonl").exists() and not Path(name, "config.json").exists()
+    require(not a_run, f"{name} is a run: give {name}/model")
     base, adapter, lost = name, None, f"no such model folder: {name}{' (a file)' * os.path.isfile(name)}"
     if os.path.exists(os.path.join(name, "adapter_config.json")):
         with explain(f"{name}/adapter_config.json is not readable"):

@@ -279,6 +279,8 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("grpo", "metrics = logged | common.rollout_metrics(rows, rewards)", "metrics = common.rollout_metrics(rows, rewards) | logged"),
     ("ppo", "figures = logged | common.rollout_metrics(rows, rewards)", "figures = common.rollout_metrics(rows, rewards) | logged"),
     ("ppo", "model.get_output_embeddings().weight.shape[1]", "model.config.hidden_size"),
+    ("common", 'require(not a_run,', "require(True,"),
+    ("common", 'require(last == "user",', 'require(last != "assistant",'),
 ]
 
 

@@ -897,7 +897,8 @@ def test_rows_that_cannot_be_trained_on(row, kind, sentence):
 
 
 @pytest.mark.parametrize("row, kind, sentence", [
-    ({"prompt": row_of((U, "a"), (A, "b"))["messages"]}, "prompt", "ends with an assistant message"),
+    ({"prompt": row_of((U, "a"), (A, "b"))["messages"]}, "prompt", "ends with a message of role assistant; it must end with the user's"),
+    ({"prompt": [{"role": "system", "content": "a"}]}, "prompt", "ends with a message of role system; it must end with the user's"),
     ({"prompt": None}, "prompt", "is not a string"),
     ({"question": " "}, "question", "column 'question' is empty"),
     ({"instruction": "a", "input": 3}, "instruction", "column 'input' is not")])
