@@ -359,7 +359,7 @@ def make_value(args, start, model, run):
         classifier = scorer.get_base_model() if isinstance(scorer, PeftModel) else scorer
         head = make_value_head(start.weight * row)
         return scorer, classifier.base_model, head
-    head = make_value_head(torch.zeros(1, model.get_output_embeddings().weight.shape[1]))
+    head = make_value_head(model.get_output_embeddings().weight[:1] * 0)
     if args.share_trunk:
         say("value    a head of zeros on the policy's trunk")
         return model, None, head

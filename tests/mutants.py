@@ -64,7 +64,6 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "tokens, self.rows = tokens[kept], self.rows[kept]", "tokens = tokens[kept]"),
     ("common", "key = len(tokens), self.at.width", "self.at.width, key = self.WIDTH, (len(tokens), 0)"),
     ("common", 'attention_mask=mask, past_key_values=prompts,', 'attention_mask=None, past_key_values=prompts,'),
-    ("common", "(kind.forward if cached else fast)(self,", "(kind.forward if cached else fast)(layer,"),
     # sft
     ("sft", "args.max_grad_norm or math.inf", "math.inf"),
     ("sft", "share = mb.loss / trained_tokens", "share = mb.loss / mb.mask.sum()"),
@@ -278,7 +277,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "if scores:  # an adapter brings", "if scores and args.adapter:  # an adapter brings"),
     ("grpo", "metrics = logged | common.rollout_metrics(rows, rewards)", "metrics = common.rollout_metrics(rows, rewards) | logged"),
     ("ppo", "figures = logged | common.rollout_metrics(rows, rewards)", "figures = common.rollout_metrics(rows, rewards) | logged"),
-    ("ppo", "model.get_output_embeddings().weight.shape[1]", "model.config.hidden_size"),
+    ("ppo", "model.get_output_embeddings().weight[:1] * 0", "torch.zeros(1, model.config.hidden_size)"),
     ("common", 'require(not a_run,', "require(True,"),
     ("common", 'require(last == "user",', 'require(last != "assistant",'),
 ]

@@ -407,7 +407,7 @@ def test_the_day_in_a_template_is_the_runs_own(tmp_path, monkeypatch):
     one.tokenizer.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == (tmp_path / "t.jinja").read_text()
     day[0] = "2026-03-02"
-    monkeypatch.setattr(common, "find_checkpoint", lambda args: ("step-1", {"args": dict(vars(one.args)), "weights": {}, "optimizer": {}, **one.state}))
+    monkeypatch.setattr(common, "find_checkpoint", lambda args: ("step-1", {"args": common.asdict(one.args), "weights": {}, "optimizer": {}, **one.state}))
     two = common.Run(common.parse_args(sft.Args, flags))
     assert two.args.date == "2026-03-01" and encode(two.tokenizer, chat("a", "b")) == encode(one.tokenizer, chat("a", "b"))
     with pytest.raises(common.UserError, match="with --date 2026-03-01 and this run has 2026-03-02"):
@@ -1350,7 +1350,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_stays(tmp_path):
     old = tmp_path / "checkpoints" / "step-00000004"
     old.mkdir(parents=True)
     (old / "state.json").write_text("{}")
-    for wanted, says in ("latest", "no checkpoint in .* can be read"), (str(old), "step-00000004: No such file"):
+    for wanted, says in ("latest", "no checkpoint in .* can be read"), (str(old), "step-00000004: no checkpoint is there"):
         with pytest.raises(common.UserError, match=says):
             common.find_checkpoint(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path), overwrite_output_dir=False))
     assert old.exists()

@@ -493,10 +493,13 @@ def test_the_base_under_an_adapter_is_part_of_what_a_checkpoint_depends_on(data,
         start("sft", data, tmp_path / "out", *flags, *LATEST)()
 
 
-def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
     flags = ["--learning_rate", 1e38, "--warmup_steps", 0, "--max_steps", 1]
-    with pytest.raises(common.UserError, match="step 1: the weights are no longer finite and are not saved"):
+    with pytest.raises(common.UserError, match="step 1: the loss of the evaluation is not finite"):  # which comes first
         start("sft", data, tmp_path / "out", *flags)()
+    monkeypatch.setattr(common.Run, "report", lambda *_: {"eval/loss": 0.0})
+    with pytest.raises(common.UserError, match="step 1: the weights are no longer finite and are not saved"):
+        start("sft", data, tmp_path / "again", *flags)()
     assert not os.path.exists(tmp_path / "out" / "model")
 
 
