@@ -1138,11 +1138,11 @@ def find_answer(tokenizer, messages, k, text):
 
 def encode_conversation(tokenizer, messages, completion_only_loss=True, check=check_whole):
     """messages -> [{"input_ids": [...], "mask": [...], "start": the place of the first trained answer (of
-    the last, if all counts), "notes": Counter}], usually one. ValueError. An answer is what the final
-    rendering has from the end of the generation prompt to the first stop token, which is included:
-    nothing after it is ever sampled. A template that rewrites earlier turns (thinking models), or ends
-    none but the last, gives a row for each trained turn. `notes` is for the printed report. A token that
-    belongs half to an answer and half to what surrounds it is not trained."""
+    the last, if all counts), "notes": Counter}], usually one. ValueError, by `check` where text is missing.
+    An answer is what the final rendering has from the end of the generation prompt to the first stop token,
+    which is included: nothing after it is ever sampled. A template that rewrites earlier turns (thinking
+    models), or ends none but the last, gives a row for each trained turn. `notes` is for the printed report.
+    A token that belongs half to an answer and half to what surrounds it is not trained."""
     text = render(tokenizer, messages)
     trained = [k for k, message in enumerate(messages) if message["train"]]
     if not completion_only_loss:
