@@ -358,6 +358,7 @@ class Parser(HfArgumentParser):
     def __init__(self, args_class):
         self.args_class, self.names = args_class, [flag.name for flag in fields(args_class)]
         super().__init__(args_class, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse takes -1e-05 for a flag
 
     @staticmethod
     def _parse_dataclass_field(parser, flag):
@@ -449,7 +450,8 @@ class Parser(HfArgumentParser):
             if value is None or value == []:
                 continue
             value = json.dumps(value) if isinstance(value, dict) else value
-            texts = [str(v).replace("$HERE", here) for v in (value if isinstance(value, list) else [value])]
+            texts = [str(v).replace("$HERE", here if name != "system_prompt" else "$HERE")
+                     for v in (value if isinstance(value, list) else [value])]
             words += [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
         with explain(path, UserError):
             self.values(words)
@@ -1000,8 +1002,7 @@ def load_tokenizer(args):
         file, text = transformers.utils.cached_file(source, "tokenizer.json"), "It's 12345\n\n\tx  [/INST]"
         ids = type(tokenizer.backend_tokenizer).from_file(file).encode(text, add_special_tokens=False).ids
         if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
-            say(f"warning  transformers splits words otherwise than {file} does, by which the model may have "
-                "been trained")
+            say(f"warning  transformers splits words otherwise than {file}, which the model may expect")
     require(tokenizer.is_fast, f"the tokenizer of '{source}' gives no character offsets, "
             "which the masks need (is_fast is False)")
     require(tokenizer.eos_token_id is not None,
@@ -1675,8 +1676,8 @@ def try_rewards(rewards, train, held, args):
         for name in filter(NEEDS.get, used):
             lack = [p["place"] for p in prompts if all(p["columns"].get(c) is None for c in NEEDS[name])]
             column = " or ".join(map(repr, NEEDS[name]))
-            require(len(lack) < len(prompts), f"--reward_funcs {name} needs a column {column}; {file} has "
-                    f"{', '.join(prompts[0]['columns']) or 'none'} beside prompt and completion")
+            require(len(lack) < len(prompts), f"--reward_funcs {name} needs a column {column}; of {file} "
+                    f"rewards are given {', '.join(prompts[0]['columns']) or 'none'}")
             if lack:
                 say(f"warning  {name} does not apply to {len(lack):,} of {len(prompts):,} prompts: they have "
                     f"no {column}, such as {lack[0]}")
@@ -2668,7 +2669,7 @@ def make_accelerator(args):
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         args.bf16 = not cpu and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no", log_with=args.log_with,
-                              project_dir=args.output_dir,
+                              project_dir=os.path.join(args.output_dir, "tracker"),
                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
                                                InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     accelerator.gradient_accumulation_steps = 1
@@ -2724,8 +2725,7 @@ MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "s
               "gradient_checkpointing", "merge", "reward_timeout", "kl_warn", "audit", "audit_step",
               "sampler_device"}
 OWN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # the first process alone uses them
-# The files and folders in output_dir that a run replaces.
-OUTPUTS = "args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged", "value"
+OUTPUTS = "args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model", "merged", "value", "tracker"
 
 
 def open_run(args):
@@ -2777,24 +2777,24 @@ def lock(folder):
 
 
 def check_free(args):
-    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs; what
-    will be replaced is said."""
+    """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs."""
     if args.audit:  # replaces nothing
         return
     used = [name for name in OUTPUTS if os.path.lexists(os.path.join(args.output_dir, name))]
     # replaced are a run that made one step at most and, asked to go on, one that has no checkpoint yet
-    log, *paths = (os.path.join(args.output_dir, name) for name in ("metrics.jsonl", *used))
+    log, *paths = (os.path.join(args.output_dir, n) for n in ("metrics.jsonl", *used) if n != "tracker")
     with explain(log, OSError), open(log if os.path.isfile(log) else os.devnull, "rb") as file:
         started = all(map(os.path.isfile, paths)) and len(file.readlines()) < 2
-    if args.resume_from_checkpoint == "latest" and not {"model", "merged", "value"}.intersection(used):
-        with suppress(OSError, ValueError), open(os.path.join(args.output_dir, "args.json"), "rb") as file:
-            theirs, free = json.load(file), MAY_CHANGE | {"date"}
-            started |= all(theirs.get(n) == value for n, value in asdict(args).items() if n not in free)
+    theirs, free = {}, MAY_CHANGE | {"date"}
+    with suppress(OSError, ValueError), open(os.path.join(args.output_dir, "args.json"), "rb") as file:
+        theirs = json.load(file)
+    same = all(theirs.get(n) == value for n, value in asdict(args).items() if n not in free)
+    started |= same and args.resume_from_checkpoint == "latest" and not {"model", "merged", "value"} & {*used}
     require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
             "args.json, so it is no run of ours and is not overwritten; choose another --output_dir")
     require(not used or args.overwrite_output_dir or started,
             f"{args.output_dir} already holds a run: choose another --output_dir, or add "
-            + "--resume_from_checkpoint latest to go on, or " * (args.resume_from_checkpoint is None)
+            + "--resume_from_checkpoint latest to go on, or " * (same and args.resume_from_checkpoint is None)
             + "--overwrite_output_dir to replace it")
     given = [(name, getattr(args, name, None)) for name in (
         "model_name_or_path", "dataset_name", "eval_dataset_name", "chat_template_path", "sft_dataset",
@@ -3783,10 +3783,8 @@ class Run:
         self.last = self.step
 
     def finish(self, model, value=None):
-        """Closes the log; writes model/ (merged/ with --merge, ppo's value/) if anything was trained."""
+        """Writes model/ (merged/ with --merge, ppo's value/) if anything was trained; closes the log."""
         self.bar.close()
-        if self.track:
-            self.accelerator.end_training()
         if self.total_steps:
             finish(self.args, self.accelerator, model, self.tokenizer)
             if value:
@@ -3794,6 +3792,8 @@ class Run:
             if self.args.merge and self.accelerator.is_main_process:
                 merge_adapter(self, model)
             self.accelerator.wait_for_everyone()
+        if self.track:  # last: it takes the processes apart
+            self.accelerator.end_training()
         if self.lock:
             os.close(self.lock)
 

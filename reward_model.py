@@ -187,12 +187,10 @@ def encode_pair_rows(items, tokenizer, args, counts):
 
 def encode_scored_rows(items, tokenizer, args, counts, names):
     """What to_scored gives -> groups of one row, its targets in the order of the names."""
-    for (_, scores), _, place in items:
-        require(sorted(scores) == names,
-                f"{place}: the scores are {sorted(scores)}, those of the first row {names}")
-
     def encode(item, row):
         conversation, scores = item
+        require(sorted(scores) == names,
+                f"the scores are {sorted(scores)}, those of the first row {names}")
         part = common.upto_answer(common.encode_conversation(tokenizer, conversation["messages"])[-1])
         return [part | {"targets": [scores[name] for name in names]}]
     rows = common.encode_rows(items, encode, args.max_length, counts, args.skip_bad_rows)

@@ -412,7 +412,7 @@ def main(args):
         if not held or args.audit:
             return
         metrics = run.report(lambda: evaluate(policy, model, held, args, run))
-        run.watch_loss(metrics["eval/loss"], "--keep_best, ")
+        run.watch_loss(metrics["eval/loss"], "--keep_best, " * (not args.keep_best))
         if args.keep_best and metrics["eval/loss"] < run.state["best_loss"]:
             run.state["best_loss"] = metrics["eval/loss"]
             run.save("best")
@@ -464,6 +464,7 @@ def main(args):
         run.save_or_leave()
     if args.keep_best and run.state["best_loss"] < math.inf:
         common.restore(run.module, None, run.load_best())
+        say(f"best     those of the evaluation with loss {run.state['best_loss']:.4f} are saved")
     run.finish(model)
 
 

@@ -280,6 +280,10 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("ppo", "model.get_output_embeddings().weight[:1] * 0", "torch.zeros(1, model.config.hidden_size)"),
     ("common", 'require(not a_run,', "require(True,"),
     ("common", 'require(last == "user",', 'require(last != "assistant",'),
+    ("common", "        self.bar.close()\n", "        self.bar.close()\n        self.track and self.accelerator.end_training()\n"),
+    ("common", 'self._negative_number_matcher = ', "matcher = "),
+    ("common", 'here if name != "system_prompt" else "$HERE"', "here"),
+    ("common", 'project_dir=os.path.join(args.output_dir, "tracker")', "project_dir=args.output_dir"),
 ]
 
 

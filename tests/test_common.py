@@ -1175,7 +1175,7 @@ def test_the_small_example_replaces_a_run_of_itself_in_its_own_folder_alone(tmp_
     assert common.parse_args(dpo.Args, []).overwrite_output_dir
     (own / "metrics.jsonl").write_text("{}\n{}\n")
     chosen = common.parse_args(dpo.Args, ["--output_dir", str(own)])
-    with pytest.raises(common.UserError, match="already holds a run: choose another --output_dir, or add --resume_from_checkpoint latest"):
+    with pytest.raises(common.UserError, match="already holds a run: choose another --output_dir, or add --overwrite_output_dir"):
         common.check_free(chosen)
 
 
@@ -1207,6 +1207,16 @@ def test_a_template_for_tools_stays_beside_the_default(tmp_path):
     got = common.load_tokenizer(SimpleNamespace(model_name_or_path=str(tmp_path), trust_remote_code=False, chat_template_path=None,
                                                 chat_template_kwargs=None))
     assert got.chat_template == {"default": CHATML, "tool_use": "{{ tools }}"}
+
+
+def test_a_runs_own_arguments_come_back_as_they_were(tmp_path):
+    """JSON writes -0.00001 as -1e-05, which argparse takes for a flag; and $HERE is a folder's name where a path is meant alone."""
+    given = {"model_name_or_path": f"{TINY}/sft", "dataset_name": "$HERE/d.jsonl", "reward_funcs": ["accuracy", "format"], "reward_weights": [-1e-05, 1],
+             "system_prompt": "cd $HERE"}
+    (tmp_path / "args.json").write_text(json.dumps(given))
+    args = common.parse_args(grpo.Args, [str(tmp_path / "args.json")])
+    assert args.reward_weights == [-1e-05, 1] and args.system_prompt == "cd $HERE" and os.path.samefile(os.path.dirname(args.dataset_name), tmp_path)
+    assert common.parse_args(grpo.Args, [str(tmp_path / "args.json"), "--reward_weights", "-1e-05", "-.5"]).reward_weights == [-1e-05, -0.5]
 
 
 def test_a_role_that_is_no_string_is_refused_with_a_reason():

@@ -264,6 +264,13 @@ def test_two_processes_killed_and_resumed_end_bit_equal(name, flags, tmp_path, f
     assert (whole / "metrics.jsonl").read_text() == (out / "metrics.jsonl").read_text()
 
 
+def test_two_processes_with_a_tracker_end_well(tmp_path, five_eval_rows):
+    """Closing it takes the processes apart, which saving and merging still need together."""
+    pytest.importorskip("tensorboard")
+    launch(tmp_path, "sft", 2, *CASES["sft"], *five_eval_rows, "--max_steps", 1, "--log_with", "tensorboard", "--lora_r", 4, "--merge")
+    assert {"model", "merged", "tracker"} <= set(os.listdir(tmp_path / "sft-2"))
+
+
 @pytest.mark.parametrize("plugin", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_what_splits_a_model_otherwise_is_refused(plugin, monkeypatch):
     """As accelerate's launcher asks for it; parallelism would give each process other rows of what should be the same."""
