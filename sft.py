@@ -464,7 +464,7 @@ def main(args):
         run.save_or_leave()
     if args.keep_best and run.state["best_loss"] < math.inf:
         common.restore(run.module, None, run.load_best())
-        say(f"best     those of the evaluation with loss {run.state['best_loss']:.4f} are saved")
+        say(f"best     the weights of the evaluation with loss {run.state['best_loss']:.4f} are saved")
     run.finish(model)
 
 
