@@ -2786,8 +2786,8 @@ def check_free(args):
     with explain(log, OSError), open(log if os.path.isfile(log) else os.devnull, "rb") as file:
         started = all(map(os.path.isfile, paths)) and len(file.readlines()) < 2
     theirs, free = {}, MAY_CHANGE | {"date"}
-    with suppress(OSError, ValueError), open(os.path.join(args.output_dir, "args.json"), "rb") as file:
-        theirs = json.load(file)
+    with suppress(OSError, *UNREADABLE), open(os.path.join(args.output_dir, "args.json"), "rb") as file:
+        theirs = dict(json.load(file))
     same = all(theirs.get(n) == value for n, value in asdict(args).items() if n not in free)
     started |= same and args.resume_from_checkpoint == "latest" and not {"model", "merged", "value"} & {*used}
     require(not used or "args.json" in used, f"{args.output_dir} holds {', '.join(used)} but no "
