@@ -515,7 +515,7 @@ def test_a_run_with_built_in_rewards_and_columns_that_are_refused(tmp_path):
     for name, columns, sentence in [
             ("code", {"tests": 3}, "d.jsonl:3: the column 'tests' must be a string"), ("json", {"schema": "a"}, "d.jsonl:3: the column 'schema' must be a list"),
             ("code", {"tests": "assert f("}, r"d.jsonl:3: '\(' was never closed \(the column 'tests', line 1\)"),
-            ("code", {"test_list": ["assert f"]}, "--reward_funcs code needs a column 'tests'; .*d.jsonl has test_list")]:
+            ("code", {"test_list": ["assert f"]}, "--reward_funcs code needs a column 'tests'; of .*d.jsonl rewards are given test_list")]:
         with pytest.raises(common.UserError, match=sentence):
             train("format", name, **columns)
 
