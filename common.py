@@ -1107,11 +1107,12 @@ def end_of_turn(tokenizer, template):
     return None
 
 
-def encode_prompt(tokenizer, messages):
-    """messages -> ids of the prompt, ending where the assistant begins. None of its turns is trained here."""
+def encode_prompt(tokenizer, messages, max_length=10**9):
+    """messages -> ids of the prompt, ending where the answer begins: the first and the last, max_length."""
     text = render(tokenizer, messages, add_generation_prompt=True)
-    check_whole(text, [{**message, "train": False} for message in messages])
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    check_whole(text, [{**message, "train": False} for message in messages])  # none is trained here
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[:1] + ids[-max_length:][1:]
 
 
 # what encode_conversation notes of a row
@@ -1193,18 +1194,19 @@ def prompt_key(messages):
     return repr([m["content"] for m in messages if m["role"] != "assistant"])
 
 
-def make_row(ids, mask, **fields):
+def make_row(ids, mask, part=slice(None), **fields):
     """A training row: input_ids int32 (T,), mask int8 (T,) with 1 = trained, trained = their number, and
-    `fields`. mask[0] is 0: nothing predicts token 0."""
-    ids = torch.tensor(ids, dtype=torch.int32)
-    mask = torch.tensor(mask, dtype=torch.int8)
+    `fields`; of a part of two lists, whose first token stays in front: without their BOS, models like Gemma
+    know nothing. mask[0] is 0: nothing predicts token 0."""
+    ids = torch.tensor(ids[:1] + ids[part][1:], dtype=torch.int32)
+    mask = torch.tensor(mask[part], dtype=torch.int8)
     mask[:1] = 0
     return {"input_ids": ids, "mask": mask, "trained": int(mask.sum()), **fields}
 
 
 def kept_part(length, answer, max_length):
     """The slice that is left of a row of so many tokens, whose completion begins at place `answer`: it loses
-    the prompt's beginning, but for the first token, down to max_length / 2, then the completion's end."""
+    the prompt's beginning, down to max_length / 2, then the completion's end."""
     start = max(0, min(length - max_length, answer - max_length // 2))
     return slice(start, start + max_length)
 
@@ -1237,7 +1239,7 @@ def encode_rows(items, encode, max_length, counts, skip_bad_rows=False):
         for part in parts:
             whole, mask, start, notes = map(part.pop, ("input_ids", "mask", "start", "notes"))
             kept = kept_part(len(whole), start, max_length)
-            row = make_row(whole[:1] + whole[kept][1:], mask[kept], place=place, **part)
+            row = make_row(whole, mask, kept, place=place, **part)
             if row["trained"]:
                 rows.append(row)
             counts[f"cut to {max_length} tokens"] += len(whole) > max_length
@@ -1256,8 +1258,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
         require(max(map(len, parts)) == 1, "the chat template rewrites earlier turns, or does not end them, "
                 "so a completion of several turns cannot be one example")
         sides = [upto_answer(encodings[0]) for encodings in parts]
-        prompt_ids = encode_prompt(tokenizer, pair["prompt"])
-        return sides, prompt_ids[:1] + prompt_ids[-max_length:][1:]
+        return sides, encode_prompt(tokenizer, pair["prompt"], max_length)
 
     pairs = []
     kept = [item for item in items if all(m["content"].strip() for side in SIDES for m in item[0][side])]
@@ -1265,8 +1266,7 @@ def encode_pairs(items, tokenizer, max_length, counts, skip_bad_rows=False):
     for (sides, prompt_ids), pair, row, place in convert_rows(kept, encode, skip_bad_rows):
         longest = max(len(side["mask"]) for side in sides)
         part = kept_part(longest, min(side["start"] for side in sides), max_length)
-        chosen, rejected = (make_row(side["input_ids"][:1] + side["input_ids"][part][1:], side["mask"][part])
-                            for side in sides)
+        chosen, rejected = (make_row(side["input_ids"], side["mask"], part) for side in sides)
         counts[f"cut to {max_length} tokens"] += longest > max_length
         counts.update(sides[0]["notes"] | sides[1]["notes"])
         if all(chosen[name].equal(rejected[name]) for name in ("input_ids", "mask")):

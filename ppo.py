@@ -643,7 +643,7 @@ def main(args):
         run.samples("rollout", common.samples_table(sampled[:8], rewards))
         rows = [row for row in sampled if not math.isnan(row["score"])]  # what nothing scores is left out
         require(rows, f"step {run.step + 1}: no reward function applies to any completion of the rollout "
-                "(all returned None)")
+                "(all returned None); raise --batch_size or leave such rows out")
 
         # 4. Log-probs and values before the policy moves, by the forward that trains, and of the reference.
         with common.unsharded(policy):

@@ -287,9 +287,8 @@ def load_rows(args, tokenizer):
     def encode_held(conversation, row):
         parts, answer = encode(conversation, row), row.get("answer")
         if args.max_completion_length and "messages" in conversation and answer is not None:
-            ids = common.encode_prompt(tokenizer, conversation["messages"][:-1])
-            ids = ids[:1] + ids[-args.max_length:][1:]  # what BOS there is stays
-            parts[-1] |= {"prompt_ids": ids, "answer": common.readable(answer),
+            prompt_ids = common.encode_prompt(tokenizer, conversation["messages"][:-1], args.max_length)
+            parts[-1] |= {"prompt_ids": prompt_ids, "answer": common.readable(answer),
                           "prompt": conversation["messages"][-2:][0]["content"]}
         return parts
 
