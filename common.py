@@ -1108,7 +1108,7 @@ def end_of_turn(tokenizer, template):
 
 
 def encode_prompt(tokenizer, messages, max_length=10**9):
-    """messages -> ids of the prompt, ending where the answer begins: the first and the last, max_length."""
+    """messages -> ids of the prompt up to the answer; of more than max_length the first and the last ones."""
     text = render(tokenizer, messages, add_generation_prompt=True)
     check_whole(text, [{**message, "train": False} for message in messages])  # none is trained here
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
