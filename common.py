@@ -1223,7 +1223,7 @@ def encode_sft(tokenizer, conversation, completion_only_loss=True):
     gets an EOS, is trained as a whole, and begins with one BOS, if the tokenizer adds one."""
     if "messages" in conversation:
         return encode_conversation(tokenizer, conversation["messages"], completion_only_loss)
-    ids = tokenizer(conversation["text"])["input_ids"]
+    ids = tokenizer(conversation["text"].removesuffix(tokenizer.eos_token))["input_ids"]  # it may add one too
     doubled = len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
     ids = ids[doubled:] + [tokenizer.eos_token_id] * (ids[-1:] != [tokenizer.eos_token_id])
     return [{"input_ids": ids, "mask": [1] * len(ids), "start": 0, "notes": {}}]
@@ -2350,9 +2350,8 @@ def step_memory(config, tokens, full, bf16, checkpointing):
     wide = 3 * h * e + 2 * k * e + 4 * f
     if bf16 and not full:
         wide += h * e + f  # each adapter casts its own input
-    layer = (26 if bf16 else 24) * d + size * wide  # norms are in fp32
-    if not full:
-        layer -= 2 * size * d  # frozen norms keep less
+    layer = (26 if bf16 else 24) * d + size * wide  # norms are in fp32,
+    layer -= 0 if full else 2 * size * d  # and frozen ones keep less
     kept = layers * (stream * d if checkpointing else layer) + 12 * d
     head = 8 * min(tokens * config.vocab_size, LOGITS_AT_ONCE) + (4 * config.vocab_size * d if full else 0)
     return tokens * kept + max(head, tokens * (layer * checkpointing + 3 * size * f))
@@ -3543,7 +3542,8 @@ class Run:
                     json.dump(asdict(args) | dict.fromkeys(OWN - {"output_dir"}), file, indent=1)
         if self.track:
             with explain(f"--log_with {args.log_with}"):
-                self.accelerator.init_trackers(os.path.basename(os.path.normpath(folder)))
+                redone = {"tensorboard": {"purge_step": self.step + 1}}  # else both attempts would show
+                self.accelerator.init_trackers(os.path.basename(os.path.abspath(folder)), init_kwargs=redone)
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM are noted: the loop saves a checkpoint and stops. They cut an evaluation, but in

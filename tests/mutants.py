@@ -283,6 +283,8 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", 'self._negative_number_matcher = ', "matcher = "),
     ("common", 'here if name != "system_prompt" else "$HERE"', "here"),
     ("common", 'project_dir=os.path.join(args.output_dir, "tracker")', "project_dir=args.output_dir"),
+    ("common", '{"purge_step": self.step + 1}', '{"purge_step": self.step}'),
+    ("common", '.removesuffix(tokenizer.eos_token))["input_ids"]', ')["input_ids"]'),
 ]
 
 

@@ -1,5 +1,6 @@
 """common.py, arguments and data: every format under every kind of template, to the last token; files; --help."""
 
+import copy
 import hashlib
 import inspect
 import json
@@ -190,8 +191,12 @@ def test_the_system_prompt_goes_to_rows_that_have_none(tokenizer):
 
 def test_raw_text_has_one_bos_and_one_eos_and_all_of_it_counts(tokenizer):
     bos = TEMPLATES["plain"][0]
+    both = copy.deepcopy(bos)  # it adds an EOS too
+    both.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A <|end|>", special_tokens=[
+        (token, bos.convert_tokens_to_ids(token)) for token in ("<s>", "<|end|>")])
     for t, text, want in ((tokenizer, "hi", "[[hi<|end|>]]"), (tokenizer, "hi<|end|>", "[[hi<|end|>]]"),
-                          (bos, "hi", "[[<s>hi<|end|>]]"), (bos, "<s>hi", "[[<s>hi<|end|>]]")):
+                          (bos, "hi", "[[<s>hi<|end|>]]"), (bos, "<s>hi", "[[<s>hi<|end|>]]"),
+                          (both, "hi", "[[<s>hi<|end|>]]"), (both, "<s>hi<|end|>", "[[<s>hi<|end|>]]")):
         encoded, = common.encode_sft(t, common.to_conversation({"text": text}, "text"))
         assert marked(t, encoded) == want
 

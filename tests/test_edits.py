@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -31,7 +32,9 @@ SHORT = {"sft": ["--max_steps", "2"], "dpo": ["--max_steps", "2"],
 
 @pytest.fixture
 def changed(tmp_path):
-    """name -> the module of the changed script."""
+    """name -> the module of the changed script, in a folder inside a clone, as effects.py has it."""
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+
     def load(name):
         path = edited(name, tmp_path / "changed")
         module = name.replace("-", "_")

@@ -409,6 +409,20 @@ def test_trackers_through_accelerate(tmp_path):
         run(sft, tmp_path / "out", "--max_steps", 2, "--batch_size", 2, "--logging_steps", 1, "--eval_fraction", 0.001, "--report_to", "tensorboard")
 
 
+def test_a_resumed_run_has_one_curve(tmp_path):
+    pytest.importorskip("tensorboard")
+    from conftest import run
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    flags = ["--max_steps", 5, "--batch_size", 2, "--logging_steps", 1, "--eval_fraction", 0, "--log_with", "tensorboard", "--save_steps", 2]
+    run(sft, tmp_path / "out", *flags)
+    shutil.rmtree(tmp_path / "out" / "model")  # as if killed after step 5, with a checkpoint of step 4
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000005")
+    logged = run(sft, tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
+    folder, = (path for path, _, files in os.walk(tmp_path / "out" / "tracker") if files)
+    curves = EventAccumulator(folder).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == [1, 2, 3, 4, 5] == [record["step"] for record in logged]
+
+
 # ---- trust -----------------------------------------------------------------------------------------------------------------
 
 class Payload:

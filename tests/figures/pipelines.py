@@ -8,6 +8,7 @@ same 200 held-out problems, and what a majority vote and the reward model make o
 """
 
 import argparse
+import filecmp
 import json
 import os
 import re
@@ -64,8 +65,10 @@ def edited(name, folder):
     for file in (script, "common.py"):
         shutil.copy(os.path.join(ROOT, file), folder)
     diff = os.path.join(TESTS, "edits", f"{name}.diff")
-    done = subprocess.run(["git", "apply", diff], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
+    # inside a clone git would change nothing, and say nothing: it must not look above the folder
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.realpath(folder))}
+    done = subprocess.run(["git", "apply", diff], cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode or filecmp.cmp(os.path.join(ROOT, script), os.path.join(folder, script), shallow=False):
         raise ValueError(f"{diff} does not apply: {done.stderr}")
     return os.path.join(folder, script)
 
