@@ -73,7 +73,7 @@ from accelerate import Accelerator
 from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs,
                               gather_object, parse_flag_from_env, recursively_apply, set_seed)
 from huggingface_hub import ModelCardData
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -624,7 +624,7 @@ def find_format(rows, formats, chosen=None):
     known = "; ".join(f"{name} ({', '.join(needed)})" for name, needed in formats.items())
     columns = ", ".join(sorted(map(str, row)))
     require(chosen or fitting, f"{place}: no known format has the columns {columns}"
-            f"{' (a first line with their names?)' * ('.csv:' in place)}. Known are: {known}")
+            f"{' (a first line with their names, and commas?)' * ('.csv:' in place)}. Known are: {known}")
     require(not chosen or chosen in fitting, f"{place}: --format {chosen} needs the columns "
             f"{', '.join(formats.get(chosen, ()))}, and there are {columns}")
     return chosen or fitting[0]
@@ -689,9 +689,10 @@ def warn_of_texts(tokenizer, items, columns):
         say_where(twice, "answers that begin with the whole prompt, which then comes in twice")
 
 
-def read_split(args, tokenizer, formats, convert, key, counts=None, also=()):
+def read_split(args, tokenizer, formats, convert, prompt_of, counts=None, also=()):
     """-> (training items, held-out items, [the format of each file]). Without --eval_dataset_name, hold_out
-    splits by key(converted). With `counts` (a Counter) repeated training rows are dropped and counted."""
+    splits by prompt_of(converted), messages. With `counts` (a Counter) repeated training rows are dropped and
+    counted."""
     items, format = read_items(args.dataset_name, args, tokenizer, formats, convert, also)
     require(format != "text" or not args.system_prompt,
             f"--system_prompt has no effect on rows of text: leave it out ({args.dataset_name})")
@@ -703,29 +704,32 @@ def read_split(args, tokenizer, formats, convert, key, counts=None, also=()):
         items = list(unique.values())
     if args.eval_dataset_name:
         held, held_format = read_items(args.eval_dataset_name, args, tokenizer, formats, convert, also)
-        trained = {key(converted) for converted, _, _ in items}
-        both = sum(key(converted) in trained for converted, _, _ in held)
+        trained = {prompt_key(prompt_of(converted)) for converted, _, _ in items}
+        both = sum(prompt_key(prompt_of(converted)) in trained for converted, _, _ in held)
         if both:
             say(f"warning  {both:,} of {len(held):,} evaluation rows have a prompt that is trained on too")
         return items, held, [format, held_format]
-    train, held = hold_out(items, [key(converted) for converted, _, _ in items], args.eval_fraction)
+    train, held = hold_out(items, [prompt_of(converted) for converted, _, _ in items], args.eval_fraction)
     return train, held, [format]
 
 
 def hold_out(items, prompts, fraction, most=200):
-    """Splits items into (train, evaluation): the prompts with the smallest SHA-256 are held out, the same in
-    every script. At most round(fraction x rows) and at most `most` rows: a prompt that would exceed this is
-    skipped. If every prompt would, one of the smallest size is held out, where `most` allows it; none if that
-    number is 0 or there is one prompt alone."""
-    size, held, count, parts = Counter(prompts), set(), 0, ([], [])
-    wanted = min(most, round(fraction * len(items)))
+    """Splits items into (train, evaluation) by prompts, lists of messages: those whose prompt_key has the
+    smallest SHA-256 are held out, the same in every script. At most round(fraction x rows) and at most `most`
+    rows: a prompt that would exceed this is skipped. If all would, system messages count too; if that is no
+    help, one of the smallest size is held out, where `most` allows it; none if there is one alone."""
+    wanted, held, count, parts = min(most, round(fraction * len(items))), set(), 0, ([], [])
+    keys = list(map(prompt_key, prompts))
+    if min(Counter(keys).values()) > wanted:
+        keys = [prompt_key(prompt, system=True) for prompt in prompts]
+    size = Counter(keys)
     limit = min(most, max(wanted, min(size.values())))
-    for prompt in sorted(size, key=lambda p: hashlib.sha256(p.encode()).digest()):
-        if count < wanted and count + size[prompt] <= limit and len(held) + 1 < len(size):
-            held.add(prompt)
-            count += size[prompt]
-    for item, prompt in zip(items, prompts):
-        parts[prompt in held].append(item)
+    for key in sorted(size, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        if count < wanted and count + size[key] <= limit and len(held) + 1 < len(size):
+            held.add(key)
+            count += size[key]
+    for item, key in zip(items, keys):
+        parts[key in held].append(item)
     return parts
 
 
@@ -893,7 +897,7 @@ def with_system(messages, row, system_prompt):
 
 def to_conversation(row, format, system_prompt=None):
     """A row of any SFT format -> {"messages": [turn]} or {"text": str}. ValueError with the reason. What
-    follows the last answer is dropped. An assistant turn that comes first is no answer: it is not trained."""
+    follows the last answer is dropped. Assistant turns before the user's first one are not trained."""
     if format == "text":
         text = text_value(row.get("text"), "column 'text'")
         require(text.strip(), "column 'text' is empty")
@@ -907,7 +911,9 @@ def to_conversation(row, format, system_prompt=None):
     for number, message in enumerate(messages):
         require(message["role"] != "assistant" or message["content"].strip(),
                 f"empty completion (message {number})")
-    messages[0]["train"] = False
+    asked = next((i for i, m in enumerate(messages) if m["role"] == "user"), 1)
+    for message in messages[:asked]:
+        message["train"] = False
     messages = with_system(messages, row, system_prompt)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
@@ -1189,9 +1195,10 @@ def encode_conversation(tokenizer, messages, completion_only_loss=True, check=ch
 
 # ---- from messages to training rows ------------------------------------------------------------------------
 
-def prompt_key(messages):
-    """What hold_out splits by: the same for the same prompt in every script."""
-    return repr([m["content"] for m in messages if m["role"] != "assistant"])
+def prompt_key(messages, system=False):
+    """What is asked: what hold_out splits by, the same for the same prompt in every script."""
+    left_out = {"assistant"} if system else {"assistant", "system"}
+    return repr([m["content"] for m in messages if m["role"] not in left_out])
 
 
 def make_row(ids, mask, part=slice(None), **fields):
@@ -1285,8 +1292,8 @@ def load_prompts(args, tokenizer):
     taken = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
     counts = Counter()
 
-    def encode(items):
-        columns = sorted({name for _, row, _ in items for name in row} - {"prompt", "completion"})
+    def encode(items, of_file):
+        columns = sorted({name for _, row, _ in of_file for name in row} - {"prompt", "completion"})
         for name in columns:
             require(name not in taken, f"the column '{name}' has the name of something else that reward "
                     "functions are given; rename it")
@@ -1301,9 +1308,9 @@ def load_prompts(args, tokenizer):
                             "opened": tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>")})
         return prompts
 
-    train, held, _ = read_split(args, tokenizer, PROMPT_FORMATS, to_prompt,
-                                lambda item: prompt_key(item[1]), also=None)
-    train, held = encode(train), encode(held)
+    train, held, _ = read_split(args, tokenizer, PROMPT_FORMATS, to_prompt, itemgetter(1), also=None)
+    one_file = [] if args.eval_dataset_name else train + held
+    train, held = (encode(part, one_file or part) for part in (train, held))
     say_split(args, train, held, "prompt", counts)
     show_example(tokenizer, train[0]["prompt_ids"], [0] * len(train[0]["prompt_ids"]), "first prompt")
     return train, held
@@ -1445,6 +1452,13 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in (  # so that a number
     (r"(?<=[\w)}])\s*([+*/×·^])\s*(?=[-(]?\d)", r"\1"), (r"(?<=\d) (-|\*\*) (?=\d)", r"\1"),
     (r"(?<![\w./])(\d+)\s+(?=\d+/\d)", r"\1+"), (r"(?<=\d)\s+(?=(?:hundred|thousand|million|billion)\b)", ""),
     (r"(?<!\d):|:(?!\d)", " "), (r"(?<![a-zA-Z])(?:[cdkm]?m|in|ft)\}?\^[23]", ""))]
+# What is no number though its last word may be one: inequalities, 2x - 3, f(5), x + y = 6, unknown commands
+V = r"(?<![a-zA-Z\\])[abcknpqrtuvwxyz](?![a-zA-Z\d])"  # a variable
+NO_NUMBER = re.compile(
+    rf"[≤≥≠±]|(?<![<>])[<>](?![<>])|\|[^|]*\||{V}\s*-\s*\d|\b[a-zA-Z]\([\d, ]+\)\W*$"
+    rf"|(?:{V}\s*[-+*/^]|(?:[-+*/^]\s*|\d){V})[^=]*=|\\sqrt\s*\[|frac\s*\{{[^{{}}]*\}}\s*[^{{\s]"
+    r"|\\(?!(?:[dtc]?frac|sqrt|pi|times|cdot|div|text\w*|math\w*|[fm]?box(?:ed)?|underline|left|right|[bB]ig"
+    r"|begin|end|circ|degree|q?quad|approx|displaystyle|therefore|pounds|euro|yen|rm)(?![a-zA-Z]))[a-zA-Z]+")
 NUMBER = re.compile(r"""
     \+?(-?) (?: (?:(\d+)\+)? (-?\d+)/(\d+)
            | ((?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:(?<=\d)[eE][-+]?\d{1,2})?) )
@@ -1475,15 +1489,19 @@ def read_number(text):
 
 
 def extract_answer(text, reference=None):
-    """What a text answers: the last number (read_number) of its last marked part, or the words there, in
-    lower case, if it has no digit; without a mark the last number of the text. None: no answer. The mark is
-    the reference's (####, \\boxed, <answer>) where both have it, else <answer> or \\boxed."""
+    """What a text answers: the number (read_number) of its last marked part, or, where that has no digit, its
+    words in lower case without spaces; without a mark the last number of the text; or None. The mark is the
+    reference's (####, \\boxed, <answer>) where both have it, else <answer> or \\boxed."""
     text, own = text or "", [mark for mark in MARKS if mark in (reference or "")]
     for mark in [*own, "<answer>", "\\boxed"]:
         marked = re.findall(MARKS[mark], text)
         if marked:
-            words = re.search(r"\d", marked[-1]) is None
-            return marked[-1].strip().lower() or None if words else read_number(marked[-1])
+            part = re.sub(r"</?[a-zA-Z]+>", "", marked[-1])
+            if re.search(r"\d", part) is None:
+                return re.sub(r"\\(?:text|math)\w*|[{}\s]", "", part).lower() or None
+            factorial = mark == "\\boxed" and re.search(r"\d!", part)
+            spoilt = factorial or NO_NUMBER.search(part.strip()[-300:].rpartition("\n")[2])
+            return None if spoilt else read_number(part)
     return read_number(text)
 
 
@@ -1618,7 +1636,8 @@ def passes(completion, tests, stop):
     if not "".join(tests).strip():
         return None
     text, token, folder = text_of(completion), os.urandom(16).hex(), tempfile.mkdtemp()
-    blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^[ \t]*```([^\n`]*)\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
+    blocks = [code for name, code in blocks if "py" in name.lower()] or [code for _, code in blocks]
     with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as answer:
         programs = [blocks[-1] if blocks else text, *tests]
         job.write(json.dumps([token, CODE_SECONDS, *programs]).encode())
@@ -1639,9 +1658,10 @@ def passes(completion, tests, stop):
 
 
 def code_reward(prompts, completions, tests=None, **columns):
-    """1 if the row's `tests` pass after the completion's code (its last ``` block, or else all of it), 0 if
-    not, None where there are none. This is no sandbox: it limits accidents, not malice. Files, the network,
-    the token in the caller's frame, an object that equals everything are within reach. Use a container."""
+    """1 if the row's `tests` pass after the completion's code (its last ```python block, else its last ```
+    block, else all), 0 if not, None where there are none. This is no sandbox: it limits accidents, not
+    malice. Files, the network, the token in the caller's frame, an object that equals everything are within
+    reach. Use a container."""
     tests = [strings_of("tests", value) for value in tests or [None] * len(completions)]
     cores, processes = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     stop, pool = threading.Event(), ThreadPoolExecutor(max(1, cores // processes))
@@ -1989,8 +2009,7 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
     --demo_threshold it does nothing -> None."""
     if args.demo_threshold is None:
         return None
-    longest, too_long = args.max_prompt_length + args.max_completion_length, 0
-    notes = Counter()
+    longest, counts = args.max_prompt_length + args.max_completion_length, Counter()
 
     def encode(prompt):
         answer = column_messages(prompt["row"], "demonstration", "assistant")
@@ -2002,15 +2021,15 @@ def add_demonstrations(prompts, rewards, args, tokenizer):
     given = [(p, p["place"]) for p in prompts if p["row"].get("demonstration") not in (None, "", [])]
     require(given, "--demo_threshold: no prompt has a demonstration in a column 'demonstration'")
     for part, prompt, _ in convert_rows(given, encode, args.skip_bad_rows, args.dataset_name):
-        notes.update(part["notes"])
+        counts.update(part["notes"])
+        counts["too long"] += len(part["input_ids"]) > longest
         if len(part["input_ids"]) <= longest:
             prompt["demonstration"] = make_row(part["input_ids"], part["mask"], sampled=0.0, score=0.0,
                                                 nll=True, note="demonstration, ")
-        too_long += len(part["input_ids"]) > longest
-    require(len(given) > too_long, f"--demo_threshold: all demonstrations are longer than {longest} tokens, "
+    fit = len(given) - counts["too long"]
+    require(fit, f"--demo_threshold: all demonstrations are longer than {longest} tokens, "
             "--max_prompt_length and --max_completion_length together")
-    say(f"data     {len(given) - too_long:,} of {len(prompts):,} prompts have a demonstration"
-        + (f"; {too_long:,} are too long" if too_long else "") + counted(notes))
+    say(f"data     {fit:,} of {len(prompts):,} prompts have a demonstration{counted(counts)}")
     names = list(rewards)
     gate = next((names.index(name) for name in ("accuracy", "code") if name in names), 0)
     say(f"data     a demonstration steps in where a group's mean of '{names[gate]}' is at most "
@@ -2100,10 +2119,11 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
     if not scores:
         model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
+    experts = any(p.ndim == 3 and "expert" in name for name, p in model.named_parameters())
     trained, total = PeftModel.get_nb_trainable_parameters(model)  # it knows the size of 4-bit weights
     say(f"model    {args.model_name_or_path} ({model.config.model_type}): {how}"
-        f"{' on a 4-bit base' if args.load_in_4bit else ''}, {trained:,} of {total:,} weights "
-        f"trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
+        f"{' on a 4-bit base' * args.load_in_4bit}{' (not its experts)' * (args.load_in_4bit and experts)}, "
+        f"{trained:,} of {total:,} weights trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
     return model
 
 
@@ -2177,6 +2197,10 @@ def add_adapter(model, adapter, args, scores):
         require(args.lora_r in (0, config.r),
                 f"{adapter} is an adapter of rank {config.r}: leave --lora_r out")
         with explain(f"cannot load the adapter {adapter}"):
+            saved = ["lora_", "trainable_tokens", "bias", *(config.target_modules or ()),
+                     *(config.modules_to_save or ())]
+            more = [key for key in load_peft_weights(adapter, "cpu") if not any(p in key for p in saved)]
+            require(not more, f"it brings {', '.join(more)[:200]}, which would not be saved: merge it")
             return load_adapter(model, adapter, is_trainable=True), "a LoRA adapter goes on"
     targets = "all-linear" if args.lora_target_modules in (None, ["all-linear"]) else args.lora_target_modules
     known = {path.split(".")[-1] for path, part in model.named_modules() if [*part.parameters(recurse=False)]}
@@ -2223,8 +2247,9 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
                     "trained in full")
             say(f"model    {base} has a config but no weights: starting from random ones (seed {args.seed})")
             return auto.from_config(config, dtype=torch.float32, **options)
-        if args.load_in_4bit or four_bit_on_disk(base, frozen):
-            options |= hold_in_4bit(config, base, dtype, device)
+        stored = four_bit_on_disk(base, frozen)
+        if args.load_in_4bit or stored:
+            options |= hold_in_4bit(config, stored, dtype, device)
         if scores:  # an adapter brings its head, and for other scores a new one is drawn
             options["ignore_mismatched_sizes"] = True
         model, loaded = auto.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True,
@@ -2239,30 +2264,27 @@ def load_base(base, args, device="cpu", frozen=False, scores=None):
         return model
 
 
-def quantised(base):
-    """The quantisation that a model's config tells of, as a dict; {} where its weights are plain."""
-    with suppress(OSError, ValueError):  # a config that cannot be read is an error where it is loaded
-        return PretrainedConfig.get_config_dict(base)[0].get("quantization_config") or {}
-    return {}
-
-
 def four_bit_on_disk(base, frozen):
-    """Whether the base is stored in 4 bits. UserError if it is to be trained, or quantised in another way."""
-    how = quantised(base)
+    """How a base is stored in 4 bits, by its config; {} where it is not. UserError if it is to be trained, or
+    is quantised in another way."""
+    how = {}
+    with suppress(OSError, ValueError):  # a config that cannot be read is an error where it is loaded
+        how = PretrainedConfig.get_config_dict(base)[0].get("quantization_config") or {}
     require(not how or how.get("load_in_4bit"), f"{base} is quantised ({how.get('quant_method')}), which "
             "cannot be trained here: start from its original weights, with --load_in_4bit if memory is short")
     require(not how or frozen, f"{base} is stored in 4 bits, which only adapters can be trained on: "
             "add --lora_r 16, or start from its original weights")
-    return bool(how)
+    return how
 
 
-def hold_in_4bit(config, base, compute_dtype, device):
-    """What from_pretrained is given for a 4-bit base: nf4, or nothing where the config says how it is."""
-    options, stored = {"quantization_config": nf4(compute_dtype, device)}, quantised(base)
+def hold_in_4bit(config, stored, compute_dtype, device):
+    """What from_pretrained is given for a 4-bit base: nf4, or nothing where it is `stored` in 4 bits."""
+    options = {"quantization_config": nf4(compute_dtype, device)}
     vars(config).pop("quantization_config", None)  # an adapter's tells of the base that it was trained on
-    if stored:
-        config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(compute_dtype).split(".")[1]}
-    return {} if stored else options
+    if not stored:
+        return options
+    config.quantization_config = stored | {"bnb_4bit_compute_dtype": str(compute_dtype).split(".")[1]}
+    return {}
 
 
 def nf4(compute_dtype, device):
@@ -2289,8 +2311,8 @@ def use_scoring_pad_token(tokenizer):
 
 def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
     """A reward model's folder (full, merged or adapter) -> (names of its scores, score). score(conversations:
-    lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read at the end of the last answer; one that
-    is truncated gets no end-of-turn token."""
+    lists of turns, truncated: bools) -> (N, K) fp32 on the CPU, read where the last answer ends; by a model
+    from elsewhere after all that its template writes. One that is truncated gets no end-of-turn token."""
     base, adapter = base_and_adapter(folder)
     options = {"trust_remote_code": trust_remote_code}
     with explain(f"{folder} is no reward model that can be loaded"):
@@ -2299,8 +2321,9 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
         require(adapter is None or PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS",
                 "it is an adapter of a language model")
         config = AutoConfig.from_pretrained(folder, **options)
-        if hasattr(config, "quantization_config") or four_bit_on_disk(base, True):
-            options |= hold_in_4bit(config, base, torch.float32, device)
+        stored = four_bit_on_disk(base, True)
+        if stored or hasattr(config, "quantization_config"):
+            options |= hold_in_4bit(config, stored, torch.float32, device)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             base, config=config, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=adapter is not None, **options)  # which brings the head
@@ -2309,17 +2332,26 @@ def load_reward_model(folder, device="cpu", trust_remote_code=False, date=None):
         model.to(device).eval()
         if model.config.pad_token_id is None:
             model.config.pad_token_id = use_scoring_pad_token(tokenizer)
-    limit, stops = max_positions(model), stop_token_ids(tokenizer)
+        limit, stops = max_positions(model), stop_token_ids(tokenizer)
+
+    def row_of(messages, no_end):
+        try:
+            if no_end or hasattr(config, "scored_at"):
+                # what a template drops of a sample, such as a second </think>, is not scored
+                row = encode_conversation(tokenizer, messages, check=lambda *_: None)[-1]
+                ids = upto_answer(row)["input_ids"]
+            else:
+                ids = tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
+        except ValueError:  # some templates refuse an empty answer
+            said = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+            end = end_of_turn(tokenizer, str(tokenizer.chat_template)) or tokenizer.eos_token_id
+            ids = encode_prompt(tokenizer, messages[:-1]) + said + [end]
+        ids = ids[:1] + ids[-limit:][1:]
+        return ids[:-1] if no_end and ids[-1] in stops else ids
 
     @torch.no_grad()
     def score(conversations, truncated=None):
-        # what a template drops of a sample, such as a second </think>, is not scored
-        answers = [upto_answer(encode_conversation(tokenizer, messages, check=lambda *_: None)[-1])
-                   for messages in conversations]
-        rows = [answer["input_ids"][:1] + answer["input_ids"][-limit:][1:] for answer in answers]
-        for i, no_end in enumerate(truncated or []):
-            if no_end and rows[i][-1] in stops:
-                rows[i] = rows[i][:-1]
+        rows = list(map(row_of, conversations, truncated or repeat(False)))
         scores, lengths = torch.zeros(len(rows), config.num_labels), [len(row) for row in rows]
         for at in cut(lengths, 16 * max(lengths)):
             # with the id before which the model looks for the end, whatever the tokenizer's is
@@ -2528,8 +2560,9 @@ def save_value(run, owner, trunk, head):
 
 def save_model(args, model, tokenizer, folder, state=None):
     """An adapter or full weights, with tokenizer, template, generation config and a model card."""
-    model.config.use_cache = True
-    options = {}
+    model.config.use_cache, options = True, {}
+    if not model.can_generate():
+        model.config.scored_at = "end of turn"  # for load_reward_model
     if isinstance(model, PeftModel):
         options, config = {"selected_adapters": ["default"]}, model.peft_config["default"]
         base = model.get_base_model().name_or_path
@@ -2612,7 +2645,9 @@ def model_card(args, model, stops=()):
         arguments=json.dumps(changed, indent=1),
         peft="\nimport torch" * bool(scores) + "\nimport peft" * bool(adapter),
         options=",\n    ".join(options),
-        adapt="\nmodel = peft.PeftModel.from_pretrained(model, folder)" if adapter else "",
+        adapt="\nmodel = peft.PeftModel.from_pretrained(model, folder)" * bool(adapter)
+        + "\nmodel.generation_config = transformers.GenerationConfig.from_pretrained(folder)"
+        * bool(adapter and not scores),  # its stop tokens may not be the base's
         score=SCORE.substitute(stops=stops) if scores else "")
 
 
@@ -2741,7 +2776,7 @@ def open_run(args):
     path, checkpoint = find_checkpoint(args)
     here = os.path.realpath(os.path.join(args.output_dir, "checkpoints"))
     elsewhere = path and os.path.dirname(os.path.realpath(path)) != here
-    if checkpoint is None or elsewhere:
+    if not args.audit and (checkpoint is None or elsewhere):
         check_free(args)
     if checkpoint is None:
         return None
@@ -2777,8 +2812,6 @@ def lock(folder):
 
 def check_free(args):
     """UserError if output_dir holds what may not be replaced: a run, other files, or this run's inputs."""
-    if args.audit:  # replaces nothing
-        return
     used = [name for name in OUTPUTS if os.path.lexists(os.path.join(args.output_dir, name))]
     # replaced are a run that made one step at most and, asked to go on, one that has no checkpoint yet
     log, *paths = (os.path.join(args.output_dir, n) for n in ("metrics.jsonl", *used) if n != "tracker")
@@ -3196,14 +3229,10 @@ def complete_greedily(model, prompts, stop_ids, max_completion_length):
     ids = pad(prompts, 0, side="left").to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, side="left").to(device)
     shipped, causal.generation_config = causal.generation_config, transformers.GenerationConfig()
-
-    def beat(out, _):
-        still(f"answering {len(ids)} prompts, at token {out.shape[1] - ids.shape[1]}")
-        return torch.zeros(len(out), dtype=torch.bool, device=out.device)
     try:
         out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, use_cache=True,
                              max_new_tokens=limit, eos_token_id=stop_ids, pad_token_id=0,
-                             stopping_criteria=[beat], synced_gpus=False)  # processes differ in length
+                             synced_gpus=False)  # processes differ in length
     finally:
         causal.generation_config = shipped
     completions = out[:, ids.shape[1]:].tolist()
@@ -3219,10 +3248,11 @@ def answer_greedily(run, model, rows):
     lengths, right = [len(r["prompt_ids"]) + args.max_completion_length for r in rows], 0
     for places in cut(lengths, args.micro_batch_tokens, *run.place):
         prompts = [rows[i]["prompt_ids"] for i in places]
+        still(f"answering {len(table)} of {len(rows)} prompts")
         with run.accelerator.autocast():
             completions = prompts and complete_greedily(model, prompts, stop_ids, args.max_completion_length)
         for i, completion in zip(places, completions):
-            text, answer = tokenizer.decode(completion, skip_special_tokens=True), rows[i]["answer"]
+            text, answer = tokenizer.decode([t for t in completion if t not in stop_ids]), rows[i]["answer"]
             hit = is_right(text, completion[-1] not in stop_ids, answer)
             right += hit
             table.append({"prompt": rows[i]["prompt"], "completion": text, "answer": answer,
@@ -3408,12 +3438,10 @@ class Run:
     def __init__(self, args, **state):
         check_needs(args)
         base = base_and_adapter(args.model_name_or_path)[0]
-        args.load_in_4bit = four_bit_on_disk(base, trains_adapter(args)) or args.load_in_4bit
+        args.load_in_4bit |= bool(four_bit_on_disk(base, trains_adapter(args)))
         self.args, self.accelerator = args, make_accelerator(args)
-        on_cpu = self.accelerator.device.type == "cpu"
-        args.micro_batch_tokens = args.micro_batch_tokens or (2048 if on_cpu else 8192)
-        Run.preparing, self.lock = True, None
-        self.device = self.accelerator.device
+        Run.preparing, self.lock, self.device = True, None, self.accelerator.device
+        args.micro_batch_tokens = args.micro_batch_tokens or (2048 if self.device.type == "cpu" else 8192)
         self.place = self.accelerator.process_index, self.accelerator.num_processes
         # a script's defaults that depend on LoRA or FSDP: they are printed and saved as they were used
         args.resolve(trains_adapter(args), self.accelerator.is_fsdp2)
@@ -3459,10 +3487,10 @@ class Run:
     def check_data(self, rows, held=(), rewards=None):
         """Keeps fingerprints of all that the result depends on; UserError naming those that differ from the
         checkpoint's, or between processes. The first row is the example that --merge is tried on."""
-        first, template = rows[0], str(self.tokenizer.chat_template)
-        self.example = first["input_ids"] if "input_ids" in first else first["prompt_ids"]
+        self.example = rows[0].get("input_ids", rows[0].get("prompt_ids"))
+        template = str(self.tokenizer.chat_template).encode()
         found = {"training data": fingerprint(rows), "evaluation data": fingerprint(held),
-                 "chat template": hashlib.sha256(template.encode()).hexdigest()[:16]}
+                 "chat template": hashlib.sha256(template).hexdigest()[:16]}
         paths = [self.args.model_name_or_path, getattr(self.args, "value_model", None),
                  *(reward.path for reward in (rewards or {}).values())]
         for path in filter(None, paths):

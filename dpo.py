@@ -222,7 +222,7 @@ def check_head(policy, model, row, run):
 def load_pairs(args, tokenizer):
     """-> (training pairs, held-out pairs) of encode_pairs, with `answer` where greedy ones are compared."""
     *parts, _ = common.read_split(args, tokenizer, common.PAIR_FORMATS, common.to_pair,
-                                  lambda pair: common.prompt_key(pair["prompt"]), also=["answer"])
+                                  lambda pair: pair["prompt"], also=["answer"])
     counts = Counter()
     train, held = (common.encode_pairs(part, tokenizer, args.max_length, counts, args.skip_bad_rows)
                    for part in parts)

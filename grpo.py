@@ -405,7 +405,7 @@ def sampled_row(prompt_ids, completion, logprobs, tokenizer, stop_ids):
     row = common.make_row(prompt_ids + completion, [0] * len(prompt_ids) + [1] * len(completion))
     return row | {"completion_ids": completion, "truncated": completion[-1] not in stop_ids, "sampled": 1.0,
                   "sampled_logprobs": F.pad(logprobs, (len(prompt_ids), 0)),  # (T,)
-                  "text": tokenizer.decode(completion, skip_special_tokens=True)}
+                  "text": tokenizer.decode([i for i in completion if i not in stop_ids])}
 
 
 def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, first=0):
@@ -441,9 +441,9 @@ def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, fi
         values, logged = common.score(rewards, [row["prompt"] for row in rows], rows, step, run.total_steps,
                                       args.reward_timeout)
         weights = torch.tensor([reward.weight or math.nan for reward in rewards.values()])  # 0: logged alone
-        for row, value in zip(rows, values):  # the score: the weighted sum of the rewards that apply, if any
-            row["rewards_per_func"] = value  # (F,)
-            row["score"] = math.nan if (weights * value).isnan().all() else (weights * value).nansum().item()
+        for row, value, weighted in zip(rows, values, weights * values):
+            row["rewards_per_func"] = value  # (F,); the score: the weighted sum of those that apply, if any
+            row["score"] = math.nan if weighted.isnan().all() else weighted.nansum().item()
         return rows, logged
     shares = run.together(scored)
     rows = sorted((row for share, _ in shares for row in share), key=lambda row: row["number"])
@@ -628,7 +628,7 @@ def main(args):
         credit(groups, args)
         groups = [demonstrate(group, args.demo_threshold, gate) for group in groups]
         rows = [row for row in common.flat(groups) if not math.isnan(row["score"])]
-        require(rows, f"step {run.step + 1}: all rewards are None; raise --batch_size or leave such rows out")
+        require(rows, f"step {run.step + 1}: all rewards are None: mend the functions, or raise --batch_size")
         seen = logged | rollout_figures(sampled, groups, rewards, args)
         common.warn_of_drift(run, seen)
         same = seen["frac_reward_zero_std"] == 1 and not seen.get("demo_fraction")

@@ -471,7 +471,7 @@ def sampled_row(prompt_ids, completion, logprobs, tokenizer, stop_ids):
     row = common.make_row(prompt_ids + completion, [0] * len(prompt_ids) + [1] * len(completion))
     return row | {"completion_ids": completion, "truncated": completion[-1] not in stop_ids, "sampled": 1.0,
                   "sampled_logprobs": F.pad(logprobs, (len(prompt_ids), 0)),  # (T,)
-                  "text": tokenizer.decode(completion, skip_special_tokens=True)}
+                  "text": tokenizer.decode([i for i in completion if i not in stop_ids])}
 
 
 def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, first=0):
@@ -507,9 +507,9 @@ def rollout(model, prompts, rewards, args, run, num_generations=1, seed=None, fi
         values, logged = common.score(rewards, [row["prompt"] for row in rows], rows, step, run.total_steps,
                                       args.reward_timeout)
         weights = torch.tensor([reward.weight or math.nan for reward in rewards.values()])  # 0: logged alone
-        for row, value in zip(rows, values):  # the score: the weighted sum of the rewards that apply, if any
-            row["rewards_per_func"] = value  # (F,)
-            row["score"] = math.nan if (weights * value).isnan().all() else (weights * value).nansum().item()
+        for row, value, weighted in zip(rows, values, weights * values):
+            row["rewards_per_func"] = value  # (F,); the score: the weighted sum of those that apply, if any
+            row["score"] = math.nan if weighted.isnan().all() else weighted.nansum().item()
         return rows, logged
     shares = run.together(scored)
     rows = sorted((row for share, _ in shares for row in share), key=lambda row: row["number"])
@@ -643,7 +643,7 @@ def main(args):
         run.samples("rollout", common.samples_table(sampled[:8], rewards))
         rows = [row for row in sampled if not math.isnan(row["score"])]  # what nothing scores is left out
         require(rows, f"step {run.step + 1}: no reward function applies to any completion of the rollout "
-                "(all returned None); raise --batch_size or leave such rows out")
+                "(all returned None): mend it, leave such rows out, or raise --batch_size")
 
         # 4. Log-probs and values before the policy moves, by the forward that trains, and of the reference.
         with common.unsharded(policy):

@@ -157,11 +157,11 @@ def load_groups(args, tokenizer):
         to_form = common.to_pair if format in common.PAIR_FORMATS else common.to_scored
         return to_form(row, format, system_prompt)
 
-    def key(item):
-        return common.prompt_key(item["prompt"] if isinstance(item, dict) else item[0]["messages"])
+    def prompt_of(item):
+        return item["prompt"] if isinstance(item, dict) else item[0]["messages"]
 
     *items, formats = common.read_split(args, tokenizer, common.PAIR_FORMATS | common.SCORE_FORMATS, convert,
-                                        key, also=["margin"])
+                                        prompt_of, also=["margin"])
     of_pairs = [format in common.PAIR_FORMATS for format in formats]
     require(len(set(of_pairs)) == 1, "training and evaluation data must both be pairs or both be scored rows")
     if of_pairs[0]:

@@ -295,8 +295,7 @@ def load_rows(args, tokenizer):
     counts = Counter()
     train, held, _ = common.read_split(
         args, tokenizer, common.SFT_FORMATS, common.to_conversation,
-        lambda conversation: conversation.get("text") or common.prompt_key(conversation["messages"]), counts,
-        also=["answer"])
+        lambda row: row.get("messages") or [common.turn("user", row["text"])], counts, also=["answer"])
     train = common.encode_rows(train, encode, args.max_length, counts, args.skip_bad_rows)
     held = common.encode_rows(held, encode_held, args.max_length, counts, args.skip_bad_rows)
     require(held or not args.keep_best, "--keep_best needs evaluation data: --eval_dataset_name, "

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -600,12 +601,12 @@ def test_complete_greedily_ends_each_row_at_its_own_stop_token(kind):
 
 def test_hold_out_goes_by_prompt_and_not_by_order():
     items = [(f"prompt {i % 300}", i) for i in range(1000)]
-    train, held = common.hold_out(items, [p for p, _ in items], 0.1)
+    train, held = common.hold_out(items, [chat(p)[:1] for p, _ in items], 0.1)
     assert len(train) + len(held) == 1000 and 95 <= len(held) <= 100 and train + held != items
     assert not {p for p, _ in train} & {p for p, _ in held}
-    back = common.hold_out(items[::-1], [p for p, _ in items[::-1]], 0.1)
+    back = common.hold_out(items[::-1], [chat(p)[:1] for p, _ in items[::-1]], 0.1)
     assert {p for p, _ in back[1]} == {p for p, _ in held} and train == sorted(train, key=lambda x: x[1])
-    smallest = sorted({p for p, _ in items}, key=lambda p: hashlib.sha256(p.encode()).hexdigest())
+    smallest = sorted({p for p, _ in items}, key=lambda p: hashlib.sha256(f"[{p!r}]".encode()).hexdigest())
     assert {p for p, _ in held} <= set(smallest[:40]) and smallest[0] in {p for p, _ in held}  # 3 or 4 rows each
 
 
@@ -615,7 +616,63 @@ def test_hold_out_goes_by_prompt_and_not_by_order():
     ([100], 0.05, 0), ([1] * 100, 0.0, 0), ([1] * 5, 0.05, 0), ([1, 1], 0.9, 1)])
 def test_hold_out_takes_at_most_200_rows_and_never_most_of_the_data(groups, fraction, held):
     prompts = [str(p) for p, n in enumerate(groups) for _ in range(n)]
-    assert len(common.hold_out(prompts, prompts, fraction)[1]) == held
+    assert len(common.hold_out(prompts, [chat(p)[:1] for p in prompts], fraction)[1]) == held
+
+
+def test_system_messages_split_prompts_only_where_nothing_else_does():
+    """The same questions under another system message, or none, are the same prompts: sft without one, grpo with one."""
+    system = lambda text: [common.turn("system", text)]
+    for before in ([], system("be brief")):
+        asked = [before + chat(f"prompt {i}")[:1] for i in range(100)]
+        held = {prompt[-1]["content"] for prompt in common.hold_out(asked, asked, 0.1)[1]}
+        assert len(held) == 10 and held == {f"prompt {i}" for i in sorted(range(100), key=lambda i: hashlib.sha256(f"['prompt {i}']".encode()).digest())[:10]}
+    asked = [system(f"as {who}") + chat(f"prompt {i}")[:1] for i in range(100) for who in ("one", "another")]
+    train, held = common.hold_out(asked, asked, 0.1)
+    assert len(held) == 20 and not {prompt[-1]["content"] for prompt in train} & {prompt[-1]["content"] for prompt in held}
+    same = [system(f"text {i}") + chat("sum it up")[:1] for i in range(100)]
+    assert len(common.hold_out(same, same, 0.1)[1]) == 10
+
+
+@pytest.mark.parametrize("script", [grpo, ppo])
+def test_special_tokens_but_the_stop_token_are_part_of_what_is_scored(script, monkeypatch):
+    """To some models <think> is one: without it 6 and 18 would be 618."""
+    t = make_tokenizer(TINY_TEMPLATE, [*TINY_SPECIALS, "<think>", "</think>"])
+    said = t("<think>6</think>18<|end|>", add_special_tokens=False)["input_ids"]
+    assert len(said) == 6
+    row = script.sampled_row([1], said, torch.zeros(6), t, [t.eos_token_id])
+    assert row["text"] == "<think>6</think>18" and not row["truncated"] and row["completion_ids"] == said
+    assert script.sampled_row([1], said[:-1], torch.zeros(5), t, [t.eos_token_id])["text"] == "<think>6</think>18"
+    monkeypatch.setattr(common, "complete_greedily", lambda *args: [said])
+    args = SimpleNamespace(max_completion_length=9, micro_batch_tokens=99)
+    accelerator = SimpleNamespace(autocast=nullcontext, reduce=lambda x, how: x)
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    row = {"prompt_ids": [1], "answer": "18", "prompt": "?"}
+    _, table = common.answer_greedily(SimpleNamespace(args=args, tokenizer=t, place=(0, 1), accelerator=accelerator, device="cpu"), model, [row])
+    assert table[0]["completion"] == "<think>6</think>18"
+
+
+def test_a_column_of_few_rows_is_there_for_all_of_its_file(tmp_path):
+    """None where a row lacks it: a reward that asks for it must not end the run where no held-out row has it."""
+    rows = [{"prompt": f"{i}+1", "answer": str(i + 1), **({"hint": "h"} if i == 3 else {})} for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "e.jsonl").write_text(json.dumps(rows[5]) + "\n")
+    flags = [os.path.join(TINY, "grpo.json"), "--dataset_name", str(tmp_path / "d.jsonl"), "--eval_fraction", "0.1"]
+    for more, held_has in ((), True), (("--eval_dataset_name", str(tmp_path / "e.jsonl")), False):
+        args = common.parse_args(grpo.Args, [*flags, *more])
+        train, held = common.load_prompts(args, common.load_tokenizer(args))
+        assert all(p["columns"].keys() == {"answer", "hint"} for p in train) and [p["columns"]["hint"] for p in train + held if p["row"].get("hint")] == ["h"]
+        assert held and all(("hint" in p["columns"]) == held_has for p in held)
+
+
+def test_an_answer_before_the_first_question_is_not_trained():
+    """A greeting, with a system message before it or not; a system message alone may be what is answered."""
+    greeted = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    system = {"role": "system", "content": "you are Bob"}
+    for messages, prompt in ((greeted, None), (greeted, "you are Bob"), ([system, *greeted], None)):
+        found = common.to_conversation({"messages": messages}, "messages", prompt)["messages"]
+        assert [m["train"] for m in found if m["role"] == "assistant"] == [False, True]
+    found = common.to_conversation({"messages": [system, greeted[0]]}, "messages")["messages"]
+    assert [m["train"] for m in found] == [False, True]
 
 
 def test_fingerprint_tells_any_change():

@@ -112,7 +112,7 @@ CASES = [  # (script, flags on top of its small example, what the sentence must 
     (grpo, ["--eval_dataset_name", "one.jsonl", "--reward_funcs", "asks.py:f"], "asks for 'answer'"),
     (grpo, ["--eval_dataset_name", "long.jsonl"], "long.jsonl: no prompt to evaluate is left; 1 dropped: longer than --max_prompt_length 512"),
     (grpo, ["--max_prompt_length", "1"], "no prompt to train on is left; 600 dropped: longer than --max_prompt_length 1 tokens"),
-    (sft, ["--dataset_name", "headless.csv"], "no known format has the columns 1+1, 2 (a first line with their names?). Known are"),
+    (sft, ["--dataset_name", "headless.csv"], "no known format has the columns 1+1, 2 (a first line with their names, and commas?). Known are"),
     (sft, ["--leraning_rate", "1", "--per_device_train_batch_size", "2", "--x", "-1"],
      "unknown argument --leraning_rate; did you mean --learning_rate?\n  unknown argument --per_device_train_batch_size: --batch_size counts the rows of a "
      "whole step (ppo, grpo: the prompts of a rollout) over all processes; --micro_batch_tokens cuts it to fit the memory\n  unknown argument --x;"),

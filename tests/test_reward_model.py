@@ -176,6 +176,29 @@ def test_a_card_scores_where_the_answer_ends(flags, tmp_path):
         plain = load_by_card(tmp_path / "out" / name)
         close(plain(ids[:, :-1]).logits.detach(), ours, 1e-4)
         assert (plain(ids).logits.detach() - ours).abs().max() > 1e-2
+        config = tmp_path / "out" / name / "config.json"  # a model from elsewhere learned its scores after the newline
+        config.write_text(config.read_text().replace('"scored_at"', '"of_no_meaning"'))
+        _, score = common.load_reward_model(str(tmp_path / "out" / name))
+        said = [common.turn("user", "2 + 2?"), common.turn("assistant", "4")]
+        close(score([said, said], [False, True]), torch.cat([plain(ids).logits, plain(ids[:, :-2]).logits]).detach(), 1e-4)
+
+
+def test_an_empty_sample_is_scored_where_the_template_refuses_it(tmp_path):
+    """Some templates raise an exception for an empty answer: the run would end at a sample, and again when it is resumed."""
+    run(reward_model, tmp_path / "out", "--max_steps", 4, "--learning_rate", 1e-2, "--eval_fraction", 0)
+    folder = str(tmp_path / "out" / "model")
+    asked, empty = common.turn("user", "2 + 2?"), common.turn("assistant", "")
+    _, score = common.load_reward_model(folder)
+    want = score([[asked, empty]] * 2, [False, True])
+    with open(os.path.join(folder, "chat_template.jinja"), "r+") as file:
+        template = file.read()
+        file.seek(0)
+        file.write("{% for m in messages %}{% if m['content'] == '' %}{{ raise_exception('empty') }}{% endif %}{% endfor %}" + template)
+    _, score = common.load_reward_model(folder)
+    close(score([[asked, empty]] * 2, [False, True]), want, 1e-6)
+    assert (want[0] - want[1]).abs() > 1e-4
+    with pytest.raises(ValueError, match="the chat template refuses this conversation: empty"):
+        score([[common.turn("user", ""), common.turn("assistant", "4")]])
 
 
 def test_named_scores_are_in_the_config_and_serve_as_rewards(tmp_path):

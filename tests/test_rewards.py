@@ -38,14 +38,19 @@ from common import Reward
     ("42", ["答案是42。", "答えは42です", "정답은 42입니다", "42円", "“42”.", "‘42’", "42…", "→42", "42✅", "42—so", "₹42", "42₽", "42\u200b", "42°", r"\boxed{42^\circ}", r"42^{\circ}",
             "+42", "42cm^2", r"\boxed{42 \text{ cm}^2}", "x = +42"]), ("-7", ["so -7", "-$7", "$-7", "\u22127", "–7", "-€7", "5 -7"]), ("7", ["007", "5\n7"]), ("0", ["-0"]), ("3.5", ["x=3.50 litres"]),
     ("12345678901234567890123456789012", ["12345678901234567890123456789012"]), ("50", ["50%", r"50\%", "50 percent"]),
-    ("65", ["3 <answer> 65 </answer> 7", "<answer>1</answer><answer>65</answer>"]), ("paris", ["<answer>Paris</answer>", r"\boxed{Paris} 3"]),
+    ("65", ["3 <answer> 65 </answer> 7", "<answer>1</answer><answer>65</answer>"]), ("paris", ["<answer>Paris</answer>", r"\boxed{Paris} 3", r"\boxed{\text{Paris}}", r"\boxed{\mathrm{ Paris }}"]), ("p-q", [r"\boxed{p - q}", "<answer>p-q</answer>"]),
+    ("5", [r"\boxed{x = 5}", r"\boxed{x_1 = 5}", r"\boxed{f(2) = 5}", r"\boxed{\text{Area} = 5}", r"\boxed{\textbf{(B)}\ 5}", r"\boxed{\approx 5}", "<answer>5!</answer>", "<answer><b>5</b></answer>",
+           "<answer>7 apples - 2 apples = 5 apples</answer>", "<answer>x - 3 = 9\nso x = 5</answer>", "#### <<2+3=5>>5"]),
     (None, ["no number", "", ".", "<answer></answer>", "<answer>11:30</answer>", "11:30", "3:4", "2^3", "2**3", "2 ^ 3", "2^{10}", "10²", r"2\times 3", "2 × 3", "1×10^5", "42万", "3百", "2+3", "95**88**77",
             "3-4", "16-3", "3–4", "3 - 4", "2024-01-05", "01/05/2024", "1.2.3", "1,2,3", "3,5", "1,000,00",
             "5x", "x+3", "y = 2x + 5", "x^2", r"\sqrt{3}", r"2\sqrt{3}", "5k", "5 million", "--7", "1/0", "GPT-4", "v2",
             r"\boxed{\frac{\pi}{2}}", r"\left( 3, \frac{\pi}{2} \right)", r"\frac{\sqrt{3}}{2}", r"\frac{3\pi}{4}", r"\frac{x+1}{3}", "4210_{5}", "4210_5", "x_1",
             r"\log_2 3", r"\log_{10} 3", r"\sin(30)", r"0.\overline{3}", r"\frac{1}{-2}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "(3, 4)", "[1, 2]", "['1', '2']", '["1", "2"]', r"\{1, 2\}",
             r"5\pi", r"5 \pi", r"2\pi r", r"\binom{5}{2}",
-            "1e999999999", "9" * 5000]),])
+            "1e999999999", "9" * 5000,
+            r"\boxed{x>5}", r"\boxed{x \le 5}", "<answer>5 < 6</answer>", r"\boxed{\pm 5}", r"\boxed{x-y-1=0}", r"\boxed{2x+3y=6}", r"\boxed{y = 3x - 2}", "<answer>3x = 15</answer>",
+            r"\boxed{\sqrt[3]{4}}", r"\boxed{5!}", r"\boxed{|-3|}", r"\boxed{\phi(5)}", r"\boxed{P(5)}", r"\boxed{\Gamma(5)}", r"\boxed{\bar 5}", r"\boxed{\tfrac{\pi}2}", r"\boxed{\tfrac{10}2}",
+            r"\boxed{\vec{a} + 7}", r"\boxed{\mathbb{R} \setminus \{5\}}", r"x \equiv \boxed{2 \pmod 5}"]),])
 def test_extract_answer(answer, texts):
     """Numbers compare as numbers, and what is no number as a whole is none: never its last digits."""
     assert {text: common.extract_answer(text) for text in texts} == dict.fromkeys(texts, answer)
@@ -393,7 +398,8 @@ def code(*completions, tests="assert f(1) == 2"):
 
 def test_code_passes_or_fails_its_tests(tmp_path):
     fenced = [f"so:\n```python\nf = None\n```\nno,\n```py\n{F}```\nis it.", f"```\n{F}", [{"role": "assistant", "content": F}]]
-    assert code(F, *fenced, F.replace("1", "2"), f"```\n{F}```\n```\nf = None\n```") == [1, 1, 1, 1, 0, 0]
+    fenced.append(f"```python\n{F}```\nprints\n```\n3\n```")  # a block of Python goes before one of output
+    assert code(F, *fenced, F.replace("1", "2"), f"```\n{F}```\n```\nf = None\n```") == [1, 1, 1, 1, 1, 0, 0]
     assert code(F, tests=["assert f(1) == 2", "assert f(-1) == 0"]) == [1] and code(F, tests=["assert f(1) == 2", "assert f(1) == 3"]) == [0]
     assert code(F, tests=None) == code(F, tests=[]) == code(F, tests=" ") == common.code_reward(None, [F]) == [None]
     assert code("import dataclasses, pickle\n@dataclasses.dataclass\nclass A:\n    x: 'int'\ny = pickle.loads(pickle.dumps(A(1)))", tests="assert y == A(1)") == [1]

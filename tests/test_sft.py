@@ -496,6 +496,47 @@ def test_a_models_card_says_what_made_it_and_its_code_loads_it(tmp_path, flags):
     assert (plain - AutoModelForCausalLM.from_pretrained(base)(ids).logits).abs().max() > 1e-2
 
 
+def test_an_adapter_that_is_loaded_by_its_card_stops(tmp_path):
+    """The generation config of many bases (Qwen2.5) lacks the end of turn: an adapter's own has it, and its card takes it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    made = AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft"))
+    made.generation_config.eos_token_id = made.config.eos_token_id = 256
+    made.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(os.path.join(TINY, "sft")).save_pretrained(tmp_path / "base")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1", "completion": "<answer>2</answer>"}\n' * 9)
+    run(sft, tmp_path / "a", "--model_name_or_path", tmp_path / "base", "--dataset_name", tmp_path / "d.jsonl", "--max_steps", 1,
+        "--learning_rate", 1e-9, "--batch_size", 2, "--eval_fraction", 0, "--lora_r", 4)
+    model, tokenizer = load_by_card(tmp_path / "a" / "model"), AutoTokenizer.from_pretrained(tmp_path / "base")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "12+34"}], add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=90, do_sample=False)[0, ids.shape[1]:].tolist()
+    assert said[-1] == 260 and said.count(260) == 1 and len(said) < 90
+
+
+def test_an_adapter_with_embeddings_of_its_own_is_refused(tmp_path):
+    """peft loads them into the base, and writes none when the adapter is saved again: what was trained on would be lost."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    for name, more in (("whole", {"modules_to_save": ["lm_head"], "bias": "all"}), ("targets", {"target_modules": ["embed_tokens"]}), ("brings", {})):
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | more))
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(os.path.join(TINY, "sft")), config)
+        model.save_pretrained(tmp_path / name, save_embedding_layers=name == "brings")
+    go = lambda name: run(sft, tmp_path / "out", "--model_name_or_path", tmp_path / name, "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0, "--overwrite_output_dir")
+    go("whole")
+    go("targets")
+    with pytest.raises(common.UserError, match=r"it brings .*model.embed_tokens.weight, which would not be saved: merge it"):
+        go("brings")
+
+
+def test_experts_that_are_not_held_in_4_bits_are_said(tmp_path, capsys):
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    config = Qwen3MoeConfig(vocab_size=320, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                            num_key_value_heads=2, head_dim=32, num_experts=2, num_experts_per_tok=1, max_position_embeddings=512, eos_token_id=260)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(os.path.join(TINY, "sft")).save_pretrained(tmp_path / "m")
+    run(sft, tmp_path / "out", "--model_name_or_path", tmp_path / "m", "--max_steps", 1, "--batch_size", 2, "--eval_fraction", 0, "--lora_r", 4, "--load_in_4bit")
+    assert "LoRA r=4 on a 4-bit base (not its experts), " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("bf16, four", [(False, False), (True, False), (False, True), (True, True)])
 def test_a_card_loads_an_adapters_base_as_training_did(tmp_path, bf16, four):
     """Whatever it is stored in: transformers would load it so, and 14 of 24 greedy answers of a real model were others."""
