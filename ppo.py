@@ -61,7 +61,7 @@ Run   python ppo.py                                                   the small 
 import copy
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import common  # first: it quiets the libraries below
 from common import EVAL, MOVED, arg, parse_args, require, say, stream
@@ -397,9 +397,9 @@ def check_head(policy, model, row, run):
 
 def load_demonstrations(args, tokenizer, held):
     """--sft_dataset -> training rows for the NLL term of PPO-ptx, without the prompts that are held out."""
-    own, counts, longest = copy.copy(args), Counter(), args.max_prompt_length + args.max_completion_length
-    own.format = None  # --format is about the prompts
-    items, _ = common.read_items(args.sft_dataset, own, tokenizer, common.SFT_FORMATS, common.to_conversation)
+    counts, longest = Counter(), args.max_prompt_length + args.max_completion_length
+    items, _ = common.read_items(args.sft_dataset, replace(args, format=None), tokenizer,  # that of prompts
+                                 common.SFT_FORMATS, common.to_conversation)
     held = {common.prompt_key(prompt["turns"]) for prompt in held}
     kept = [item for item in items if common.prompt_key(item[0].get("messages", [])) not in held]
     rows = common.encode_rows(kept, lambda conversation, row: common.encode_sft(tokenizer, conversation),

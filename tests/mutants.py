@@ -186,7 +186,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("common", "self.begin((number + 1) * self.updates)", "self.begin(number * self.updates)"),
     ("common", 'self.run.state["draws"] = draws', "pass"),
     # common
-    ("common", "key=lambda p: hashlib.sha256(p.encode()).digest())",
+    ("common", "key=lambda key: hashlib.sha256(key.encode()).digest())",
      "key=lambda p: hashlib.sha256(p.encode()).digest(), reverse=True)"),
     ("common", "mask[:1] = 0\n", "\n"),
     ("common", "position = (mask.cumsum(-1) - 1).clamp(min=0)",
