@@ -301,7 +301,6 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("sft", 'stream(args.seed, "neftune", key, place)', 'stream(0, "neftune", key, place)'),
     ("sft", 'stream(args.seed, "dropout", run.step, process)', 'stream(args.seed, "dropout", process)'),
     ("reward_model", 'stream(args.seed, "dropout", step, run.place[0])', 'stream(args.seed, "dropout", step)'),
-    ("dpo", 'lambda pair: pair["prompt"], also', 'lambda pair: pair["prompt"] + pair["chosen"], also'),
     ("common", 'left_out = {"assistant"} if system else', 'left_out = {"assistant", "system"} if system else'),
     ("dpo", "(1e-5 if lora else 1e-6)", "(1e-6 if lora else 1e-5)"),
     ("sft", '        run.state["best_loss"] = math.inf\n\n', "        pass\n\n"),
