@@ -204,7 +204,8 @@ def unmet(args, needs):
             value = getattr(args, name)
             met |= value == than if sign == "=" else value > int(than) if sign else is_on(args, name)
             names.append("model_name_or_path" if name == "adapter" else name)
-            words.append({"": f"--{name}", "=": f"--{name} {than}", ">": f"--{name} above {than}"}[sign])
+            low = " above 0" * (value == 0 and value is not False)
+            words.append({"": f"--{name}{low}", "=": f"--{name} {than}", ">": f"--{name} above {than}"}[sign])
         words = " or ".join(words).replace("--adapter", "an adapter that goes on")
         if met == none:
             how = f"beside {words}: leave it out" if none else f"without {words}: give both or neither"
@@ -665,7 +666,7 @@ def unused_names(row, columns, also):
         elif value not in (None, "", [], {}, "[]", "{}"):
             whole = name in ("weight", "train") and value in (1, "1", "1.0")
             require(name not in refused or whole, f"column '{name}' would change what the row says and is "
-                    f"not used beside {', '.join(columns)}: remove it, or put it into them")
+                    f"not used beside {', '.join(columns)}: remove it, or say it in their text")
             spare |= {f"column '{name}'"} if also is not None and name not in also else set()
     return spare
 

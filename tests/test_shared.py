@@ -100,8 +100,8 @@ def measured(path):
 # What is over 1.1 x its budget, (lines, tokens a code line): it may shrink, and grow no further than this. --rollout_lag took
 # 165 lines of common.py: half of these see to what becomes of a process that fails, hangs or is left alone. Readings and
 # hours as a new user took 90: checkpoints that cannot be read, late signals, adapters that are not what was trained, hints.
-# Answers that are no numbers, reward models from elsewhere and prompts under system messages took 28.
-OVER = {"sft.py": (0, 13.1), "dpo.py": (0, 13.0), "reward_model.py": (0, 13.1), "grpo.py": (0, 13.5), "ppo.py": (0, 13.8), "common.py": (4065, 0)}
+# Answers that are no numbers, reward models from elsewhere and prompts under system messages took 29.
+OVER = {"sft.py": (0, 13.1), "dpo.py": (0, 13.0), "reward_model.py": (0, 13.1), "grpo.py": (0, 13.5), "ppo.py": (0, 13.8), "common.py": (4066, 0)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=os.path.basename)
