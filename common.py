@@ -1499,7 +1499,7 @@ def extract_answer(text, reference=None):
         if marked:
             part = re.sub(r"</?[a-zA-Z]+>", "", marked[-1])
             if re.search(r"\d", part) is None:
-                return re.sub(r"\\(?:text|math)\w*|[{}\s]", "", part).lower() or None
+                return re.sub(r"\\(?:text|math)\w*|[{}\s]", "", part).lower().rstrip(".") or None
             factorial = mark == "\\boxed" and re.search(r"\d!", part)
             spoilt = factorial or NO_NUMBER.search(part.strip()[-300:].rpartition("\n")[2])
             return None if spoilt else read_number(part)

@@ -38,7 +38,7 @@ from common import Reward
     ("42", ["答案是42。", "答えは42です", "정답은 42입니다", "42円", "“42”.", "‘42’", "42…", "→42", "42✅", "42—so", "₹42", "42₽", "42\u200b", "42°", r"\boxed{42^\circ}", r"42^{\circ}",
             "+42", "42cm^2", r"\boxed{42 \text{ cm}^2}", "x = +42"]), ("-7", ["so -7", "-$7", "$-7", "\u22127", "–7", "-€7", "5 -7"]), ("7", ["007", "5\n7"]), ("0", ["-0"]), ("3.5", ["x=3.50 litres"]),
     ("12345678901234567890123456789012", ["12345678901234567890123456789012"]), ("50", ["50%", r"50\%", "50 percent"]),
-    ("65", ["3 <answer> 65 </answer> 7", "<answer>1</answer><answer>65</answer>"]), ("paris", ["<answer>Paris</answer>", r"\boxed{Paris} 3", r"\boxed{\text{Paris}}", r"\boxed{\mathrm{ Paris }}"]), ("p-q", [r"\boxed{p - q}", "<answer>p-q</answer>"]),
+    ("65", ["3 <answer> 65 </answer> 7", "<answer>1</answer><answer>65</answer>"]), ("paris", ["<answer>Paris</answer>", r"\boxed{Paris} 3", r"\boxed{\text{Paris}}", r"\boxed{\mathrm{ Paris }}", "<answer>Paris.</answer>"]), ("p-q", [r"\boxed{p - q}", "<answer>p-q</answer>"]),
     ("5", [r"\boxed{x = 5}", r"\boxed{x_1 = 5}", r"\boxed{f(2) = 5}", r"\boxed{\text{Area} = 5}", r"\boxed{\textbf{(B)}\ 5}", r"\boxed{\approx 5}", "<answer>5!</answer>", "<answer><b>5</b></answer>",
            "<answer>7 apples - 2 apples = 5 apples</answer>", "<answer>x - 3 = 9\nso x = 5</answer>", "#### <<2+3=5>>5"]),
     (None, ["no number", "", ".", "<answer></answer>", "<answer>11:30</answer>", "11:30", "3:4", "2^3", "2**3", "2 ^ 3", "2^{10}", "10²", r"2\times 3", "2 × 3", "1×10^5", "42万", "3百", "2+3", "95**88**77",
