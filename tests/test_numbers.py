@@ -4,6 +4,8 @@ from which seed, denominators where a rollout is cut into minibatches. Each by h
 import json
 import math
 import os
+import re
+import time
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -61,6 +63,8 @@ def test_the_figures_of_a_grpo_rollout():
     deviation = math.sqrt(4 * 0.25 / 3)  # n - 1; of a whole population it would be 0.5
     close([got[name] for name in ("reward_std", "rewards/a/std", "rewards/a/weighted", "best_length", "best_fraction")],
           [deviation, deviation, 1.0, 5.0, 0.25])
+    got = grpo.rollout_figures([completions(1.0, 0.0), completions(nan, nan)], [], rewards, SimpleNamespace(demo_threshold=None, best_fraction=0))
+    close(got["reward_std"], math.sqrt(0.5) / 2)  # a mean over groups, of which one has none
     got = common.rollout_metrics(completions(1.0, nan), rewards)
     assert got["reward"] == got["rewards/a/mean"] == 1.0
 
@@ -210,7 +214,8 @@ def updates_of(script, monkeypatch, out, *flags):
             seen.append([dict(row) for row in groups])
         return micro_batches(self, groups, fields, module, *more)
     monkeypatch.setattr(common.Run, "micro_batches", spy)
-    logged = run(script, out, "--eval_fraction", 0, "--max_steps", 2, "--num_minibatches", 2, "--num_iterations", 1, *flags)
+    logged = run(script, out, "--eval_fraction", 0, "--max_steps", 4, "--num_minibatches", 2, "--num_iterations", 1, "--learning_rate", 1e-4,
+                 "--lr_scheduler_type", "linear", "--warmup_steps", 0, *flags)
     return seen, logged
 
 
@@ -218,12 +223,16 @@ def updates_of(script, monkeypatch, out, *flags):
 def test_an_update_is_a_mean_over_its_own_minibatch(script, monkeypatch, tmp_path):
     flags = {grpo: ["--batch_size", 4, "--num_generations", 4, "--temperature", 1.5], ppo: ["--batch_size", 16, "--temperature", 1.5]}[script]
     seen, logged = updates_of(script, monkeypatch, tmp_path / "out", *flags)
-    assert len(seen) == 2 and all(len(rows) == 8 for rows in seen)
+    assert len(seen) == 4 and all(len(rows) == 8 for rows in seen)
+    close([metrics["learning_rate"] for metrics in logged], [1e-4, 0.75e-4, 0.5e-4, 0.25e-4])
+    tokens = 0
     for rows, metrics in zip(seen, logged):
+        tokens += sum(len(row["input_ids"]) for row in rows)
+        assert metrics["num_tokens"] == tokens
         assert sum(row["weight"] * row["mask"].sum().item() for row in rows) == pytest.approx(1, rel=1e-5)
         assert metrics["trained_tokens"] == sum(len(row["completion_ids"]) for row in rows)
     if script is ppo:  # whitened over the whole rollout, and not again in each minibatch
-        each = [torch.cat([row["advantages"][row["mask"].bool()] for row in rows]) for rows in seen]
+        each = [torch.cat([row["advantages"][row["mask"].bool()] for row in rows]) for rows in seen[:2]]
         assert abs(torch.cat(each).mean()) < 1e-5 and abs(torch.cat(each).std() - 1) < 1e-2
         assert all(abs(part.mean()) > 1e-3 for part in each)
 
@@ -231,7 +240,7 @@ def test_an_update_is_a_mean_over_its_own_minibatch(script, monkeypatch, tmp_pat
 def test_what_no_reward_scores_is_in_no_denominator_of_grpo(monkeypatch, tmp_path):
     (tmp_path / "r.py").write_text("def some(completions):\n    return [None if i % 2 else float(i % 4 == 0) for i in range(len(completions))]\n")
     seen, logged = updates_of(grpo, monkeypatch, tmp_path / "out", "--batch_size", 4, "--num_generations", 4, "--reward_funcs", f"{tmp_path}/r.py:some")
-    assert [len(rows) for rows in seen] == [4, 4] and not any(math.isnan(row["score"]) for rows in seen for row in rows)
+    assert [len(rows) for rows in seen] == [4] * 4 and not any(math.isnan(row["score"]) for rows in seen for row in rows)
     assert logged[0]["trained_tokens"] == sum(len(row["completion_ids"]) for row in seen[0])
 
 
@@ -374,3 +383,156 @@ def test_the_best_weights_of_another_folder_are_not_waited_for(tmp_path):
     torch.save(state | {"best_loss": 0.0}, path)
     run(sft, tmp_path / "b", *flags, "--resume_from_checkpoint", path.parent)
     assert (tmp_path / "b" / "model" / "config.json").exists() and (tmp_path / "b" / "checkpoints" / "best").exists()
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------------
+
+def test_where_rows_are_cut_and_what_is_counted(tokenizer):
+    turns = [common.turn(role, text) for role, text in (("user", "q" * 9), ("assistant", "a"), ("user", "q"), ("assistant", "b"))]
+    part, = common.encode_conversation(tokenizer, turns)
+    assert part["start"] == part["mask"].index(1), "the first answer is kept, and not the last"
+    pair = {"prompt": [turns[0]], "chosen": [common.turn("assistant", "a")], "rejected": [common.turn("assistant", "b" * 50)], "margin": 0}
+    counts = Counter()
+    found, = common.encode_pairs([(pair, {}, "here")], tokenizer, 30, counts)
+    assert counts["cut to 30 tokens"] == 1 and len(found["rows"][1]["input_ids"]) == 30
+
+
+def test_a_demonstration_may_fill_its_room_and_accuracy_judges_before_code(tokenizer):
+    turns = [common.turn("user", "1+1")]
+    whole = common.upto_answer(common.encode_conversation(tokenizer, [*turns, common.turn("assistant", "2")])[0])["input_ids"]
+    for room, kept in ((0, True), (1, False)):
+        prompts = [{"turns": turns, "row": {"demonstration": text}, "place": "here"} for text in ("2", "")] + [
+            {"turns": turns, "row": {"demonstration": ""}, "place": "there"}]
+        args = SimpleNamespace(demo_threshold=0.0, max_prompt_length=4, max_completion_length=len(whole) - 4 - room, skip_bad_rows=False, dataset_name="d")
+        rewards = {"code": Reward(None, 1.0), "accuracy": Reward(None, 1.0)}
+        if kept:
+            assert common.add_demonstrations(prompts, rewards, args, tokenizer) == 1 and "demonstration" in prompts[0]
+        else:
+            with pytest.raises(common.UserError, match="all demonstrations are longer"):
+                common.add_demonstrations(prompts, rewards, args, tokenizer)
+    group = completions(0.0, nan, 0.0)
+    for row in group:
+        row["prompt"] = {"demonstration": {"note": "shown"}}
+    assert grpo.demonstrate(group, 0.0, 0)[0]["note"] == "shown", "what no reward judges is no vote"
+
+
+def test_lines_weights_and_keys_of_data(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(b'\n{"text": "a"}\n\n{"text": "b"}\n')
+    assert [place.rpartition(":")[2] for _, place in common.read_rows(str(tmp_path / "d.jsonl"))] == ["2", "4"]
+    assert common.unused_names({"messages": [], "weight": "1.0"}, ("messages",), ()) == {"column 'weight'"}
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "training": 0}, {"role": "assistant", "content": "b", "train": 1}]
+    assert [m["train"] for m in common.to_messages(said)] == [False, False, True]
+
+
+def test_every_evaluation_row_whose_prompt_is_trained_is_counted(tmp_path, tokenizer, capsys):
+    row = json.dumps({"prompt": "1+1", "chosen": "2", "rejected": "3"})
+    (tmp_path / "d.jsonl").write_text(row)
+    (tmp_path / "e.jsonl").write_text(row + "\n" + row.replace("3", "4"))
+    args = common.parse_args(dpo.Args, [os.path.join(TINY, "dpo.json"), "--dataset_name", str(tmp_path / "d.jsonl"), "--eval_dataset_name", str(tmp_path / "e.jsonl")])
+    dpo.load_pairs(args, tokenizer)
+    assert "2 of 2 evaluation rows have a prompt that is trained on too" in capsys.readouterr().out
+
+
+def test_pairs_are_cut_by_their_longer_side():
+    """Two pairs of rows of 2 and 10 tokens: padded they are 20 tokens each, so 24 hold one."""
+    row = lambda n: {"input_ids": [1] * n, "mask": [0] + [1] * (n - 1)}
+    fake = SimpleNamespace(args=SimpleNamespace(micro_batch_tokens=24), place=(0, 1), device="cpu", doing="here")
+    assert [len(mb.rows) for mb in common.Run.micro_batches(fake, [[row(2), row(10)], [row(10), row(2)]])] == [2, 2]
+
+
+# ---- models ------------------------------------------------------------------------------------------------------------
+
+def test_only_a_frozen_base_is_held_in_bf16():
+    args = SimpleNamespace(bf16=True, trust_remote_code=False, attn_implementation=None, load_in_4bit=False)
+    assert common.load_base(CHECKPOINT, args).dtype == torch.float32 and common.load_base(CHECKPOINT, args, frozen=True).dtype == torch.bfloat16
+
+
+def test_a_reward_model_that_cannot_read_it_all_reads_the_first_token_and_the_end(tmp_path, monkeypatch, tokenizer):
+    torch.manual_seed(0)
+    model = common.AutoModelForSequenceClassification.from_pretrained(CHECKPOINT, num_labels=1, pad_token_id=tokenizer.pad_token_id).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(common, "max_positions", lambda model: 6)
+    said = [common.turn("user", "12+34"), common.turn("assistant", "46")]
+    ids = tokenizer.apply_chat_template(said, return_dict=False)
+    _, score = common.load_reward_model(str(tmp_path))
+    close(score([said]).tolist(), model(tensor([ids[:1] + ids[-5:]])).logits.tolist(), 1e-5)
+
+
+def test_a_card_lists_no_defaults():
+    args = grpo.Args(model_name_or_path=CHECKPOINT, dataset_name="d.jsonl", learning_rate=0.5)
+    card = common.model_card(args, common.AutoModelForCausalLM.from_pretrained(CHECKPOINT))
+    assert '"learning_rate": 0.5' in card and "reward_funcs" not in card and "sft_coef" not in card
+
+
+def test_the_reference_computes_as_the_policy_does(tmp_path):
+    """bf16, adapters, nothing precomputed: at the start the two are the same to the last bit."""
+    first = run(dpo, tmp_path / "out", "--bf16", True, "--lora_r", 4, "--precompute_ref_log_probs", False, "--max_steps", 1, "--batch_size", 4, "--eval_fraction", 0)[0]
+    assert first["rewards/margins"] == 0 and first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_the_format_is_that_of_the_prompts_alone(tmp_path, tokenizer):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}))
+    args = common.parse_args(ppo.Args, [os.path.join(TINY, "ppo.json"), "--format", "prompt", "--sft_dataset", str(tmp_path / "m.jsonl"), "--sft_coef", "0.1"])
+    assert len(ppo.load_demonstrations(args, tokenizer, [])) == 1
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------------
+
+def begun(**more):
+    """A Run that has read nothing: two steps after it went on at step 8 of 20, ten seconds ago."""
+    made, said = object.__new__(common.Run), SimpleNamespace(disable=True, set_postfix_str=lambda *args, **more: None, update=lambda n: None)
+    made.__dict__.update({"state": {"step": 9, "num_tokens": 1000}, "args": SimpleNamespace(logging_steps=10), "first": 8, "total_steps": 20, "tokens": 0,
+                          "begun": time.time() - 10, "bar": said, "writes": False, "track": None, **more})
+    return made
+
+
+def test_what_is_left_is_reckoned_from_where_this_command_began(capsys):
+    begun().done({"loss": 1.0}, 100, ("loss",))
+    assert re.search(r"^step 10/20  loss 1  10 tok/s  0:00:50 left$", capsys.readouterr().out, re.M)
+    common.spoken.at = time.monotonic()
+    begun(total_steps=11, state={"step": 10, "num_tokens": 0}).done({"loss": 1.0}, 100, ("loss",))
+    assert "step 11/11" in capsys.readouterr().out, "the last step is shown, whatever --logging_steps says"
+
+
+def test_evaluations_reach_the_tracker_at_any_step():
+    seen = []
+    run = begun(track="x", accelerator=SimpleNamespace(log=lambda metrics, step: seen.append(step)))
+    for metrics in ({"loss": 1.0}, {"eval/loss": 1.0}):
+        run.log(metrics)
+    assert seen == [9]
+
+
+def test_a_run_goes_on_with_the_same_evaluation_rows():
+    fake = begun(tokenizer=SimpleNamespace(chat_template="t"), check_same=lambda found: None, args=SimpleNamespace(model_name_or_path=CHECKPOINT), state={"data": None})
+    rows = [{"input_ids": [i], "mask": [1]} for i in range(3)]
+    fake.check_data(rows[:1], rows)
+    fake.check_data(rows[:1], rows)
+    with pytest.raises(common.UserError, match="other evaluation data: give the same"):
+        fake.check_data(rows[:1], [rows[0], rows[0], rows[2]])
+
+
+def test_what_may_differ_when_a_run_goes_on():
+    assert common.MAY_CHANGE == set("output_dir overwrite_output_dir resume_from_checkpoint save_steps save_total_limit logging_steps log_with merge audit "
+                                    "micro_batch_tokens rollout_batch_size gradient_checkpointing reward_timeout kl_warn audit_step sampler_device".split())
+
+
+def test_what_was_said_off_is_off_and_a_run_without_steps_evaluates(tmp_path):
+    args = common.parse_args(sft.Args, [os.path.join(TINY, "sft.json"), "--eval_on_start", "False"])
+    assert not common.is_on(args, "eval_on_start")
+    metrics = run(grpo, tmp_path / "out", "--num_train_epochs", 0, "--eval_on_start", "False", "--eval_fraction", 0.003)
+    assert [name for line in metrics for name in line if name == "eval/reward"] == ["eval/reward"]
+
+
+def test_a_reward_that_stands_still_does_not_excuse_repetition():
+    seen, first = {}, {"completions/mean_length": 9.0, "completions/distinct_4": 1.0}
+    fake = SimpleNamespace(state={"first": first, "held_rewards": [0.5, 0.5]}, samples_file="s", warn=lambda name, sign, sentence: seen.update({name: sign}))
+    common.warn_of_drift(fake, first | {"completions/distinct_4": 0.4})
+    assert seen == {"completions/mean_length": False, "completions/distinct_4": True}
+
+
+def test_the_largest_difference_of_a_step_is_that_of_all_its_micro_batches():
+    sums = common.Sums(SimpleNamespace(audit_step=None, step=0))
+    for value in (0.3, 0.1):
+        sums.add(SimpleNamespace(mask=torch.ones(1, 2)), {}, {"a_difference": torch.full((1, 2), value)})
+    close([sums.named["a_difference/max"].item(), sums.named["a_difference"].item()], [0.3, 0.8])
