@@ -381,7 +381,7 @@ def ended(monkeypatch, out, *flags):
     made, init = [], ppo.PolicyValue.__init__
     out.with_suffix(".py").write_text("def length(completions):\n    return [len(c) % 7 / 2 for c in completions]\n")
     monkeypatch.setattr(ppo.PolicyValue, "__init__", lambda self, *a: made.append(self) or init(self, *a))
-    run(ppo, out, "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 4, "--learning_rate", 1e-2, "--lr_scheduler_type", "constant",
+    run(ppo, out, "--eval_fraction", 0, "--batch_size", 4, "--max_steps", 8, "--learning_rate", 1e-2, "--lr_scheduler_type", "constant",
         "--reward_funcs", f"{out}.py:length", *flags)
     monkeypatch.setattr(ppo.PolicyValue, "__init__", init)
     ids = torch.cat([torch.arange(40, 60), tensor([260])])[None]  # the end of turn is a row's last token, as it is in a rollout
