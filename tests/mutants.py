@@ -340,7 +340,7 @@ MUTANTS = [  # of each: the file, its words, what stands there instead
     ("ppo", "            extra = nll_rows(demonstrations, run.step",
      '            own = common.pad_rows(chosen, ("advantages",), "cpu")\n            for row, a in zip(chosen, whiten(own.advantages, own.mask)):\n                row["advantages"] = a[:len(row["input_ids"])]\n            extra = nll_rows(demonstrations, run.step'),
     ("*", "tokenizer.decode([i for i in completion if i not in stop_ids])", "tokenizer.decode(completion, skip_special_tokens=True)"),
-    ("common", "[t for t in completion if t not in stop_ids]", "[t for t in completion if t not in tokenizer.all_special_ids]"),
+    ("common", "tokenizer.decode([t for t in completion if t not in stop_ids])", "tokenizer.decode(completion, skip_special_tokens=True)"),
     ("common", "* bool(adapter and not scores),", "* 0,"),
     ("common", 'if no_end or hasattr(config, "scored_at"):', "if True:"),
     ("common", "except ValueError:  # some templates", "except KeyError:  # some templates"),
