@@ -2120,10 +2120,10 @@ def load_model(args, tokenizer, device="cpu", dropout=False, score_names=None):
     if not scores:
         model.generation_config.eos_token_id = stop_token_ids(tokenizer, model.generation_config)
     model.train()
-    experts = any(p.ndim == 3 and "expert" in name for name, p in model.named_parameters())
+    experts = args.load_in_4bit and any(p.ndim == 3 and "expert" in n for n, p in model.named_parameters())
     trained, total = PeftModel.get_nb_trainable_parameters(model)  # it knows the size of 4-bit weights
     say(f"model    {args.model_name_or_path} ({model.config.model_type}): {how}"
-        f"{' on a 4-bit base' * args.load_in_4bit}{' (not its experts)' * (args.load_in_4bit and experts)}, "
+        f"{' on a 4-bit base' * args.load_in_4bit}{' (not its experts)' * experts}, "
         f"{trained:,} of {total:,} weights trained in fp32{' under bf16 autocast' if args.bf16 else ''}")
     return model
 
